@@ -1,0 +1,39 @@
+"""The configuration of every command: one declaration per option.
+
+`kelp.cli` builds flags, help and validation from these classes; Python users construct them
+(`kelp.config.SliceConfig(data_dir=..., ...)`) and pass them to the function of the command.
+"""
+
+from kelp.config.base import Config
+from kelp.config.predict import (
+    DemoConfig,
+    EnsembleConfig,
+    EvaluateConfig,
+    PredictConfig,
+    PreviewConfig,
+    SubmitConfig,
+)
+from kelp.config.prep import (
+    MetadataConfig,
+    SimulateConfig,
+    SliceConfig,
+    SplitConfig,
+    StatsConfig,
+)
+from kelp.config.train import TrainConfig
+
+__all__ = [
+    "Config",
+    "DemoConfig",
+    "EnsembleConfig",
+    "EvaluateConfig",
+    "MetadataConfig",
+    "PredictConfig",
+    "PreviewConfig",
+    "SimulateConfig",
+    "SliceConfig",
+    "SplitConfig",
+    "StatsConfig",
+    "SubmitConfig",
+    "TrainConfig",
+]

@@ -1,0 +1,114 @@
+"""What every command's configuration can do: validate, save, load, describe itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Self
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from kelp.errors import ConfigError
+from kelp.files import write_text
+
+
+def option(
+    default: Any = ...,
+    *,
+    help: str,
+    unit: str | None = None,
+    aliases: tuple[str, ...] = (),
+    ge: float | None = None,
+    gt: float | None = None,
+    le: float | None = None,
+    lt: float | None = None,
+) -> Any:
+    """Declare one option: the CLI, the help, config files and the saved record come from it.
+
+    `unit` is shown in brackets after the help; `aliases` are other spellings of the flag.
+    """
+    return Field(
+        default,
+        description=f"{help} [{unit}]" if unit else help,
+        json_schema_extra={"aliases": list(aliases)},
+        ge=ge,
+        gt=gt,
+        le=le,
+        lt=lt,
+    )
+
+
+def _split(value: Any) -> Any:
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    if isinstance(value, list):
+        return tuple(value)
+    return (value,) if isinstance(value, Path | int | float) else value
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
+Paths = Annotated[tuple[Path, ...], BeforeValidator(_split)]
+Integers = Annotated[tuple[int, ...], BeforeValidator(_split)]
+Floats = Annotated[tuple[float, ...], BeforeValidator(_split)]
+
+
+class Config(BaseModel):
+    """Base of all command configurations: frozen, strict about names, one-line errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    command: ClassVar[str]
+
+    # Not our own signature but pydantic's: overridden so that Python users, too, get a
+    # `KelpError` of one line instead of pydantic's report.
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ConfigError(_explain(error)) from None
+
+    @classmethod
+    def load(cls, path: Path, overrides: Mapping[str, Any] | None = None) -> Self:
+        """Read a YAML file of options; `overrides` win. Unknown options raise `ConfigError`."""
+        return cls(**{**read_yaml(path), **(overrides or {})})
+
+    def to_yaml(self) -> str:
+        """The resolved configuration as YAML, readable by `load` and `--config`."""
+        text: str = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        return text
+
+    def record(self, output_dir: Path) -> Path:
+        """Write the resolved configuration to `<output_dir>/kelp-<command>.yaml`."""
+        path = output_dir / f"kelp-{self.command}.yaml"
+        write_text(path, f"# kelp {self.command} --config {path.name}\n" + self.to_yaml())
+        return path
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Options of a YAML file, dashes turned into underscores."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read the config file ({error.strerror})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{path}: not a YAML file ({reason})") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: a config file holds `option: value` lines")
+    return {str(name).replace("-", "_"): value for name, value in values.items()}
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors()[0]
+    name = str(first["loc"][0]) if first["loc"] else ""
+    if first["type"] == "missing":
+        return f"--{name} is missing; see --help"
+    if first["type"] == "extra_forbidden":
+        return f"there is no option --{name}; see --help"
+    reason = first["msg"].removeprefix("Value error, ")
+    reason = reason[0].lower() + reason[1:] if reason else reason
+    if not name:
+        return reason
+    return f"--{name}: {reason}, got {str(first['input'])!r}"

@@ -1,0 +1,161 @@
+"""Options of the commands after training: predict, submit, preview, ensemble, evaluate, demo."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar, Literal, Self
+
+from pydantic import model_validator
+
+from kelp.config.base import Config, Floats, Names, Paths, option
+from kelp.config.train import Precision
+from kelp.errors import ConfigError
+
+Blend = Literal["mean", "hann"]
+MergeMode = Literal["mean", "max", "min", "gmean"]
+
+_THRESHOLD_HELP = "Kelp where the probability is at least this"
+_PREVIEWS_HELP = "Previews at most, in the order of names"
+
+
+class PredictConfig(Config):
+    """Masks (and probabilities) of a folder of scenes, or of one."""
+
+    command: ClassVar[str] = "predict"
+
+    data_dir: Path = option(help="Folder of .tif scenes, or one file")
+    output_dir: Path = option(help="Folder for <name>_kelp.tif")
+    run_dir: Paths = option(
+        help="Run folder, its artifacts/, or a bundle; several, comma-separated: an ensemble"
+    )
+    dataset_stats_dir: Path | None = option(
+        None, help="Folder of statistics files: checked against the bundle's numbers"
+    )
+    use_checkpoint: Literal["best", "latest"] = option("best", help="Which bundle of a run")
+    decision_threshold: float | None = option(
+        None, help=f"{_THRESHOLD_HELP}; default: the bundle's", unit="0-1", ge=0, le=1
+    )
+    sahi_tile_size: int | None = option(
+        None, help="Predict in slices of this side; default: as trained", unit="px", ge=8
+    )
+    sahi_overlap: int | None = option(
+        None, help="Overlap of neighbouring tiles; default: half a tile", unit="px", ge=0
+    )
+    blend: Blend = option("mean", help="Window of a tile's vote: uniform, or Hann")
+    precision: Precision | None = option(
+        None, help="Number format; default: bf16-mixed where the device has it, else 32-true"
+    )
+    tta: bool = option(False, help="Average the 8 symmetries of the square (8 times the cost)")
+    tta_merge_mode: MergeMode = option("mean", help="How --tta merges probabilities")
+    save_probabilities: bool = option(
+        False, help="Also write <name>_kelp_prob.tif", aliases=("soft_labels",)
+    )
+    batch_size: int = option(8, help="Crops in a batch", unit="crops", ge=1)
+    device: Literal["auto", "cpu", "cuda"] = option("auto", help="Where the network runs")
+    band_order: Names = option(
+        (), help="Band names of the files, comma-separated; default: read from the files"
+    )
+    qa_as_nodata: bool = option(
+        True, help="Pixels with QA = 1 are not observed (255); False: only missing data is"
+    )
+    land: Literal["keep", "skip"] = option(
+        "keep", help="Whether tiles that are all land (DEM > 0) are run; skip: they are 0"
+    )
+    overwrite: bool = option(False, help="Make finished outputs anew")
+    preview_submission: bool = option(
+        False, help="Also write submission.tar and previews/ for the first images"
+    )
+    preview_first_n: int = option(10, help=_PREVIEWS_HELP, unit="images", ge=1)
+    submission: bool = option(False, help="Also write submission.tar")
+
+    @model_validator(mode="after")
+    def _overlap_fits(self) -> Self:
+        if not self.run_dir:
+            raise ConfigError("--run_dir is missing; name a run folder or a bundle")
+        if (
+            self.sahi_tile_size is not None
+            and self.sahi_overlap is not None
+            and self.sahi_overlap >= self.sahi_tile_size
+        ):
+            raise ConfigError(
+                f"--sahi_overlap {self.sahi_overlap} px must be smaller than "
+                f"--sahi_tile_size {self.sahi_tile_size} px"
+            )
+        return self
+
+
+class SubmitConfig(Config):
+    """The submission archive of a folder of masks."""
+
+    command: ClassVar[str] = "submit"
+
+    predictions_dir: Path = option(help="Folder of <tile_id>_kelp.tif masks")
+    output_dir: Path = option(help="Folder for submission.tar")
+
+
+class PreviewConfig(Config):
+    """Pictures of scenes and their predicted masks."""
+
+    command: ClassVar[str] = "preview"
+
+    data_dir: Path = option(help="Folder of the scenes")
+    predictions_dir: Path = option(help="Folder of their <name>_kelp.tif masks")
+    output_dir: Path = option(help="Folder for the PNG files")
+    first_n: int = option(10, help=_PREVIEWS_HELP, unit="images", ge=1)
+    band_order: Names = option(
+        (), help="Band names of the files, comma-separated; default: read from the files"
+    )
+
+
+class EnsembleConfig(Config):
+    """The weighted mean of several prediction folders."""
+
+    command: ClassVar[str] = "ensemble"
+
+    predictions_dirs: Paths = option(help="Prediction folders, comma-separated")
+    output_dir: Path = option(help="Folder for the merged masks")
+    weights: Floats = option((), help="Weights, one a folder; default: equal", unit="factors")
+    decision_threshold: float = option(0.5, help=_THRESHOLD_HELP, unit="0-1", ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _weights_fit(self) -> Self:
+        if not self.predictions_dirs:
+            raise ConfigError("--predictions_dirs is missing; name at least one folder")
+        if self.weights and len(self.weights) != len(self.predictions_dirs):
+            raise ConfigError(
+                f"--weights: {len(self.weights)} weights for {len(self.predictions_dirs)} folders"
+            )
+        if self.weights and (min(self.weights) < 0 or sum(self.weights) == 0):
+            raise ConfigError("--weights: none may be negative, and not all zero")
+        return self
+
+
+class EvaluateConfig(Config):
+    """Scores of a folder of masks against truth."""
+
+    command: ClassVar[str] = "evaluate"
+
+    gt_dir: Path = option(help="Folder of true <tile_id>_kelp.tif masks")
+    preds_dir: Path = option(help="Folder of predicted <tile_id>_kelp.tif masks")
+    metadata_fp: Path | None = option(
+        None, help="Table of kelp metadata: adds scores for each place's images"
+    )
+    output_dir: Path | None = option(None, help="Folder for scores.json and scores.txt")
+    pixel_size: float = option(
+        30.0, help="Side of a pixel where a mask has no CRS, for areas", unit="m", gt=0
+    )
+
+
+class DemoConfig(Config):
+    """Everything, small, on simulated data and one real Landsat scene, ending in a report."""
+
+    command: ClassVar[str] = "demo"
+
+    output_dir: Path = option(Path("demo"), help="Folder for report.html, scores.json and data")
+    places: int = option(32, help="Simulated places to learn from", unit="places", ge=2)
+    dates: int = option(3, help="Images of each place", unit="images", ge=1)
+    test: int = option(8, help="Simulated test images", unit="images", ge=1)
+    size: int = option(350, help="Side of a simulated image", unit="px", ge=64)
+    epochs: int = option(6, help="Training epochs", unit="epochs", ge=1)
+    samples_per_epoch: int = option(320, help="Tiles drawn in an epoch", unit="tiles", ge=1)
+    seed: int = option(0, help="Seed of the simulation and the training", unit="integer", ge=0)

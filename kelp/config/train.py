@@ -1,0 +1,196 @@
+"""Options of `kelp train`. Spelling and defaults follow the original system's commands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar, Literal, Self
+
+from pydantic import field_validator, model_validator
+
+from kelp.bands import BANDS, parse_bands
+from kelp.config.base import Config, Floats, Integers, Names, option
+from kelp.config.prep import IndexInput
+from kelp.errors import ConfigError
+
+Architecture = Literal[
+    "unet", "unet++", "linknet", "fpn", "manet", "pan", "pspnet", "deeplabv3", "deeplabv3+",
+    "segformer", "upernet",
+]  # fmt: skip
+Loss = Literal["dice", "jaccard", "ce", "bce", "focal", "tversky", "combo"]
+Optimizer = Literal["adam", "adamw", "sgd"]
+Scheduler = Literal["onecycle", "cosine", "none"]
+Normalization = Literal["quantile", "z-score", "min-max"]
+ResizeStrategy = Literal["pad", "resize"]
+Interpolation = Literal["nearest", "nearest-exact", "bilinear", "bicubic"]
+Precision = Literal["16-true", "16-mixed", "bf16-true", "bf16-mixed", "32-true"]
+
+
+class TrainConfig(Config):
+    """One training run: tracked in MLflow, ending in a bundle."""
+
+    command: ClassVar[str] = "train"
+
+    # data
+    data_dir: Path = option(help="Folder of kelp slice (with --sahi) or of kelp metadata")
+    metadata_fp: Path = option(help="Table of kelp slice (with --sahi) or of kelp metadata")
+    output_dir: Path = option(help="Folder for mlflow.db and <experiment>/<run_id>/artifacts")
+    dataset_stats_fp: Path | None = option(
+        None, help="Statistics file of kelp stats; default: computed from the training rows"
+    )
+    cv_split: int = option(0, help="Number of the validation fold", unit="fold", ge=0)
+    sahi: bool = option(
+        False, help="The table is one of tiles: train on slices and predict in slices"
+    )
+    batch_size: int = option(32, help="Crops in a batch", unit="crops", ge=1)
+    num_workers: int = option(
+        4, help="Processes that load data; 0 = the main one", unit="processes", ge=0
+    )
+    bands: Names = option(BANDS, help=f"Bands, comma-separated, of {','.join(BANDS)}")
+    band_order: Names = option(
+        (), help="Band names of the files, comma-separated; default: read from the files"
+    )
+    spectral_indices: Names = option(
+        (), help="Spectral indices added as channels, comma-separated; `all`, or `none`"
+    )
+    index_input: IndexInput = option(
+        "reflectance", help="Compute indices on surface reflectance or on raw integers (dn)"
+    )
+    augment: bool = option(
+        True, help="Turn and mirror training crops: the 8 symmetries of the square"
+    )
+
+    # preprocessing
+    image_size: int = option(352, help="Side of the network's input", unit="px", ge=32)
+    resize_strategy: ResizeStrategy = option(
+        "pad", help="Bring images to image_size by padding or by resizing"
+    )
+    interpolation: Interpolation = option("nearest", help="How --resize_strategy resize resamples")
+    fill_missing_pixels_with_torch_nan: bool = option(
+        True, help="Missing values become their channel's minimum; False: 0"
+    )
+    mask_using_qa: bool = option(True, help="Index channels are missing where QA = 1")
+    mask_using_water_mask: bool = option(True, help="Index channels are missing on land (DEM > 0)")
+    normalization_strategy: Normalization = option(
+        "quantile", help="Scale channels by q01-q99, by mean and deviation, or by min-max"
+    )
+
+    # sampling
+    use_weighted_sampler: bool = option(
+        False, help="Draw tiles by the weights below; False: each row once an epoch"
+    )
+    samples_per_epoch: int = option(
+        10240, help="Tiles drawn in an epoch of the weighted sampler", unit="tiles", ge=1
+    )
+    has_kelp_importance_factor: float = option(1.0, help="Weight of: has kelp", unit="factor")
+    kelp_pixels_pct_importance_factor: float = option(
+        1.0, help="Weight of: 1 - share of kelp pixels", unit="factor"
+    )
+    qa_ok_importance_factor: float = option(
+        1.0, help="Weight of: no pixel with QA = 1", unit="factor"
+    )
+    qa_corrupted_pixels_pct_importance_factor: float = option(
+        1.0, help="Weight of: 1 - share of pixels with QA = 1", unit="factor"
+    )
+    almost_all_water_importance_factor: float = option(
+        1.0, help="Weight of: 1 - share of water pixels", unit="factor"
+    )
+    dem_nan_pixels_pct_importance_factor: float = option(
+        1.0, help="Weight of: 1 - share of pixels with unknown DEM", unit="factor"
+    )
+    dem_zero_pixels_pct_importance_factor: float = option(
+        1.0, help="Weight of: 1 - share of pixels with DEM = 0", unit="factor"
+    )
+
+    # network
+    architecture: Architecture = option("unet", help="Decoder, of segmentation_models_pytorch")
+    encoder: str = option("tu-efficientnet_b5", help="Encoder: any of timm as tu-<name>")
+    pretrained: bool = option(True, help="Start from --encoder_weights; False: random weights")
+    encoder_weights: str = option(
+        "imagenet", help="`imagenet`, or a file of the encoder's weights (.safetensors, .pth)"
+    )
+    decoder_channels: Integers = option(
+        (256, 128, 64, 32, 16),
+        help="Channels of the decoder's stages; as many as the encoder is deep",
+        unit="channels",
+    )
+    decoder_attention_type: Literal["scse", "none"] = option(
+        "none", help="Attention in the decoder (unet, unet++)"
+    )
+
+    # optimisation
+    loss: Loss = option("dice", help="Loss function")
+    ce_smooth_factor: float = option(
+        0.0, help="Label smoothing of ce, bce and combo", unit="fraction 0-1", ge=0, lt=0.5
+    )
+    ce_class_weights: Floats = option(
+        (1.0, 1.0), help="Weights of background and kelp in ce, bce and combo", unit="factors"
+    )
+    optimizer: Optimizer = option("adamw", help="Optimizer")
+    lr: float = option(3e-4, help="Learning rate (its maximum)", unit="per step", gt=0)
+    weight_decay: float = option(1e-4, help="Weight decay", unit="factor", ge=0)
+    lr_scheduler: Scheduler = option("none", help="Course of the learning rate")
+    onecycle_pct_start: float = option(
+        0.1, help="Share of the steps that onecycle climbs", unit="fraction 0-1", gt=0, lt=1
+    )
+    onecycle_div_factor: float = option(
+        2.0, help="onecycle starts at lr divided by this", unit="factor", gt=0
+    )
+    onecycle_final_div_factor: float = option(
+        100.0, help="onecycle ends at its start divided by this", unit="factor", gt=0
+    )
+    epochs: int = option(10, help="Epochs at most", unit="epochs", ge=1)
+    precision: Precision = option(
+        "bf16-mixed", help="Number format; one that the device lacks falls back with a notice"
+    )
+    accumulate_grad_batches: int = option(
+        1, help="Batches whose gradients make one step", unit="batches", ge=1
+    )
+    swa: bool = option(False, help="Stochastic weight averaging; this version takes only False")
+
+    # selection
+    monitor_metric: str = option("val/dice", help="Metric that picks the best epoch")
+    monitor_mode: Literal["max", "min"] = option("max", help="Whether more or less is better")
+    save_top_k: int = option(1, help="Bundles of the best epochs to keep", unit="bundles", ge=1)
+    early_stopping_patience: int = option(
+        10, help="Epochs without a better metric before stopping", unit="epochs", ge=1
+    )
+    limit_train_batches: int | None = option(
+        None, help="Batches of an epoch at most; default: all", unit="batches", ge=1
+    )
+    limit_val_batches: int | None = option(
+        None, help="Validation batches at most; default: all", unit="batches", ge=1
+    )
+    plot_n_batches: int = option(
+        1, help="Validation batches drawn as sample pictures", unit="batches", ge=0
+    )
+    fast_dev_run: bool = option(False, help="Two batches of each kind only, to try a setting")
+
+    # run
+    experiment: str = option("kelp", help="Name of the MLflow experiment and its folder")
+    resume_from: Path | None = option(
+        None, help="Run folder of a killed run: go on where it stopped"
+    )
+    device: Literal["auto", "cpu", "cuda"] = option("auto", help="Where the network runs")
+    seed: int = option(42, help="Seed of weights, sampling and augmentation", unit="integer", ge=0)
+
+    @field_validator("bands")
+    @classmethod
+    def _known_bands(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        return parse_bands(names)
+
+    @model_validator(mode="after")
+    def _options_fit(self) -> Self:
+        if self.swa:
+            raise ConfigError("--swa True: this version does not average weights; leave it False")
+        if not self.bands:
+            raise ConfigError("--bands: name at least one band")
+        if len(self.ce_class_weights) != 2 or min(self.ce_class_weights) <= 0:
+            raise ConfigError("--ce_class_weights: two positive numbers, background and kelp")
+        if self.image_size % 32:
+            raise ConfigError(
+                f"--image_size {self.image_size} px: networks need a multiple of 32, "
+                f"for example {-(-self.image_size // 32) * 32}"
+            )
+        if Path(self.experiment).name != self.experiment:
+            raise ConfigError(f"--experiment {self.experiment!r}: a plain name, without slashes")
+        return self

@@ -1,0 +1,74 @@
+"""Files that appear complete or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from kelp.errors import InputError
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Give a temporary path beside `path`; it takes the final name only when the block succeeds.
+
+    The temporary keeps the suffix (drivers look at it) and starts with a dot, so that no
+    folder scan picks it up. A failure or Ctrl-C removes it; after `kill -9` it stays behind
+    under its own name and is overwritten by the next try of the same process id or ignored.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+    try:
+        yield partial
+        with partial.open("rb+") as written:
+            os.fsync(written.fileno())
+        partial.replace(path)
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be written ({error.strerror or error}); "
+            "check the folder's permissions and the free space"
+        ) from error
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` (UTF-8) atomically."""
+    with atomic(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, atomically. NaN and Infinity are refused."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def output_folder(path: Path) -> Path:
+    """Create `path` if needed and make sure that files can be written into it."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"{path}: the output folder cannot be created ({error.strerror}); choose another one"
+        ) from error
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise InputError(f"{path}: the output folder is not writable; choose another one")
+    return path
+
+
+def input_folder(path: Path, pattern: str = "*") -> list[Path]:
+    """Files of a folder that match `pattern`, sorted by name; hidden files are left out.
+
+    Raises `InputError` when the folder is missing or holds no such file.
+    """
+    if not path.is_dir():
+        raise InputError(f"{path}: no such folder; check the path")
+    found = sorted(p for p in path.glob(pattern) if p.is_file() and not p.name.startswith("."))
+    if not found:
+        raise InputError(f"{path}: the folder holds no {pattern} file")
+    return found
