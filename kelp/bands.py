@@ -9,12 +9,14 @@ such arrays from files; nothing downstream sees a nodata number.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Final
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Final
 
 from kelp.errors import ConfigError
+
+# The command line needs the names only, and `--help` should not wait for numpy.
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 BANDS: Final = ("SWIR", "NIR", "R", "G", "B", "QA", "DEM")
 """Order of the bands in competition files and in every canonical array."""
@@ -62,6 +64,8 @@ def canonical(pixels: NDArray[np.generic], names: Sequence[str] = BANDS) -> NDAr
     `pixels` has shape `(len(names), height, width)`; NaN and -32768 mean missing. Bands that
     are not named are missing everywhere, except QA, which is then 0 (nothing known to be bad).
     """
+    import numpy as np
+
     names = parse_bands(names)
     if pixels.ndim != 3 or len(pixels) != len(names):
         raise ConfigError(
@@ -83,6 +87,8 @@ def decode_qa(values: NDArray[np.float32]) -> NDArray[np.float32]:
     A band with values above 1 is Landsat's QA_PIXEL: fill, dilated cloud, cirrus, cloud,
     shadow and snow are bad.
     """
+    import numpy as np
+
     missing = ~np.isfinite(values)
     known = np.where(missing, 0, values)
     if known.size and known.max() > 1:
@@ -96,6 +102,8 @@ def observed(pixels: NDArray[np.float32], qa_as_nodata: bool = True) -> NDArray[
     Not observed means NIR missing, or fewer than three of the five optical bands present,
     or (with `qa_as_nodata`) QA = 1. The DEM never decides.
     """
+    import numpy as np
+
     present = np.isfinite(pixels[: len(OPTICAL)])
     seen: NDArray[np.bool_] = present[_NIR] & (present.sum(axis=0) >= 3)
     if qa_as_nodata:
@@ -105,4 +113,6 @@ def observed(pixels: NDArray[np.float32], qa_as_nodata: bool = True) -> NDArray[
 
 def to_reflectance(dn: NDArray[np.float32]) -> NDArray[np.float32]:
     """Surface reflectance of Collection-2 Level-2 integers (0-1 over most surfaces)."""
+    import numpy as np
+
     return dn * np.float32(REFLECTANCE_SCALE) + np.float32(REFLECTANCE_OFFSET)

@@ -1,0 +1,92 @@
+"""What a person at the terminal sees while work goes on: a bar, or plain lines in a log."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final
+
+from kelp.progress import Progress, silent
+
+_SECONDS_BETWEEN_LINES: Final = 10.0
+
+
+@contextmanager
+def reporting(quiet: bool) -> Iterator[Progress]:
+    """The progress callback of a command: a bar on a terminal, log lines elsewhere, or nothing.
+
+    Notices and warnings of the library go to stderr; `quiet` keeps only warnings.
+    """
+    log = logging.getLogger("kelp")
+    handler = _handler()
+    log.addHandler(handler)
+    level = log.level
+    log.setLevel(logging.WARNING if quiet else logging.INFO)
+    try:
+        if quiet:
+            yield silent
+        elif sys.stderr.isatty():
+            with _bar() as progress:
+                yield progress
+        else:
+            yield _lines(log)
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+
+
+def _handler() -> logging.Handler:
+    if not sys.stderr.isatty():
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("kelp: %(message)s"))
+        return handler
+
+    from rich.console import Console
+
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+    class _AboveTheBar(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            console.print(f"kelp: {record.getMessage()}", markup=False)
+
+    return _AboveTheBar()
+
+
+@contextmanager
+def _bar() -> Iterator[Progress]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    columns = (
+        TextColumn("{task.description:<12}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+    )
+    with Bars(*columns, console=Console(stderr=True)) as bars:
+        tasks = {}
+
+        def progress(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done, total=total)
+
+        yield progress
+
+
+def _lines(log: logging.Logger) -> Progress:
+    """A line when a stage ends and, for long ones, every ten seconds."""
+    last: dict[str, float] = {}
+
+    def progress(stage: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        started = last.setdefault(stage, now)
+        if done >= total or now - started > _SECONDS_BETWEEN_LINES:
+            last[stage] = now
+            log.info("%s: %d of %d", stage, done, total)
+
+    return progress

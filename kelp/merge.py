@@ -1,0 +1,122 @@
+"""Merging the probabilities of overlapping tiles, in memory that grows with width x tile only."""
+
+from __future__ import annotations
+
+from typing import Final, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kelp.errors import CoverageError
+from kelp.grid import Shape, Tile
+
+Blend = Literal["mean", "hann"]
+
+# Votes are summed as integers: integer addition is exact, so the sum does not depend on the
+# order of tiles, and a constant stays that constant. 2^-32 is finer than float32 near 1.
+_VALUE_UNIT: Final = 2.0**32
+_WEIGHT_UNIT: Final = 2.0**12
+_LARGEST_VALUE: Final = 2.0**7  # 2^7 x 2^32 x 2^12 x up to 2^11 tiles on a pixel fit in int64
+
+
+def window(blend: Blend, height: int, width: int) -> NDArray[np.float64]:
+    """Weight of each pixel of a tile's vote, in (0, 1], shape `(height, width)`.
+
+    `mean` is uniform. `hann` is the separable Hann window sin²(π (i + ½) / n), which trusts the
+    middle of a tile more than its rim (Pielawski & Wählby 2020, PLOS ONE 15(3): e0229839).
+    """
+    if blend == "mean":
+        return np.ones((height, width))
+    rows = np.sin(np.pi * (np.arange(height) + 0.5) / height) ** 2
+    columns = np.sin(np.pi * (np.arange(width) + 0.5) / width) ** 2
+    return np.outer(rows, columns)
+
+
+class StripMerger:
+    """Weighted mean of overlapping tiles of one scene, handed out row by row from the top.
+
+    `add` a tile's values (or `leave_out` the tile), `take` rows that no later tile touches.
+
+    Laws: merging the tiles of an array gives the array back (within 2^-32), for every window,
+    validity and order of tiles; a pixel covered by no tile raises `CoverageError`, one covered
+    only by tiles left out on purpose is NaN.
+
+    Args:
+        shape: `(height, width)` of the scene; parts of tiles outside it are dropped.
+        blend: the window of a tile's vote.
+    """
+
+    def __init__(self, shape: Shape, blend: Blend = "mean") -> None:
+        self.shape = shape
+        self.blend: Blend = blend
+        self.top = 0  # first row not yet taken
+        self._sums = np.zeros((0, shape[1]), dtype=np.int64)
+        self._weights = np.zeros((0, shape[1]), dtype=np.int64)
+        self._left_out = np.zeros((0, shape[1]), dtype=np.bool_)
+        self._window: NDArray[np.float64] = np.zeros((0, 0))
+
+    def add(self, tile: Tile, values: NDArray[np.floating], validity: float = 1.0) -> None:
+        """Add a tile's vote.
+
+        Args:
+            tile: where the tile lies.
+            values: finite numbers (probabilities), shape `(tile.height, tile.width)`.
+            validity: the share of observed input the tile had, in (0, 1].
+        """
+        if values.shape != (tile.height, tile.width):
+            raise ValueError(f"values of shape {values.shape} for {tile}")
+        if not np.all(np.abs(values) <= _LARGEST_VALUE):  # also false for NaN
+            raise ValueError(f"values of {tile} are not finite numbers within ±{_LARGEST_VALUE}")
+        if self._window.shape != values.shape:
+            self._window = window(self.blend, tile.height, tile.width)
+        rows, columns = self._slices(tile)
+        height, width = rows.stop - rows.start, columns.stop - columns.start
+        weights = np.rint(self._window[:height, :width] * (validity * _WEIGHT_UNIT))
+        weights = np.maximum(weights, 1).astype(np.int64)
+        votes = np.rint(values[:height, :width].astype(np.float64) * _VALUE_UNIT).astype(np.int64)
+        self._sums[rows, columns] += votes * weights
+        self._weights[rows, columns] += weights
+
+    def leave_out(self, tile: Tile) -> None:
+        """Note that a tile was left out on purpose: its pixels are no holes."""
+        rows, columns = self._slices(tile)
+        self._left_out[rows, columns] = True
+
+    def take(self, end: int) -> NDArray[np.float32]:
+        """Rows `top … end` of the merged scene, float32; NaN where all tiles were left out.
+
+        Raises `CoverageError` when a pixel of them was covered by no tile.
+        """
+        end = min(end, self.shape[0])
+        self._reach(end)
+        count = end - self.top
+        sums, weights = self._sums[:count], self._weights[:count]
+        empty = weights == 0
+        holes = empty & ~self._left_out[:count]
+        if holes.any():
+            y, x = np.argwhere(holes)[0]
+            raise CoverageError(f"no tile covers the pixel at row {self.top + y}, column {x}")
+        merged = sums / np.where(empty, 1, weights) / _VALUE_UNIT
+        merged[empty] = np.nan
+        self._sums = self._sums[count:].copy()
+        self._weights = self._weights[count:].copy()
+        self._left_out = self._left_out[count:].copy()
+        self.top = end
+        return merged.astype(np.float32)
+
+    def _slices(self, tile: Tile) -> tuple[slice, slice]:
+        """Where the part of a tile inside the scene lies in the buffers."""
+        if tile.y < self.top:
+            raise ValueError(f"{tile} begins above row {self.top}, which was already taken")
+        inside = tile.clipped(self.shape)
+        self._reach(inside.bottom)
+        return slice(inside.y - self.top, inside.bottom - self.top), slice(inside.x, inside.right)
+
+    def _reach(self, bottom: int) -> None:
+        """Grow the buffers down to row `bottom`."""
+        missing = bottom - self.top - len(self._sums)
+        if missing > 0:
+            grow = ((0, missing), (0, 0))
+            self._sums = np.pad(self._sums, grow)
+            self._weights = np.pad(self._weights, grow)
+            self._left_out = np.pad(self._left_out, grow)
