@@ -9,7 +9,7 @@ such arrays from files; nothing downstream sees a nodata number.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Literal
 
 from kelp.errors import ConfigError
 
@@ -31,6 +31,9 @@ MASK_NODATA: Final = 255
 REFLECTANCE_SCALE: Final = 2.75e-5
 REFLECTANCE_OFFSET: Final = -0.2
 """Landsat Collection 2 Level 2: reflectance = DN * 2.75e-5 - 0.2 (USGS, LSDS-1619)."""
+
+IndexInput = Literal["reflectance", "dn"]
+"""What spectral indices are computed on: surface reflectance, or raw integers."""
 
 PIXEL_SIZE_M: Final = 30.0
 """Side of a Landsat pixel in metres, assumed where a raster has no CRS."""

@@ -66,24 +66,40 @@ class TileGrid(Sequence[Tile]):
     tile leaves the scene when the scene is at least one tile large: the last row and column
     are moved back. 350 x 350 with tile 128 and overlap 64 gives 25 tiles. With `edge="pad"`
     (slicing a dataset) the last ones stick out and their reader pads them.
+
+    Args:
+        shape: `(height, width)` of the scene.
+        tile: side of a tile, or its `(height, width)`.
+        overlap: pixels that neighbouring tiles share, or `(vertical, horizontal)`.
+        edge: what happens to the last row and column.
+
+    Raises:
+        ConfigError: an empty scene, a tile below 1 px, or an overlap not below the tile.
     """
 
     def __init__(
-        self, shape: Shape, tile: int, overlap: int = 0, edge: Literal["clamp", "pad"] = "clamp"
+        self,
+        shape: Shape,
+        tile: int | Shape,
+        overlap: int | Shape = 0,
+        edge: Literal["clamp", "pad"] = "clamp",
     ) -> None:
         if min(shape) < 1:
             raise ConfigError(f"a scene of {shape[0]} x {shape[1]} pixels has no pixel to tile")
-        if tile < 1:
-            raise ConfigError(f"the tile size must be at least 1 pixel, not {tile}")
-        if not 0 <= overlap < tile:
-            raise ConfigError(
-                f"the overlap must lie between 0 and tile size - 1 = {tile - 1} px, not {overlap}"
-            )
         self.shape = shape
-        self.tile = tile
-        self.overlap = overlap
-        self.rows = origins(shape[0], tile, tile - overlap, edge)
-        self.columns = origins(shape[1], tile, tile - overlap, edge)
+        self.tile = (tile, tile) if isinstance(tile, int) else tile
+        self.overlap = (overlap, overlap) if isinstance(overlap, int) else overlap
+        for side, shared in zip(self.tile, self.overlap, strict=True):
+            if side < 1:
+                raise ConfigError(f"the tile size must be at least 1 pixel, not {side}")
+            if not 0 <= shared < side:
+                raise ConfigError(
+                    f"the overlap must lie between 0 and tile size - 1 = {side - 1} px, "
+                    f"not {shared}"
+                )
+        strides = tuple(side - shared for side, shared in zip(self.tile, self.overlap, strict=True))
+        self.rows = origins(shape[0], self.tile[0], strides[0], edge)
+        self.columns = origins(shape[1], self.tile[1], strides[1], edge)
 
     def __len__(self) -> int:
         return len(self.rows) * len(self.columns)
@@ -98,7 +114,7 @@ class TileGrid(Sequence[Tile]):
         if not -len(self) <= index < len(self):
             raise IndexError(index)
         row, column = divmod(index % len(self), len(self.columns))
-        return Tile(self.rows[row], self.columns[column], self.tile, self.tile)
+        return Tile(self.rows[row], self.columns[column], *self.tile)
 
     def __iter__(self) -> Iterator[Tile]:
         for y in self.rows:
@@ -106,4 +122,4 @@ class TileGrid(Sequence[Tile]):
 
     def row(self, y: int) -> tuple[Tile, ...]:
         """The tiles whose first row is `y`, from left to right."""
-        return tuple(Tile(y, x, self.tile, self.tile) for x in self.columns)
+        return tuple(Tile(y, x, *self.tile) for x in self.columns)

@@ -134,6 +134,17 @@ class Scene:
         """Type of the stored values."""
         return str(self._dataset.dtypes[0])
 
+    @property
+    def nodata(self) -> float | None:
+        """The nodata tag of the file, if it has one."""
+        tag: float | None = self._dataset.nodata
+        return tag
+
+    @property
+    def descriptions(self) -> tuple[str | None, ...]:
+        """The band descriptions of the file."""
+        return tuple(self._dataset.descriptions)
+
     def require(self, names: Sequence[str]) -> None:
         """Raise `InputError` unless the file holds all the named bands.
 
@@ -150,12 +161,34 @@ class Scene:
 
     def read(self, tile: Tile | None = None) -> NDArray[np.float32]:
         """Read a window that lies inside the scene (default: all) as a canonical array."""
-        tile = tile or Tile(0, 0, *self.shape)
-        out = np.full((len(BANDS), tile.height, tile.width), np.nan, dtype=np.float32)
-        out[bands.QA] = 0
-        window = Window(tile.x, tile.y, tile.width, tile.height)
+        return self._canonical(self._read(self._indexes, tile))
+
+    def sample(self, side: int) -> NDArray[np.float32]:
+        """The whole scene thinned (by picking pixels) to at most `side` pixels a side."""
+        step = max(1, -(-max(self.shape) // side))
+        thinned = (-(-self.shape[0] // step), -(-self.shape[1] // step))
+        return self._canonical(self._read(self._indexes, None, thinned))
+
+    def read_stored(self) -> tuple[NDArray[Any], NDArray[np.float32]]:
+        """The whole scene twice, decoded once: as stored, and as a canonical array.
+
+        The first has the file's type and all its bands, also those kelp does not know.
+        """
+        stored = self._read(list(self._dataset.indexes), None)
+        return stored, self._canonical([stored[index - 1] for index in self._indexes])
+
+    def _read(
+        self, indexes: list[int], tile: Tile | None, thinned: Shape | None = None
+    ) -> NDArray[Any]:
+        window = Window(tile.x, tile.y, tile.width, tile.height) if tile else None
+        out_shape = (len(indexes), *thinned) if thinned else None
         with _quietly(self.path):
-            raw = self._dataset.read(self._indexes, window=window)
+            raw: NDArray[Any] = self._dataset.read(indexes, window=window, out_shape=out_shape)
+        return raw
+
+    def _canonical(self, raw: Sequence[NDArray[Any]] | NDArray[Any]) -> NDArray[np.float32]:
+        out = np.full((len(BANDS), *raw[0].shape), np.nan, dtype=np.float32)
+        out[bands.QA] = 0
         for values, target, nodata in zip(raw, self._targets, self._nodata, strict=True):
             plane = out[target]
             plane[...] = values
@@ -193,6 +226,26 @@ def read_mask(path: Path, tile: Tile | None = None) -> NDArray[np.uint8]:
             f"{path}: a mask holds 0, 1 and 255 (not observed), this one also {raw[wrong][0]}"
         )
     return np.where(missing, MASK_NODATA, raw).astype(np.uint8)
+
+
+def read_probability(path: Path, tile: Tile | None = None) -> NDArray[np.float32]:
+    """Probabilities (or a window of them): float32 in 0-1, NaN = not observed.
+
+    Raises `InputError` when the file has more than one band or other values than these.
+    """
+    with open_dataset(path) as dataset:
+        if dataset.count != 1:
+            raise InputError(f"{path}: probabilities have one band, this file has {dataset.count}")
+        window = Window(tile.x, tile.y, tile.width, tile.height) if tile else None
+        with _quietly(path):
+            raw: NDArray[np.float32] = dataset.read(1, window=window).astype(np.float32)
+        nodata = dataset.nodata
+    if nodata is not None:
+        raw[raw == np.float32(nodata)] = np.nan
+    wrong = (raw < 0) | (raw > 1)
+    if wrong.any():
+        raise InputError(f"{path}: probabilities lie between 0 and 1, this one is {raw[wrong][0]}")
+    return raw
 
 
 def raster_shape(path: Path) -> Shape:

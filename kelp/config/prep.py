@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Self
 
 from pydantic import model_validator
 
+from kelp.bands import IndexInput
 from kelp.config.base import Config, Names, option
 from kelp.errors import ConfigError
-
-IndexInput = Literal["reflectance", "dn"]
 
 WORKERS_HELP = "Worker processes; 0 = one for each core. The result does not depend on it"
 

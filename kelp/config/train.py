@@ -7,9 +7,8 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import field_validator, model_validator
 
-from kelp.bands import BANDS, parse_bands
+from kelp.bands import BANDS, IndexInput, parse_bands
 from kelp.config.base import Config, Floats, Integers, Names, option
-from kelp.config.prep import IndexInput
 from kelp.errors import ConfigError
 
 Architecture = Literal[

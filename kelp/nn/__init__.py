@@ -1,0 +1,1 @@
+"""Networks: from raw digital numbers to probabilities. Importing the package is light."""

@@ -1,0 +1,183 @@
+"""A trained model as a folder of plain files: no pickle, checked by hash, movable anywhere.
+
+`bundle.json` (everything but the weights), `weights.safetensors`, `README.md` (model card).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal
+
+import safetensors.torch
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+
+import kelp
+from kelp.errors import BundleError
+from kelp.files import atomic_folder
+from kelp.nn.model import KelpNet
+from kelp.nn.spec import SCHEMA_VERSION, BundleSpec
+
+SPEC_FILE: Final = "bundle.json"
+WEIGHTS_FILE: Final = "weights.safetensors"
+CARD_FILE: Final = "README.md"
+
+Which = Literal["best", "latest"]
+_FOLDERS: Final[dict[Which, str]] = {"best": "bundle", "latest": "bundle-latest"}
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A loaded bundle: its folder, its description, and the network in evaluation mode."""
+
+    path: Path
+    spec: BundleSpec
+    net: KelpNet
+
+
+def save_bundle(
+    folder: Path, net: KelpNet, spec: BundleSpec, attachments: Sequence[Path] = ()
+) -> Path:
+    """Write a bundle; it appears under `folder` only when complete, replacing an older one.
+
+    `attachments` (the statistics file) are copied into it under their own names.
+    """
+    with atomic_folder(folder) as partial:
+        state = {name: tensor.contiguous() for name, tensor in net.state_dict().items()}
+        safetensors.torch.save_file(state, partial / WEIGHTS_FILE)
+        spec = spec.model_copy(
+            update={"weights_sha256": _sha256(partial / WEIGHTS_FILE), "versions": _versions()}
+        )
+        (partial / CARD_FILE).write_text(_model_card(spec), encoding="utf-8")
+        for file in attachments:
+            shutil.copyfile(file, partial / file.name)
+        (partial / SPEC_FILE).write_text(
+            json.dumps(spec.model_dump(mode="json"), indent=2, allow_nan=False) + "\n",
+            encoding="utf-8",
+        )
+    return folder
+
+
+def find_bundle(path: Path, which: Which = "best") -> Path:
+    """The bundle folder of a run folder, its `artifacts/`, or a bundle itself."""
+    name = _FOLDERS[which]
+    for candidate in (path, path / "artifacts" / name, path / name):
+        if (candidate / SPEC_FILE).is_file():
+            return candidate
+    if not path.is_dir():
+        raise BundleError(f"{path}: no such folder; name a run folder or a bundle")
+    raise BundleError(
+        f"{path}: holds no complete {name}; the run may have been killed before its first epoch "
+        "ended (go on with kelp train --resume_from), or this is no run folder"
+    )
+
+
+def load_bundle(path: Path | str, which: Which = "best") -> Bundle:
+    """Load a bundle for prediction. Nothing in it is executed or unpickled.
+
+    Args:
+        path: a run folder, its `artifacts/`, or a bundle.
+        which: the bundle of the best epoch, or of the latest, where `path` is a run.
+
+    Raises:
+        BundleError: a file is missing, the schema is unknown, or the weights were altered.
+    """
+    folder = find_bundle(Path(path), which)
+    spec = read_spec(folder)
+    weights = folder / WEIGHTS_FILE
+    if not weights.is_file():
+        raise BundleError(f"{weights}: missing; copy the whole bundle folder")
+    if _sha256(weights) != spec.weights_sha256:
+        raise BundleError(
+            f"{weights}: altered or truncated (its SHA-256 is not the one in {SPEC_FILE}); "
+            "copy the bundle again"
+        )
+    net = KelpNet(spec)
+    try:
+        net.load_state_dict(safetensors.torch.load_file(weights))
+    except (RuntimeError, SafetensorError) as error:
+        raise BundleError(f"{weights}: does not fit the network of {SPEC_FILE}") from error
+    return Bundle(folder, spec, net.eval().to(memory_format=torch.channels_last))
+
+
+def read_spec(folder: Path) -> BundleSpec:
+    """Read and check `bundle.json`."""
+    path = folder / SPEC_FILE
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{path}: not readable as JSON; copy the bundle again") from error
+    version = values.get("schema_version") if isinstance(values, dict) else None
+    if version != SCHEMA_VERSION:
+        raise BundleError(
+            f"{path}: schema version {version} is unknown to kelp {kelp.__version__} "
+            f"(it reads {SCHEMA_VERSION}); use the kelp that wrote the bundle"
+        )
+    try:
+        return BundleSpec.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise BundleError(f"{path}: {where}: {first['msg']}; copy the bundle again") from error
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "kelp": kelp.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _model_card(spec: BundleSpec) -> str:
+    data = spec.training
+    how = f"tiles of {spec.tile_size[0]} x {spec.tile_size[1]} px" if spec.sahi else "whole images"
+    rows = [
+        ("Network", f"{spec.architecture}, encoder {spec.encoder}"),
+        ("Input", f"{', '.join(spec.channels)}; raw Landsat Collection-2 Level-2 integers"),
+        ("Applied to", f"{how}, {spec.resize_strategy} to {spec.image_size} px"),
+        ("Normalisation", f"{spec.normalization_strategy}, numbers in {SPEC_FILE}"),
+        ("Threshold", f"{spec.threshold:g}"),
+        ("Trained on", f"{data.get('data_dir', 'unknown')}, fold {data.get('cv_split', '?')}"),
+        ("Epoch", str(spec.epoch)),
+    ]
+    return "\n".join(
+        [
+            "# Kelp canopy segmentation model",
+            "",
+            "Made by `kelp train`; apply it with `kelp predict --run_dir <this folder>`.",
+            "",
+            "| | |",
+            "|---|---|",
+            *(f"| {name} | {value} |" for name, value in rows),
+            "",
+            "## Scores on the validation fold",
+            "",
+            *(_score_lines(spec.scores) or ["None recorded."]),
+            "",
+            "## Limits",
+            "",
+            "- Scores are agreement with the labels it was validated on. Volunteer labels of kelp",
+            "  are themselves noisy; a score near 0.7 may be close to what they allow.",
+            "- It has seen the sensors, coasts and seasons of its training data only.",
+            "- Probabilities are not calibrated; the map shows presence, not canopy area.",
+            "- Tides hide canopy: do not compare dates without them.",
+            "",
+        ]
+    )
+
+
+def _score_lines(scores: Mapping[str, float]) -> list[str]:
+    return [f"- {name}: {value:.4f}" for name, value in sorted(scores.items())]

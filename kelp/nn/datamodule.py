@@ -1,0 +1,214 @@
+"""Which rows a run trains and validates on, in which order, and the loaders that bring them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import pandas as pd
+import torch
+from lightning import LightningDataModule
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Sampler
+
+from kelp import manifest
+from kelp.config import TrainConfig
+from kelp.errors import ConfigError, TableError
+from kelp.grid import Shape
+from kelp.nn.dataset import Sample, Source, TileDataset, collate, sources_of
+from kelp.raster import raster_shape
+
+_TILE_COLUMNS: Final = (*manifest.TILE_KEY, "tile_height", "tile_width")
+_SOURCE_COLUMNS: Final = ("source_image_path", "source_mask_path")
+
+# These pool the whole image to one pixel, where batch normalisation needs two samples.
+_NEEDS_TWO: Final = ("pspnet", "pan", "deeplabv3", "deeplabv3+", "upernet")
+
+
+@dataclass(frozen=True)
+class Fold:
+    """The rows of a fold, and their files in the same order."""
+
+    train: pd.DataFrame
+    val: pd.DataFrame
+    train_sources: list[Source]
+    val_sources: list[Source]
+
+
+def read_fold(config: TrainConfig) -> Fold:
+    """Read the table of a run.
+
+    Raises:
+        TableError: the table lacks a column, the fold, its rows, or files of these rows.
+        ConfigError: `--sahi` does not go with the table.
+    """
+    path = config.metadata_fp
+    table = manifest.read_table(path, ("tile_id", "image_path", "mask_path"))
+    _check_kind(table, config)
+    fold = manifest.fold_column(table, config.cv_split, path)
+    parts = {}
+    for part in (manifest.TRAIN, manifest.VAL):
+        parts[part] = table[table[fold] == part].reset_index(drop=True)
+        if parts[part].empty:
+            raise TableError(f"{path}: fold {config.cv_split} has no {part} rows; try another fold")
+    sources = {part: sources_of(rows, config.data_dir, path.parent) for part, rows in parts.items()}
+    files = dict.fromkeys(
+        file for part in sources.values() for s in part for file in (s.image, s.mask)
+    )
+    manifest.require_files(list(files), path)
+    return Fold(
+        parts[manifest.TRAIN], parts[manifest.VAL], sources[manifest.TRAIN], sources[manifest.VAL]
+    )
+
+
+def _check_kind(table: pd.DataFrame, config: TrainConfig) -> None:
+    """Whether the table is one of tiles, as `--sahi` says."""
+    path = config.metadata_fp
+    absent = [name for name in _TILE_COLUMNS if name not in table.columns]
+    if config.sahi and absent:
+        raise ConfigError(
+            f"--sahi True: {path} is no table of tiles (it lacks {', '.join(absent)}); "
+            "give the table of kelp slice, or leave out --sahi"
+        )
+    if not config.sahi and not absent:
+        raise ConfigError(
+            f"{path} is a table of tiles: add --sahi True, or give the table of kelp metadata"
+        )
+    if table["image_path"].isna().any() and not set(_SOURCE_COLUMNS) <= set(table.columns):
+        raise TableError(f"{path}: has rows without image_path; make the table anew")
+
+
+def training_shape(fold: Fold, config: TrainConfig) -> Shape:
+    """Height and width of the largest training tile, or image."""
+    if config.sahi:
+        return int(fold.train["tile_height"].max()), int(fold.train["tile_width"].max())
+    shapes = [raster_shape(source.image) for source in fold.train_sources]
+    return max(height for height, _ in shapes), max(width for _, width in shapes)
+
+
+def sampling_weights(rows: pd.DataFrame, config: TrainConfig, table: Path) -> NDArray[np.float64]:
+    """Weight of each training row in the weighted sampler, between 0.01 and 1.
+
+    The sum of seven facts, each times its `--…_importance_factor`, then stretched over the
+    training rows: the least weight becomes 0.01, the largest 1 (all alike: 1).
+
+    Raises:
+        TableError: the table (`table` is its path, for the message) lacks a fact.
+    """
+    terms = {
+        "has_kelp": (config.has_kelp_importance_factor, False),
+        "kelp_pixels_pct": (config.kelp_pixels_pct_importance_factor, True),
+        "qa_ok": (config.qa_ok_importance_factor, False),
+        "qa_corrupted_pixels_pct": (config.qa_corrupted_pixels_pct_importance_factor, True),
+        "water_pixels_pct": (config.almost_all_water_importance_factor, True),
+        "dem_nan_pixels_pct": (config.dem_nan_pixels_pct_importance_factor, True),
+        "dem_zero_pixels_pct": (config.dem_zero_pixels_pct_importance_factor, True),
+    }
+    weights = _weighted_sum(rows, terms, table)
+    low, high = weights.min(), weights.max()
+    if high == low:
+        return np.ones(len(rows))
+    scaled: NDArray[np.float64] = 0.01 + 0.99 * (weights - low) / (high - low)
+    return scaled
+
+
+def _weighted_sum(
+    rows: pd.DataFrame, terms: Mapping[str, tuple[float, bool]], table: Path
+) -> NDArray[np.float64]:
+    total = np.zeros(len(rows))
+    for name, (factor, is_share_of_bad) in terms.items():
+        if name not in rows.columns or rows[name].isna().any():
+            raise TableError(
+                f"{table}: the weighted sampler needs {name} in every row; make the table anew, "
+                "or train with --use_weighted_sampler False"
+            )
+        values = rows[name].to_numpy(np.float64)
+        total += factor * (1 - values if is_share_of_bad else values)
+    return total
+
+
+class EpochSampler(Sampler[int]):
+    """Rows of an epoch. Which ones, and their order, follow from the seed and the epoch alone.
+
+    With weights, `count` rows are drawn with replacement; without, each comes once, shuffled.
+    Lightning calls `set_epoch`, but only after the workers of a resumed run have begun to
+    read: hence `first_epoch`.
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        seed: int,
+        weights: NDArray[np.float64] | None = None,
+        count: int | None = None,
+        first_epoch: int = 0,
+    ) -> None:
+        self.rows = rows
+        self.seed = seed
+        self.count = rows if weights is None or count is None else count
+        self.chances = None if weights is None else weights / weights.sum()
+        self.epoch = first_epoch
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[int]:
+        random = np.random.default_rng((self.seed, self.epoch))
+        if self.chances is None:
+            drawn = random.permutation(self.rows)
+        else:
+            drawn = random.choice(self.rows, size=self.count, p=self.chances)
+        return iter(drawn.tolist())
+
+    def set_epoch(self, epoch: int) -> None:
+        """Make the next iteration that of `epoch`."""
+        self.epoch = epoch
+
+
+class FoldData(LightningDataModule):
+    """The loaders of a fold. Their samples do not depend on the number of workers."""
+
+    def __init__(self, fold: Fold, config: TrainConfig, first_epoch: int, pin: bool) -> None:
+        super().__init__()
+        self.fold = fold
+        self.config = config
+        self.pin = pin
+        weights = (
+            sampling_weights(fold.train, config, config.metadata_fp)
+            if config.use_weighted_sampler
+            else None
+        )
+        self.sampler = EpochSampler(
+            len(fold.train), config.seed, weights, config.samples_per_epoch, first_epoch
+        )
+
+    def train_dataloader(self) -> DataLoader[Sample]:
+        """Training rows, as the sampler orders them."""
+        size = self.config.batch_size
+        lonely = size > 1 and len(self.sampler) > 1 and len(self.sampler) % size == 1
+        drop_last = lonely and self.config.architecture in _NEEDS_TWO
+        return self._loader(self.fold.train_sources, self.sampler, drop_last)
+
+    def val_dataloader(self) -> DataLoader[Sample]:
+        """Validation rows, in the order of the table."""
+        return self._loader(self.fold.val_sources, None, drop_last=False)
+
+    def _loader(
+        self, sources: list[Source], sampler: EpochSampler | None, drop_last: bool
+    ) -> DataLoader[Sample]:
+        config = self.config
+        return DataLoader(
+            TileDataset(sources, config.band_order),
+            batch_size=config.batch_size,
+            sampler=sampler,
+            num_workers=config.num_workers,
+            collate_fn=collate,
+            drop_last=drop_last,
+            pin_memory=self.pin,
+            persistent_workers=config.num_workers > 0,
+            # Without one of its own a loader would draw from the network's random numbers.
+            generator=torch.Generator().manual_seed(config.seed),
+        )

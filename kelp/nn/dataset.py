@@ -1,0 +1,131 @@
+"""Images and tiles with their masks, as raw numbers: what the data loaders hand to training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.data import Dataset
+
+from kelp import bands
+from kelp.bands import MASK_NODATA
+from kelp.errors import InputError
+from kelp.grid import Shape, Tile
+from kelp.raster import Scene, read_mask
+
+
+class Sample(NamedTuple):
+    """One image or tile, or a batch of them (then every tensor has a first axis more)."""
+
+    raw: Tensor
+    """Canonical raw numbers, float32 `(7, h, w)`, NaN = missing."""
+    target: Tensor
+    """uint8 `(h, w)`: 0, 1, and 255 where the loss must not look: padding, missing data."""
+    observed: Tensor
+    """bool `(h, w)`: where scores look; False where the target is 255 or QA = 1."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a sample's pixels are: two whole files, or a window of them."""
+
+    image: Path
+    mask: Path
+    tile: Tile | None = None
+    """The window; it may stick out of the image at the right and lower edge."""
+
+
+def sources_of(rows: pd.DataFrame, root: Path, table_folder: Path) -> list[Source]:
+    """The files of each row, in the order of the rows.
+
+    Args:
+        rows: of a table of images or of tiles (`image_path`, `mask_path`); rows of a virtual
+            dataset, whose `image_path` is null, name a window of their source images.
+        root: folder that `image_path` and `mask_path` are relative to.
+        table_folder: folder that `source_image_path` and `source_mask_path` are relative to.
+    """
+    materialised = rows["image_path"].notna().to_numpy()
+    return [
+        Source(root / str(row["image_path"]), root / str(row["mask_path"]))
+        if is_file
+        else Source(
+            table_folder / str(row["source_image_path"]),
+            table_folder / str(row["source_mask_path"]),
+            Tile(int(row["y"]), int(row["x"]), int(row["tile_height"]), int(row["tile_width"])),
+        )
+        for is_file, row in zip(materialised, rows.to_dict("records"), strict=True)
+    ]
+
+
+class TileDataset(Dataset[Sample]):
+    """Samples of a list of sources; holds no open file, so that workers may copy it freely.
+
+    Args:
+        sources: the files, see `sources_of`.
+        band_order: names of the files' bands; empty: as `kelp.raster.Scene` finds them.
+    """
+
+    def __init__(self, sources: Sequence[Source], band_order: Sequence[str] = ()) -> None:
+        self.sources = list(sources)
+        self.band_order = tuple(band_order)
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    def __getitem__(self, index: int) -> Sample:
+        """Read a sample. Raises `InputError` when image and mask do not fit each other."""
+        source = self.sources[index]
+        raw, shape = _read_image(source, self.band_order)
+        mask = read_mask(source.mask, source.tile.clipped(shape) if source.tile else None)
+        if mask.shape != raw.shape[1:]:
+            raise InputError(
+                f"{source.mask}: has {mask.shape[0]} x {mask.shape[1]} pixels, its image "
+                f"{source.image.name} {raw.shape[1]} x {raw.shape[2]}; they must be alike"
+            )
+        target = np.where(bands.observed(raw, qa_as_nodata=False), mask, np.uint8(MASK_NODATA))
+        observed = bands.observed(raw, qa_as_nodata=True) & (target != MASK_NODATA)
+        sample = Sample(torch.from_numpy(raw), torch.from_numpy(target), torch.from_numpy(observed))
+        return pad(sample, (source.tile.height, source.tile.width)) if source.tile else sample
+
+
+def pad(sample: Sample, shape: Shape) -> Sample:
+    """Grow a sample to `shape` at its right and lower edge; nothing is known there."""
+    height, width = sample.target.shape
+    extra = (0, shape[1] - width, 0, shape[0] - height)
+    if not any(extra):
+        return sample
+    return Sample(
+        functional.pad(sample.raw, extra, value=torch.nan),
+        functional.pad(sample.target, extra, value=MASK_NODATA),
+        functional.pad(sample.observed, extra, value=False),
+    )
+
+
+def collate(samples: Sequence[Sample]) -> Sample:
+    """A batch; samples of different sizes are padded to the largest height and width."""
+    shape = (
+        max(sample.target.shape[0] for sample in samples),
+        max(sample.target.shape[1] for sample in samples),
+    )
+    padded = [pad(sample, shape) for sample in samples]
+    return Sample(*(torch.stack(tensors) for tensors in zip(*padded, strict=True)))
+
+
+def _read_image(source: Source, band_order: Sequence[str]) -> tuple[NDArray[np.float32], Shape]:
+    """The pixels of a sample inside its image, and the shape of the whole image."""
+    with Scene(source.image, band_order) as scene:
+        tile = source.tile.clipped(scene.shape) if source.tile else None
+        if tile is not None and min(tile.height, tile.width) < 1:
+            raise InputError(
+                f"{source.image}: has {scene.shape[0]} x {scene.shape[1]} pixels, none in the "
+                f"tile at x={tile.x}, y={tile.y}; slice the images again"
+            )
+        return scene.read(tile), scene.shape

@@ -1,0 +1,89 @@
+"""Where the network runs and in which number format; training and prediction ask here."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from pathlib import Path
+from typing import Final, Literal
+
+import torch
+
+from kelp.config.train import Precision
+from kelp.errors import ConfigError
+
+log = logging.getLogger("kelp")
+
+# Flags of /proc/cpuinfo for bfloat16 dot products: x86 (AVX-512, AMX) and ARM. Without one of
+# them a CPU emulates bfloat16, which is slower than float32.
+_BF16_FLAGS: Final = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
+
+_DTYPES: Final = {"16": torch.float16, "bf16": torch.bfloat16, "32": torch.float32}
+
+
+def resolve_device(name: Literal["auto", "cpu", "cuda"] = "auto") -> torch.device:
+    """The device of `--device`; `auto` is the GPU where there is one.
+
+    Raises:
+        ConfigError: `cuda` without a usable GPU.
+    """
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch sees no CUDA GPU; use --device cpu")
+    return torch.device("cuda")
+
+
+@cache
+def cpu_has_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether the CPU has bfloat16 instructions; False where the system does not tell."""
+    try:
+        text = cpuinfo.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    flags = (line for line in text.splitlines() if line.startswith(("flags", "Features")))
+    return not _BF16_FLAGS.isdisjoint(next(flags, "").split())
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether `device` computes in bfloat16 without emulating it."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return cpu_has_bf16()
+
+
+def resolve_precision(precision: Precision | None, device: torch.device) -> Precision:
+    """The number format that `device` really offers; a fallback is said in one line.
+
+    Args:
+        precision: the wish; None (predict's default) is `bf16-mixed` where the device has it.
+        device: where the network runs.
+    """
+    if precision is None:
+        return "bf16-mixed" if has_bf16(device) else "32-true"
+    number, _, kind = precision.partition("-")
+    offered: Precision = precision
+    if number == "16" and device.type == "cpu":  # CPUs do not compute in float16
+        offered = "bf16-mixed" if kind == "mixed" else "bf16-true"
+    if offered.startswith("bf16") and not has_bf16(device):
+        offered = "32-true"
+    if offered != precision:
+        log.info("--precision %s: this %s has none; using %s", precision, device.type, offered)
+    return offered
+
+
+def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
+    """The context in which the network's forward pass runs.
+
+    `*-mixed` casts operation by operation; in `*-true` the weights themselves have another
+    type (`weights_dtype`) and nothing is cast.
+    """
+    if precision.endswith("-mixed"):
+        return torch.autocast(device.type, dtype=_DTYPES[precision.partition("-")[0]])
+    return nullcontext()
+
+
+def weights_dtype(precision: Precision) -> torch.dtype:
+    """Type in which the network's weights are kept."""
+    return _DTYPES[precision.partition("-")[0]] if precision.endswith("-true") else torch.float32

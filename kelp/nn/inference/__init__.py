@@ -1,0 +1,1 @@
+"""Prediction: a bundle and scenes in, honest maps out."""

@@ -1,0 +1,86 @@
+"""Checks before the network runs: is this the kind of data that the bundle knows?"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from kelp.bands import BANDS, OPTICAL, observed
+from kelp.errors import BundleError, InputError
+from kelp.indices import INDICES
+from kelp.nn.spec import BundleSpec
+from kelp.raster import Scene
+from kelp.stats import StatsFile
+
+log = logging.getLogger("kelp")
+
+_SAMPLE_SIDE: Final = 256  # pixels a side: enough for a median
+_SLACK: Final = 1.0  # of the range q01-q99, to either side
+
+
+def needed_bands(spec: BundleSpec) -> tuple[str, ...]:
+    """The bands a scene must hold: the network's own and those of its indices."""
+    wanted = {*spec.bands, *(b for name in spec.spectral_indices for b in INDICES[name].bands)}
+    if spec.spectral_indices:
+        wanted |= {"QA"} if spec.mask_using_qa else set()
+        wanted |= {"DEM"} if spec.mask_using_water_mask else set()
+    return tuple(name for name in BANDS if name in wanted)
+
+
+def check_statistics(spec: BundleSpec, folder: Path) -> None:
+    """Compare the statistics file that the bundle names with the one in `folder`.
+
+    Raises `BundleError` where they differ; a folder without that file is one line of notice.
+    """
+    if not folder.is_dir():
+        raise InputError(f"--dataset_stats_dir {folder}: no such folder")
+    path = folder / spec.stats_file if spec.stats_file else None
+    if path is None or not path.is_file():
+        name = spec.stats_file or "none: the run computed its own"
+        log.info("%s: not there to compare (%s); using the bundle's numbers", folder, name)
+        return
+    channels = StatsFile.load(path).channels
+    for name in spec.channels:
+        if channels.get(name) != spec.statistics[name]:
+            raise BundleError(
+                f"{path}: other numbers for {name} than the bundle was trained with; "
+                "leave --dataset_stats_dir out, or point it to the run's own file"
+            )
+
+
+def check_scale(scene: Scene, spec: BundleSpec) -> None:
+    """Raise `InputError` where a scene's optical values are on another scale than the bundle's.
+
+    Compared are the medians of observed pixels with the bundle's q01-q99, with the width of
+    that range to spare on both sides.
+    """
+    sample = scene.sample(_SAMPLE_SIDE)
+    sample = sample[:, observed(sample)]
+    if not sample.size:
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # a band that is missing everywhere
+        medians = dict(zip(BANDS, np.nanmedian(sample, axis=1).tolist(), strict=True))
+    odd = []
+    for name in (name for name in OPTICAL if name in spec.statistics):
+        stats, median = spec.statistics[name], medians[name]
+        slack = _SLACK * (stats.q99 - stats.q01)
+        if np.isfinite(median) and not stats.q01 - slack <= median <= stats.q99 + slack:
+            odd.append(
+                f"{name} has median {median:.4g}, trained on {stats.q01:.6g}-{stats.q99:.6g}"
+            )
+    if odd:
+        found = _name_scale([medians[name] for name in OPTICAL if np.isfinite(medians[name])])
+        raise InputError(f"{scene.path}: {found} ({'; '.join(odd)})")
+
+
+def _name_scale(medians: list[float]) -> str:
+    if all(-0.5 <= value <= 2 for value in medians):
+        return "looks like reflectance 0-1; rescale to (reflectance + 0.2) / 2.75e-5"
+    if all(value < 6000 for value in medians):
+        return "looks like Collection-1 values (reflectance x 10000); use Collection-2 Level-2"
+    return "values far from the training data; check the bands (--band_order) and their scale"

@@ -1,0 +1,72 @@
+"""What becomes of a scene's probabilities: one threshold, then files that appear complete."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kelp.bands import MASK_NODATA
+from kelp.errors import KelpError
+from kelp.manifest import MASK_SUFFIX, PROBABILITY_SUFFIX
+from kelp.raster import RasterWriter, Scene
+
+
+def to_mask(probabilities: NDArray[np.float32], threshold: float) -> NDArray[np.uint8]:
+    """Kelp where p >= threshold: uint8, 0, 1, or 255 where p is NaN. The one threshold of kelp."""
+    kelp_here = probabilities >= np.float32(threshold)
+    return np.where(np.isnan(probabilities), MASK_NODATA, kelp_here).astype(np.uint8)
+
+
+def probability_path(mask: Path) -> Path:
+    """The probability raster that belongs to a mask."""
+    return mask.with_name(mask.name.removesuffix(MASK_SUFFIX) + PROBABILITY_SUFFIX)
+
+
+@dataclass
+class Outputs:
+    """Sink of one scene: its mask and, on request, its probabilities."""
+
+    writers: list[RasterWriter]
+    threshold: float
+    _open: list[RasterWriter] = field(default_factory=list, init=False)
+
+    @classmethod
+    def of(
+        cls,
+        scene: Scene,
+        mask: Path,
+        threshold: float,
+        tags: Mapping[str, str],
+        with_probabilities: bool,
+    ) -> Outputs:
+        """The outputs of a scene, with its size and georeference."""
+        place = scene.georeference
+        writers = [RasterWriter(mask, scene.shape, "uint8", place, MASK_NODATA, tags)]
+        if with_probabilities:
+            path = probability_path(mask)
+            writers.append(RasterWriter(path, scene.shape, "float32", place, float("nan"), tags))
+        return cls(writers, threshold)
+
+    def write(self, y: int, rows: NDArray[np.float32]) -> None:
+        """Write rows `(n, width)` of probabilities from row `y` on."""
+        if not self._open:
+            for writer in self.writers:
+                self._open.append(writer.__enter__())
+        self._open[0].write(y, to_mask(rows, self.threshold))
+        for writer in self._open[1:]:
+            writer.write(y, rows)
+
+    def close(self) -> None:
+        """Finish the files; the mask last: it is what marks a scene as finished."""
+        while self._open:
+            self._open.pop().__exit__(None, None, None)
+
+    def abandon(self) -> None:
+        """Remove what was begun and not closed."""
+        given_up = KelpError("given up")
+        while self._open:
+            self._open.pop().__exit__(KelpError, given_up, None)

@@ -1,0 +1,96 @@
+"""Scores of the kelp class, pooled over all observed pixels of an epoch, from exact counts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor, nn
+from torchmetrics.classification import BinaryConfusionMatrix
+
+from kelp.bands import MASK_NODATA
+
+THRESHOLD: Final = 0.5
+"""The decision threshold of `val/…` scores."""
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """Counts of pixels, and the scores that follow from them.
+
+    A score without anything to score (0 / 0) is 1 when there is neither kelp nor predicted
+    kelp, else 0: no score is ever NaN.
+    """
+
+    true_negative: int
+    false_positive: int
+    false_negative: int
+    true_positive: int
+
+    def _ratio(self, part: int, whole: int) -> float:
+        if whole:
+            return part / whole
+        return 0.0 if self.false_positive + self.false_negative else 1.0
+
+    @property
+    def dice(self) -> float:
+        """2TP / (2TP + FP + FN)."""
+        part = 2 * self.true_positive
+        return self._ratio(part, part + self.false_positive + self.false_negative)
+
+    @property
+    def iou(self) -> float:
+        """TP / (TP + FP + FN)."""
+        part = self.true_positive
+        return self._ratio(part, part + self.false_positive + self.false_negative)
+
+    @property
+    def precision(self) -> float:
+        """TP / (TP + FP)."""
+        return self._ratio(self.true_positive, self.true_positive + self.false_positive)
+
+    @property
+    def recall(self) -> float:
+        """TP / (TP + FN)."""
+        return self._ratio(self.true_positive, self.true_positive + self.false_negative)
+
+    def scores(self) -> dict[str, float]:
+        """All four scores by name."""
+        return {
+            "dice": self.dice,
+            "iou": self.iou,
+            "precision": self.precision,
+            "recall": self.recall,
+        }
+
+
+class KelpScores(nn.Module):
+    """Accumulates the confusion matrix of an epoch on the network's device, in int64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Fed with decided 0/1 only. With probabilities it would decide by "> 0.5" where kelp's
+        # rule is ">=", and take numbers outside 0-1 for logits.
+        self._matrix = BinaryConfusionMatrix(ignore_index=MASK_NODATA, validate_args=False)
+
+    def update(self, probabilities: Tensor, target: Tensor, observed: Tensor) -> None:
+        """Count a batch.
+
+        Args:
+            probabilities: `(B, h, w)`, any float type.
+            target: `(B, h, w)` uint8; 255 is left out.
+            observed: `(B, h, w)` bool; False is left out.
+        """
+        truth = torch.where(observed, target, MASK_NODATA).long()
+        self._matrix.update((probabilities >= THRESHOLD).long(), truth)
+
+    def confusion(self) -> Confusion:
+        """The counts since the last reset."""
+        matrix: Tensor = self._matrix.confmat
+        counts = matrix.flatten().tolist()
+        return Confusion(*(int(count) for count in counts))
+
+    def reset(self) -> None:
+        """Forget all counts."""
+        self._matrix.reset()

@@ -1,0 +1,138 @@
+"""The network: raw digital numbers in, logits or probabilities out."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any, Final
+
+import segmentation_models_pytorch as smp
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kelp.bands import MASK_NODATA
+from kelp.errors import ConfigError
+from kelp.grid import Shape
+from kelp.nn.preprocess import Preprocess
+from kelp.nn.spec import NetworkSpec
+
+_SMP_NAMES: Final = {"unet++": "unetplusplus", "deeplabv3+": "deeplabv3plus"}
+_WITH_DECODER_CHANNELS: Final = ("unet", "unet++", "manet")
+_WITH_ATTENTION: Final = ("unet", "unet++")
+
+
+class KelpNet(nn.Module):
+    """Preprocessing, resizing and a segmentation network in one module.
+
+    `forward` gives logits at the network's resolution (for the loss); `probabilities` gives
+    probabilities at the resolution of the input. One output channel: p = sigmoid(logit).
+
+    A `resize` network brings its input to `image_size` x `image_size`; a `pad` network pads it
+    evenly with "missing" to `image_size`, or, for an input of another size than it was trained
+    on, to the next multiple of 32.
+    """
+
+    def __init__(self, spec: NetworkSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.preprocess = Preprocess(spec)
+        self.body = _build_body(spec)
+
+    def forward(self, raw: Tensor) -> Tensor:
+        """Raw DN `(n, 7, h, w)` to float32 logits `(n, H, W)` at network resolution."""
+        if self.spec.resize_strategy == "pad":
+            x = self.preprocess(F.pad(raw, self._padding(raw.shape[-2:]), value=torch.nan))
+        else:
+            x = self._resize(self.preprocess(raw))
+        dtype = next(self.body.parameters()).dtype
+        x = x.to(dtype, memory_format=torch.channels_last)
+        logits: Tensor = self.body(x)[:, 0].float()
+        return logits
+
+    def probabilities(self, raw: Tensor) -> Tensor:
+        """Raw DN `(n, 7, h, w)` to float32 probabilities `(n, h, w)` at input resolution."""
+        return self.to_input(torch.sigmoid(self(raw)), raw.shape[-2:])
+
+    def to_input(self, p: Tensor, shape: Shape | torch.Size) -> Tensor:
+        """Probabilities `(n, H, W)` at network resolution back at that of an input of `shape`.
+
+        They are averaged down (by area), not picked: the network saw finer pixels.
+        """
+        height, width = shape
+        if self.spec.resize_strategy == "pad":
+            left, _, top, _ = self._padding((height, width))
+            return p[:, top : top + height, left : left + width]
+        smaller = self.spec.image_size >= max(height, width)
+        mode = "area" if smaller else "bilinear"
+        return F.interpolate(p[:, None], size=(height, width), mode=mode)[:, 0]
+
+    def resize_target(self, target: Tensor) -> Tensor:
+        """A mask `(n, h, w)` uint8 at network resolution; padding is 255 (ignored)."""
+        if self.spec.resize_strategy == "pad":
+            return F.pad(target, self._padding(target.shape[-2:]), value=MASK_NODATA)
+        # The label must sample the same pixel as the image did.
+        mode = "nearest" if self.spec.interpolation == "nearest" else "nearest-exact"
+        side = self.spec.image_size
+        return F.interpolate(target[:, None], size=(side, side), mode=mode)[:, 0]
+
+    def _resize(self, x: Tensor) -> Tensor:
+        side, mode = self.spec.image_size, self.spec.interpolation
+        if mode in ("nearest", "nearest-exact"):
+            return F.interpolate(x, size=(side, side), mode=mode)
+        # Shrinking without antialiasing would drop specks.
+        shrinks = side < max(x.shape[-2:])
+        return F.interpolate(x, size=(side, side), mode=mode, antialias=shrinks)
+
+    def _padding(self, shape: Shape | torch.Size) -> tuple[int, int, int, int]:
+        """Left, right, top and bottom padding of an input of `shape`."""
+        height, width = shape
+        side = self.spec.image_size if (height, width) == self.spec.tile_size else 0
+        extra_y = max(side, -(-height // 32) * 32) - height
+        extra_x = max(side, -(-width // 32) * 32) - width
+        return extra_x // 2, extra_x - extra_x // 2, extra_y // 2, extra_y - extra_y // 2
+
+
+def _build_body(spec: NetworkSpec) -> nn.Module:
+    check_encoder(spec.encoder)
+    options: dict[str, Any] = {"encoder_depth": len(spec.decoder_channels)}
+    default = NetworkSpec.model_fields
+    for name, architectures in (
+        ("decoder_channels", _WITH_DECODER_CHANNELS),
+        ("decoder_attention_type", _WITH_ATTENTION),
+    ):
+        value = getattr(spec, name)
+        if spec.architecture in architectures:
+            options[name] = None if value == "none" else value
+        elif value != default[name].default:
+            raise ConfigError(f"--{name}: the architecture {spec.architecture} has no such setting")
+    try:
+        body: nn.Module = smp.create_model(
+            _SMP_NAMES.get(spec.architecture, spec.architecture),
+            encoder_name=spec.encoder,
+            encoder_weights=None,
+            in_channels=len(spec.channels),
+            classes=1,
+            **options,
+        )
+    except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+        # smp has no error type of its own for pairs that do not go together.
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"--architecture {spec.architecture} cannot be built on --encoder {spec.encoder} "
+            f"with {len(spec.decoder_channels)} stages ({reason}); choose another encoder"
+        ) from error
+    return body.to(memory_format=torch.channels_last)
+
+
+def check_encoder(name: str) -> None:
+    """Raise `ConfigError`, with the nearest names, unless timm has the encoder `tu-<name>`."""
+    bare = name.removeprefix("tu-")
+    if name.startswith("tu-") and timm.is_model(bare.partition(".")[0]):
+        return
+    known = timm.list_models()
+    near = difflib.get_close_matches(bare.replace("-", "_"), known, n=3) or ["efficientnet_b5"]
+    raise ConfigError(
+        f"--encoder {name}: not an encoder of timm; did you mean "
+        + " or ".join(f"tu-{candidate}" for candidate in near)
+    )

@@ -1,0 +1,72 @@
+"""What describes a network and a bundle, as data: everything prediction needs but the weights."""
+
+from __future__ import annotations
+
+from typing import Any, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from kelp.bands import IndexInput
+from kelp.config.train import Architecture, Interpolation, Normalization, ResizeStrategy
+from kelp.grid import Shape
+from kelp.indices import IndexSettings, channel_names
+from kelp.stats import ChannelStats
+
+SCHEMA_VERSION: Final = 1
+
+
+class NetworkSpec(BaseModel):
+    """How raw digital numbers become probabilities; see `kelp.nn.model.KelpNet`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    bands: tuple[str, ...]
+    spectral_indices: tuple[str, ...] = ()
+    index_input: IndexInput = "reflectance"
+    mask_using_qa: bool = True
+    mask_using_water_mask: bool = True
+    fill_missing_pixels_with_torch_nan: bool = True
+    normalization_strategy: Normalization = "quantile"
+    statistics: dict[str, ChannelStats]
+    """Of each channel, in raw units: DN for bands, index units for indices."""
+
+    sahi: bool = False
+    """Trained on tiles and to be applied in tiles of `tile_size`."""
+    tile_size: Shape
+    """Height and width of a training image or tile, in its own pixels."""
+    image_size: int
+    """Side of the network's input, in pixels."""
+    resize_strategy: ResizeStrategy = "pad"
+    interpolation: Interpolation = "nearest"
+
+    architecture: Architecture = "unet"
+    encoder: str = "tu-efficientnet_b5"
+    decoder_channels: tuple[int, ...] = (256, 128, 64, 32, 16)
+    decoder_attention_type: Literal["scse", "none"] = "none"
+
+    @property
+    def index_settings(self) -> IndexSettings:
+        """Index input and masks."""
+        return IndexSettings(self.index_input, self.mask_using_qa, self.mask_using_water_mask)
+
+    @property
+    def channels(self) -> tuple[str, ...]:
+        """The network's input channels: bands, then indices."""
+        return channel_names(self.bands, self.spectral_indices)
+
+
+class BundleSpec(NetworkSpec):
+    """`bundle.json`: the network and where it comes from."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    threshold: float = Field(0.5, ge=0, le=1)
+    """Kelp where the probability is at least this."""
+    scores: dict[str, float] = {}
+    """Of the validation fold, at the epoch of these weights."""
+    epoch: int = 0
+    stats_file: str | None = None
+    """Name of the statistics file the run was given."""
+    training: dict[str, Any] = {}
+    """The run's resolved configuration."""
+    versions: dict[str, str] = {}
+    weights_sha256: str = ""

@@ -1,0 +1,1 @@
+"""Training: one tracked run, ending in a bundle."""

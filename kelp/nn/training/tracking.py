@@ -1,0 +1,169 @@
+"""The record of a run in MLflow, and the run's folder of plain files.
+
+Everything of a run lies in `<output_dir>/<experiment>/<run_id>/artifacts/`. With MLflow's store
+in `<output_dir>/mlflow.db` (the default) that folder *is* the run's artifact folder; a store
+of `MLFLOW_TRACKING_URI` gets a copy.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, Literal
+from urllib.parse import unquote, urlparse
+
+from kelp.config import TrainConfig
+from kelp.errors import InputError
+from kelp.files import output_folder
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+log = logging.getLogger("kelp")
+
+ARTIFACTS: Final = "artifacts"
+STORE: Final = "mlflow.db"
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+
+_CHATTY: Final = ("mlflow", "alembic", "sqlalchemy", "lightning", "lightning.pytorch",
+                  "lightning.fabric", "lightning.pytorch.utilities.rank_zero")  # fmt: skip
+_SERVERS: Final = ("http", "https", "databricks", "databricks-uc")
+_RESUME_ONLY: Final = "resume_from"
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Keep the tips, notices and warnings of other libraries from the user's screen."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    loggers = [logging.getLogger(name) for name in _CHATTY]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+@dataclass(frozen=True)
+class Tracking:
+    """One run in MLflow's store."""
+
+    client: MlflowClient
+    run_id: str
+    run_dir: Path
+    """`<output_dir>/<experiment>/<run_id>`."""
+    copies: bool
+    """The store keeps artifacts elsewhere: it is sent a copy of each."""
+
+    @property
+    def artifacts(self) -> Path:
+        """The folder that everything of the run is written into."""
+        return self.run_dir / ARTIFACTS
+
+    def log_epoch(self, epoch: int, metrics: Mapping[str, float]) -> None:
+        """Add a point to the curve of each metric."""
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        points = [Metric(name, value, now, epoch) for name, value in metrics.items()]
+        self.client.log_batch(self.run_id, metrics=points)
+
+    def log_files(self, *names: str) -> None:
+        """Send files or folders of `artifacts` to a store that keeps them elsewhere."""
+        for name in names if self.copies else ():
+            path = self.artifacts / name
+            if path.is_dir():
+                self.client.log_artifacts(self.run_id, str(path), name)
+            elif path.is_file():
+                self.client.log_artifact(self.run_id, str(path), Path(name).parent.as_posix())
+
+    def finish(self, status: Status) -> None:
+        """Close the run."""
+        self.client.set_terminated(self.run_id, status)
+
+
+def start_run(config: TrainConfig) -> Tracking:
+    """Open a new run and create its folder. Raises `InputError` when the store cannot be used."""
+    from mlflow.exceptions import MlflowException
+
+    output_dir = output_folder(config.output_dir).resolve()
+    try:
+        client = _client(output_dir)
+        run = client.create_run(_experiment(client, config.experiment, output_dir))
+        _log_parameters(client, run.info.run_id, config)
+    except MlflowException as error:
+        raise _unusable(error) from error
+    run_dir = output_dir / config.experiment / run.info.run_id
+    output_folder(run_dir / ARTIFACTS)
+    return Tracking(client, run.info.run_id, run_dir, _is_elsewhere(run.info.artifact_uri, run_dir))
+
+
+def reopen_run(run_dir: Path, config: TrainConfig) -> Tracking:
+    """Go on with the run of a run folder. Raises `InputError` when the store has no such run."""
+    from mlflow.exceptions import MlflowException
+
+    output_dir = config.output_dir.resolve()
+    if run_dir.parent != output_dir / config.experiment:
+        raise InputError(
+            f"--resume_from {run_dir}: not a run of {output_dir / config.experiment}; "
+            "give its own --output_dir and --experiment"
+        )
+    try:
+        client = _client(output_dir)
+        run = client.get_run(run_dir.name)
+        client.update_run(run_dir.name, "RUNNING")
+    except MlflowException as error:
+        raise _unusable(error) from error
+    return Tracking(client, run_dir.name, run_dir, _is_elsewhere(run.info.artifact_uri, run_dir))
+
+
+def _store_uri(output_dir: Path) -> str:
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{output_dir / STORE}"
+
+
+def _client(output_dir: Path) -> MlflowClient:
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=_store_uri(output_dir))
+
+
+def _experiment(client: MlflowClient, name: str, output_dir: Path) -> str:
+    """Id of the experiment; a new one keeps its artifacts in `<output_dir>/<name>`."""
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        is_server = urlparse(_store_uri(output_dir)).scheme in _SERVERS
+        place = None if is_server else (output_dir / name).as_uri()
+        return str(client.create_experiment(name, artifact_location=place))
+    if found.lifecycle_stage == "deleted":
+        client.restore_experiment(found.experiment_id)
+    return str(found.experiment_id)
+
+
+def _log_parameters(client: MlflowClient, run_id: str, config: TrainConfig) -> None:
+    from mlflow.entities import Param
+
+    values = config.model_dump(mode="json", exclude={_RESUME_ONLY})
+    parameters = [Param(name, str(value)) for name, value in values.items()]
+    client.log_batch(run_id, params=parameters)
+
+
+def _is_elsewhere(artifact_uri: str, run_dir: Path) -> bool:
+    parts = urlparse(artifact_uri)
+    return parts.scheme not in ("", "file") or Path(unquote(parts.path)) != run_dir / ARTIFACTS
+
+
+def _unusable(error: Exception) -> InputError:
+    reason = " ".join(str(error).split())[:200]
+    return InputError(
+        f"MLflow's store cannot be used ({reason}); check --output_dir and MLFLOW_TRACKING_URI"
+    )

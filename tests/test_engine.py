@@ -1,0 +1,193 @@
+"""The sliced engine with networks that are one line of numpy."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kelp.bands import BANDS, DEM, QA, canonical, observed
+from kelp.grid import TileGrid
+from kelp.nn.inference.engine import Engine, Slicing
+
+NIR = BANDS.index("NIR")
+
+
+def scene(shape, seed=0, holes=0.2):
+    rng = np.random.default_rng(seed)
+    raw = rng.integers(1, 65535, (len(BANDS), *shape)).astype(np.float64)
+    raw[QA] = rng.random(shape) < 0.1
+    raw[DEM] = rng.integers(-2, 50, shape)
+    raw[:QA][rng.random((5, *shape)) < holes] = -32768
+    return canonical(raw)
+
+
+def scale(batch):
+    """The exact network: NIR as a probability."""
+    return np.nan_to_num(batch[:, NIR], nan=0.0) / np.float32(65535)
+
+
+class ArrayScene:
+    def __init__(self, pixels):
+        self.pixels = pixels
+        self.shape = pixels.shape[1:]
+        self.rows_read = 0
+        self.result = np.full(self.shape, -1, dtype=np.float32)
+        self.closed = 0
+
+    def read(self, tile):
+        assert 0 <= tile.y <= tile.bottom <= self.shape[0]
+        self.rows_read += tile.height
+        return self.pixels[:, *tile.slices]
+
+    def write(self, y, rows):
+        assert not self.closed
+        self.result[y : y + len(rows)] = rows
+
+    def close(self):
+        self.closed += 1
+
+
+def run(scenes, predict=scale, tile=(16, 16), overlap=(8, 8), **options):
+    jobs = [ArrayScene(pixels) for pixels in scenes]
+    engine = Engine(predict, Slicing(tile, overlap, **options))
+    for job in jobs:
+        engine.run(job, job)
+    engine.finish()
+    assert all(job.closed == 1 for job in jobs)
+    return [job.result for job in jobs], engine, jobs
+
+
+@st.composite
+def settings_of_a_run(draw):
+    tile = (draw(st.integers(1, 20)), draw(st.integers(1, 20)))
+    overlap = (draw(st.integers(0, tile[0] - 1)), draw(st.integers(0, tile[1] - 1)))
+    shape = (draw(st.integers(1, 45)), draw(st.integers(1, 45)))
+    return shape, {
+        "tile": tile,
+        "overlap": overlap,
+        "batch_size": draw(st.integers(1, 7)),
+        "blend": draw(st.sampled_from(["mean", "hann"])),
+        "qa_as_nodata": draw(st.booleans()),
+    }
+
+
+@settings(deadline=None, max_examples=60)
+@given(case=settings_of_a_run(), holes=st.sampled_from([0.0, 0.2, 0.9, 1.0]))
+def test_an_exact_network_gives_its_map_at_any_size(case, holes):
+    shape, options = case
+    pixels = scene(shape, holes=holes)
+    (result,), _, _ = run([pixels], **options)
+    seen = observed(pixels, options["qa_as_nodata"])
+    expected = np.where(seen, scale(pixels[None])[0], np.nan)
+    np.testing.assert_allclose(result, expected, atol=1e-6)
+
+
+@settings(deadline=None, max_examples=30)
+@given(case=settings_of_a_run(), order=st.permutations(range(4)), batch=st.integers(1, 9))
+def test_order_of_scenes_and_batch_size_change_no_bit(case, order, batch):
+    shape, options = case
+    scenes = [scene((shape[0] + i, shape[1]), seed=i) for i in range(4)]
+    alone = [run([pixels], **options)[0][0] for pixels in scenes]
+    together, _, _ = run([scenes[i] for i in order], **{**options, "batch_size": batch})
+    for i, result in zip(order, together, strict=True):
+        assert result.tobytes() == alone[i].tobytes()
+
+
+def test_batches_have_one_shape_and_run_across_scenes():
+    shapes = []
+
+    def predict(batch):
+        shapes.append(batch.shape)
+        return scale(batch)
+
+    _, engine, _ = run([scene((20, 20), i, 0.0) for i in range(5)], predict, batch_size=8)
+    assert set(shapes) == {(8, 7, 16, 16)}
+    assert engine.counts.predicted == 20
+    assert len(shapes) == 3
+
+
+def test_each_row_is_read_once():
+    pixels = scene((100, 30))
+    _, _, (job,) = run([pixels], tile=(32, 16), overlap=(24, 8))
+    assert job.rows_read == 100
+
+
+def test_tiles_without_an_observed_pixel_are_not_run():
+    pixels = scene((64, 64), holes=0.0)
+    pixels[NIR, :32] = np.nan
+    (result,), engine, _ = run([pixels], overlap=(0, 0))
+    assert engine.counts.unobserved == 8
+    assert engine.counts.predicted == 8
+    assert np.isnan(result[:32]).all()
+
+
+def test_a_scene_without_data_is_not_observed_everywhere():
+    (result,), engine, _ = run([np.full((7, 33, 40), np.nan, dtype=np.float32)])
+    assert np.isnan(result).all()
+    assert engine.counts.batches == 0
+
+
+def test_all_land_tiles_are_zero_on_request_and_nothing_else_changes():
+    pixels = scene((48, 64), holes=0.0)
+    pixels[QA] = 0
+    pixels[DEM] = 0
+    pixels[DEM, :, 32:] = 5
+    (kept,), _, _ = run([pixels], overlap=(0, 0))
+    (skipped,), engine, _ = run([pixels], overlap=(0, 0), skip_land=True)
+    assert engine.counts.land == 6
+    assert (skipped[:, 32:] == 0).all()
+    assert skipped[:, :32].tobytes() == kept[:, :32].tobytes()
+    pixels[DEM, :, 32:] = np.nan  # unknown is not land
+    assert run([pixels], overlap=(0, 0), skip_land=True)[1].counts.land == 0
+
+
+def test_a_network_that_moves_its_output_is_noticed():
+    pixels = scene((40, 40), holes=0.0)
+    (result,), _, _ = run([pixels], lambda batch: np.roll(scale(batch), 1, axis=2))
+    seen = observed(pixels)
+    assert np.nanmax(np.abs(result[seen] - scale(pixels[None])[0][seen])) > 0.1
+
+
+def test_probabilities_are_averaged_not_votes():
+    """Tiles that disagree (0.9, 0.2) leave their mean, whatever a threshold would say."""
+    answers = iter([0.9, 0.2, 0.9, 0.2])
+
+    def predict(batch):
+        return np.stack([np.full(batch.shape[2:], next(answers), np.float32) for _ in batch])
+
+    pixels = scene((16, 24), holes=0.0)
+    pixels[QA] = 0
+    (result,), _, _ = run([pixels], predict, batch_size=1)
+    np.testing.assert_allclose(result[:, 8:16], 0.55, atol=1e-6)
+
+
+def test_a_failed_scene_leaves_the_others_alone():
+    good = ArrayScene(scene((40, 40), 1))
+    bad = ArrayScene(scene((40, 40), 2))
+    engine = Engine(scale, Slicing((16, 16), (8, 8), batch_size=64))
+
+    def broken(tile):
+        if tile.y > 0:
+            raise OSError("truncated")
+        return ArrayScene.read(bad, tile)
+
+    bad.read, read = broken, bad.read
+    with pytest.raises(OSError, match="truncated"):
+        engine.run(bad, bad)
+    engine.drop(bad)
+    engine.run(good, good)
+    engine.finish()
+    assert good.closed
+    assert not bad.closed
+    assert read is not bad.read
+
+
+def test_progress_counts_every_tile():
+    done = []
+    pixels = scene((50, 70))
+    pixels[NIR, :20] = np.nan
+    engine = Engine(scale, Slicing((16, 16), (8, 8)), done.append)
+    job = ArrayScene(pixels)
+    engine.run(job, job)
+    engine.finish()
+    assert sum(done) == len(TileGrid((50, 70), 16, 8)) == engine.counts.tiles
