@@ -1,6 +1,76 @@
 """kelp finds small things in big satellite images: sliced training and prediction.
 
-Importing this package is light; torch and rasterio are imported on first use.
+Importing this package is light: every function below is imported on first use.
+
+    import kelp
+
+    bundle = kelp.load_bundle("mlruns/kelp/<run>")
+    p = kelp.predict_array(bundle, scene)  # (bands, h, w) raw values -> (h, w) probabilities
+    kelp.predict(bundle, "scene.tif", "scene_kelp.tif", tile=128, overlap=64, blend="hann")
+    kelp.predict_scenes(kelp.config.PredictConfig(data_dir=..., output_dir=..., run_dir=...))
 """
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from kelp.data_prep.metadata import build_metadata
+    from kelp.data_prep.slicing import slice_dataset
+    from kelp.data_prep.splitting import split_fold
+    from kelp.ensembling import ensemble
+    from kelp.errors import KelpError
+    from kelp.nn.bundle import load_bundle
+    from kelp.nn.inference.arrays import predict, predict_array
+    from kelp.nn.inference.predict import predict_scenes
+    from kelp.nn.training.fit import train
+    from kelp.scoring import evaluate
+    from kelp.simulation.layout import simulate
+    from kelp.stats import compute_stats
+    from kelp.submission import submit
+
+_HOMES = {
+    "KelpError": "kelp.errors",
+    "build_metadata": "kelp.data_prep.metadata",
+    "compute_stats": "kelp.stats",
+    "ensemble": "kelp.ensembling",
+    "evaluate": "kelp.scoring",
+    "load_bundle": "kelp.nn.bundle",
+    "predict": "kelp.nn.inference.arrays",
+    "predict_array": "kelp.nn.inference.arrays",
+    "predict_scenes": "kelp.nn.inference.predict",
+    "simulate": "kelp.simulation.layout",
+    "slice_dataset": "kelp.data_prep.slicing",
+    "split_fold": "kelp.data_prep.splitting",
+    "submit": "kelp.submission",
+    "train": "kelp.nn.training.fit",
+}
+
+__all__ = [
+    "KelpError",
+    "__version__",
+    "build_metadata",
+    "compute_stats",
+    "ensemble",
+    "evaluate",
+    "load_bundle",
+    "predict",
+    "predict_array",
+    "predict_scenes",
+    "simulate",
+    "slice_dataset",
+    "split_fold",
+    "submit",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "config":  # a package of its own, there without another import
+        return importlib.import_module("kelp.config")
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'kelp' has no attribute {name!r}")

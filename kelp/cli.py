@@ -45,7 +45,7 @@ COMMANDS: Final = {
         "TrainConfig", "kelp.nn.training.fit:train", "One tracked run, ending in a bundle.",
     ),
     "predict": Command(
-        "PredictConfig", "kelp.nn.inference.predict:predict",
+        "PredictConfig", "kelp.nn.inference.predict:predict_scenes",
         "Masks and probabilities of scenes, in slices or whole.",
     ),
     "submit": Command(
@@ -84,6 +84,23 @@ class _Program(click.Group):
             formatter.write_dl([(name, command.summary) for name, command in COMMANDS.items()])
 
 
+class _Command(click.Command):
+    """A command that also takes `--no-flag`, which click keeps for flags without a value."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        flags = {o for p in self.params if isinstance(p, click.Option) and p.flag_value
+                 for o in p.opts}  # fmt: skip
+        return super().parse_args(ctx, [_positive(arg, flags) for arg in args])
+
+
+def _positive(argument: str, flags: set[str]) -> str:
+    """`--no-flag` as `--flag=False`."""
+    if argument.startswith(("--no-", "--no_")):
+        flag = f"--{argument[5:].replace('-', '_')}"
+        return f"{flag}=False" if flag in flags else argument
+    return argument
+
+
 def _build(name: str) -> click.Command:
     """The click command of a configuration class: one flag for each field."""
     command = COMMANDS[name]
@@ -102,23 +119,13 @@ def _build(name: str) -> click.Command:
                 help=f"{info.description}{_default(info)}",
             )
         )
-        if is_flag:
-            params.append(
-                click.Option(
-                    [*(s.replace("--", "--no_") for s in spellings), field],
-                    is_flag=True,
-                    flag_value="False",
-                    default=None,
-                    hidden=True,
-                )
-            )
     params.append(click.Option(["--config", "config_file"], metavar="FILE", help=_CONFIG_HELP))
     params.append(click.Option(["--quiet"], is_flag=True, help="Only warnings and errors."))
 
     def run(config_file: str | None, quiet: bool, **values: str | None) -> None:
         _run(command, config, values, config_file, quiet)
 
-    return click.Command(
+    return _Command(
         name,
         params=params,
         callback=run,

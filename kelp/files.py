@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -13,19 +14,22 @@ from kelp.errors import InputError
 
 
 @contextmanager
-def atomic(path: Path) -> Iterator[Path]:
+def atomic(path: Path, sync: bool = True) -> Iterator[Path]:
     """Give a temporary path beside `path`; it takes the final name only when the block succeeds.
 
     The temporary keeps the suffix (drivers look at it) and starts with a dot, so that no
     folder scan picks it up. A failure or Ctrl-C removes it; after `kill -9` it stays behind
     under its own name and is overwritten by the next try of the same process id or ignored.
+    Without `sync` a power cut may leave the file empty: for writers of thousands of files, who
+    flush them all at once before they write what makes the files count.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
     try:
         yield partial
-        with partial.open("rb+") as written:
-            os.fsync(written.fileno())
+        if sync:
+            with partial.open("rb+") as written:
+                os.fsync(written.fileno())
         partial.replace(path)
     except OSError as error:
         raise InputError(
@@ -35,6 +39,32 @@ def atomic(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """`atomic` for a folder: a new, empty one that becomes `path` when the block succeeds.
+
+    A folder cannot be replaced in one step: for an instant there is none under the name, never
+    an incomplete one.
+    """
+    partial, old = (path.with_name(f".{path.name}.{kind}") for kind in ("partial", "old"))
+    shutil.rmtree(partial, ignore_errors=True)
+    output_folder(partial)
+    try:
+        yield partial
+        shutil.rmtree(old, ignore_errors=True)
+        if path.exists():
+            path.rename(old)
+        partial.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be written ({error.strerror or error}); "
+            "check the folder's permissions and the free space"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:

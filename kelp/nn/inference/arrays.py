@@ -1,9 +1,9 @@
-"""Prediction of arrays: the same engine and laws, without files."""
+"""The Python API of prediction: any source, any sink, the same engine and laws."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -18,9 +18,81 @@ from kelp.merge import Blend
 from kelp.nn.bundle import Bundle
 from kelp.nn.device import resolve_device, resolve_precision
 from kelp.nn.inference.checks import needed_bands
-from kelp.nn.inference.engine import Engine, Slicing
+from kelp.nn.inference.engine import Counts, Engine, Sink, Slicing, Source
 from kelp.nn.inference.network import Network
+from kelp.nn.inference.outputs import Outputs
 from kelp.progress import Progress, silent
+from kelp.raster import Georeference, Scene
+
+
+def predict(
+    bundle: Bundle | Sequence[Bundle],
+    source: Source | Path | str,
+    sink: Sink | Path | str,
+    *,
+    tile: int | None = None,
+    overlap: int | None = None,
+    blend: Blend = "mean",
+    batch_size: int = 8,
+    precision: Precision | None = None,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    qa_as_nodata: bool = True,
+    threshold: float | None = None,
+    progress: Progress = silent,
+) -> Counts:
+    """Predict one scene, streaming from `source` to `sink`.
+
+    Args:
+        bundle: a loaded bundle, or several that are averaged.
+        source: a raster file, or anything with `shape` and `read(tile)` (see `engine.Source`).
+        sink: the mask's file, or anything with `write(y, rows)` and `close()`.
+        tile: side of a tile in pixels; default: as trained.
+        overlap: of neighbouring tiles in pixels; default: half a tile.
+        blend: window of a tile's vote.
+        batch_size: crops in a batch.
+        precision: number format; default: bf16-mixed where the device has it.
+        device: where the network runs.
+        qa_as_nodata: whether QA = 1 means not observed.
+        threshold: kelp where p is at least this, for a mask file; default: the bundle's.
+        progress: told of tiles.
+
+    Raises:
+        KelpError: the file cannot be read, or lacks bands that the bundle needs.
+    """
+    if isinstance(source, Path | str):
+        with Scene(Path(source)) as scene:
+            return predict(
+                bundle, scene, sink, tile=tile, overlap=overlap, blend=blend,
+                batch_size=batch_size, precision=precision, device=device,
+                qa_as_nodata=qa_as_nodata, threshold=threshold, progress=progress,
+            )  # fmt: skip
+    bundles = [bundle] if isinstance(bundle, Bundle) else list(bundle)
+    if isinstance(source, Scene):
+        for one in bundles:
+            source.require(needed_bands(one.spec))
+    where = resolve_device(device)
+    network = Network(bundles, where, resolve_precision(precision, where))
+    shape, shared = tile_shape(bundles, tile, overlap)
+    total, done = len(TileGrid(source.shape, shape, shared)), 0
+
+    def advance(tiles: int) -> None:
+        nonlocal done
+        done += tiles
+        progress("predicting", done, total)
+
+    engine = Engine(network, Slicing(shape, shared, blend, batch_size, qa_as_nodata), advance)
+    outputs = None
+    if isinstance(sink, Path | str):
+        place = source.georeference if isinstance(source, Scene) else Georeference()
+        cut = joint_threshold(bundles, threshold)
+        sink = outputs = Outputs.of(source.shape, place, Path(sink), cut, {})
+    try:
+        engine.run(source, sink)
+        engine.finish()
+    finally:
+        if outputs:
+            outputs.abandon()
+    return engine.counts
 
 
 def predict_array(
@@ -37,70 +109,60 @@ def predict_array(
     qa_as_nodata: bool = True,
     progress: Progress = silent,
 ) -> NDArray[np.float32]:
-    """Probabilities of an array of raw values.
+    """Probabilities of an array of raw values; options as in `predict`.
 
     Args:
         bundle: a loaded bundle, or several that are averaged.
         scene: raw DN `(len(names), height, width)`; NaN and -32768 mean missing.
         names: the array's bands, in its order.
-        tile: side of a tile in pixels; default: as trained.
-        overlap: of neighbouring tiles in pixels; default: half a tile.
-        blend: window of a tile's vote.
-        batch_size: crops in a batch.
-        precision: number format; default: bf16-mixed where the device has it.
-        device: where the network runs.
-        qa_as_nodata: whether QA = 1 means not observed.
-        progress: told of tiles.
+        tile: see `predict`, as all that follow.
+        overlap: see `predict`.
+        blend: see `predict`.
+        batch_size: see `predict`.
+        precision: see `predict`.
+        device: see `predict`.
+        qa_as_nodata: see `predict`.
+        progress: see `predict`.
 
     Returns:
         Probabilities `(height, width)`, float32 in [0, 1]; NaN = not observed.
     """
     bundles = [bundle] if isinstance(bundle, Bundle) else list(bundle)
-    pixels = bands.canonical(scene, names)
-    absent = {name for b in bundles for name in needed_bands(b.spec)} - set(names) - {"DEM"}
+    absent = {name for one in bundles for name in needed_bands(one.spec)} - {*names, "DEM"}
     if absent:
         raise BundleError(f"the array lacks the bands {', '.join(sorted(absent))}")
-    where = resolve_device(device)
-    network = Network(bundles, where, resolve_precision(precision, where))
-    shape, shared = tile_shape(bundles, tile, overlap)
-    slicing = Slicing(shape, shared, blend, batch_size, qa_as_nodata)
-    source = _ArraySource(pixels)
-    sink = _ArraySink(np.full(source.shape, np.nan, dtype=np.float32))
-    total, done = len(TileGrid(source.shape, shape, shared)), 0
-
-    def advance(tiles: int) -> None:
-        nonlocal done
-        done += tiles
-        progress("predicting", done, total)
-
-    engine = Engine(network, slicing, advance)
-    engine.run(source, sink)
-    engine.finish()
-    return sink.probabilities
+    array = _Array(bands.canonical(scene, names))
+    predict(
+        bundles, array, array, tile=tile, overlap=overlap, blend=blend, batch_size=batch_size,
+        precision=precision, device=device, qa_as_nodata=qa_as_nodata, progress=progress,
+    )  # fmt: skip
+    return array.probabilities
 
 
-@dataclass
-class _ArraySource:
-    pixels: NDArray[np.float32]
+class _Array:
+    """An array as a source, and as a sink of its probabilities."""
 
-    @property
-    def shape(self) -> Shape:
-        return self.pixels.shape[1], self.pixels.shape[2]
+    def __init__(self, pixels: NDArray[np.float32]) -> None:
+        self._pixels = pixels
+        self.shape: Shape = (pixels.shape[1], pixels.shape[2])
+        self.probabilities = np.full(self.shape, np.nan, dtype=np.float32)
 
     def read(self, tile: Tile, /) -> NDArray[np.float32]:
         rows, columns = tile.slices
-        return self.pixels[:, rows, columns]
-
-
-@dataclass
-class _ArraySink:
-    probabilities: NDArray[np.float32]
+        return self._pixels[:, rows, columns]
 
     def write(self, y: int, rows: NDArray[np.float32]) -> None:
         self.probabilities[y : y + len(rows)] = rows
 
     def close(self) -> None:
         """Nothing to do: the array is the product."""
+
+
+def joint_threshold(bundles: Sequence[Bundle], wish: float | None) -> float:
+    """The wish, else the (mean) threshold of the bundles."""
+    if wish is not None:
+        return wish
+    return float(np.mean([bundle.spec.threshold for bundle in bundles]))
 
 
 def tile_shape(

@@ -19,7 +19,10 @@ from kelp.stats import StatsFile
 log = logging.getLogger("kelp")
 
 _SAMPLE_SIDE: Final = 256  # pixels a side: enough for a median
-_SLACK: Final = 1.0  # of the range q01-q99, to either side
+# How far a median may lie outside q01-q99, in widths of that range. Nothing is darker than water,
+# which other scales are; but a scene may well be brighter (haze, snow, sand) than the training's.
+_SLACK_BELOW: Final = 0.25
+_SLACK_ABOVE: Final = 1.0
 
 
 def needed_bands(spec: BundleSpec) -> tuple[str, ...]:
@@ -55,8 +58,7 @@ def check_statistics(spec: BundleSpec, folder: Path) -> None:
 def check_scale(scene: Scene, spec: BundleSpec) -> None:
     """Raise `InputError` where a scene's optical values are on another scale than the bundle's.
 
-    Compared are the medians of observed pixels with the bundle's q01-q99, with the width of
-    that range to spare on both sides.
+    Compared are the medians of observed pixels with the bundle's q01-q99, give or take.
     """
     sample = scene.sample(_SAMPLE_SIDE)
     sample = sample[:, observed(sample)]
@@ -68,8 +70,9 @@ def check_scale(scene: Scene, spec: BundleSpec) -> None:
     odd = []
     for name in (name for name in OPTICAL if name in spec.statistics):
         stats, median = spec.statistics[name], medians[name]
-        slack = _SLACK * (stats.q99 - stats.q01)
-        if np.isfinite(median) and not stats.q01 - slack <= median <= stats.q99 + slack:
+        width = stats.q99 - stats.q01
+        low, high = stats.q01 - _SLACK_BELOW * width, stats.q99 + _SLACK_ABOVE * width
+        if np.isfinite(median) and not low <= median <= high:
             odd.append(
                 f"{name} has median {median:.4g}, trained on {stats.q01:.6g}-{stats.q99:.6g}"
             )

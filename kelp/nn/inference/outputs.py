@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from kelp.bands import MASK_NODATA
 from kelp.errors import KelpError
+from kelp.grid import Shape
 from kelp.manifest import MASK_SUFFIX, PROBABILITY_SUFFIX
-from kelp.raster import RasterWriter, Scene
+from kelp.raster import Georeference, RasterWriter
 
 
 def to_mask(probabilities: NDArray[np.float32], threshold: float) -> NDArray[np.uint8]:
@@ -37,18 +38,18 @@ class Outputs:
     @classmethod
     def of(
         cls,
-        scene: Scene,
+        shape: Shape,
+        place: Georeference,
         mask: Path,
         threshold: float,
         tags: Mapping[str, str],
-        with_probabilities: bool,
+        with_probabilities: bool = False,
     ) -> Outputs:
-        """The outputs of a scene, with its size and georeference."""
-        place = scene.georeference
-        writers = [RasterWriter(mask, scene.shape, "uint8", place, MASK_NODATA, tags)]
+        """The mask, and on request the probabilities beside it, of a scene."""
+        writers = [RasterWriter(mask, shape, "uint8", place, MASK_NODATA, tags)]
         if with_probabilities:
             path = probability_path(mask)
-            writers.append(RasterWriter(path, scene.shape, "float32", place, float("nan"), tags))
+            writers.append(RasterWriter(path, shape, "float32", place, float("nan"), tags))
         return cls(writers, threshold)
 
     def write(self, y: int, rows: NDArray[np.float32]) -> None:

@@ -1,4 +1,4 @@
-"""`kelp predict`: bundles and scenes in, masks and probabilities out; and its Python API."""
+"""`kelp predict`: bundles and a folder of scenes in, masks and probabilities out."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
-
 import kelp
 from kelp import manifest
 from kelp.config import PredictConfig
@@ -20,12 +18,12 @@ from kelp.files import input_folder, output_folder
 from kelp.grid import TileGrid
 from kelp.nn.bundle import Bundle, load_bundle
 from kelp.nn.device import resolve_device, resolve_precision
-from kelp.nn.inference.arrays import tile_shape
+from kelp.nn.inference.arrays import joint_threshold, tile_shape
 from kelp.nn.inference.checks import check_scale, check_statistics, needed_bands
 from kelp.nn.inference.engine import Engine, Slicing
 from kelp.nn.inference.network import Network
 from kelp.nn.inference.outputs import Outputs, probability_path
-#from kelp.preview import write_previews
+from kelp.preview import write_previews
 from kelp.progress import Progress, silent
 from kelp.raster import Scene, read_tags
 from kelp.submission import ARCHIVE, write_submission
@@ -59,7 +57,7 @@ class PredictResult:
         )
 
 
-def predict(config: PredictConfig, progress: Progress = silent) -> PredictResult:
+def predict_scenes(config: PredictConfig, progress: Progress = silent) -> PredictResult:
     """Predict every scene of a folder (or one file); see `PredictConfig`.
 
     Raises:
@@ -82,17 +80,25 @@ def predict(config: PredictConfig, progress: Progress = silent) -> PredictResult
             f"{len(failures)} of {len(scenes)} scenes failed, the rest is done: {named}"
         )
     masks = tuple(outputs.values())
-    submission, previews = None, ()
+    submission = None
+    previews: list[Path] = []
     if config.submission or config.preview_submission:
-        submission = write_submission(masks, config.output_dir / ARCHIVE, progress).path
+        archive = config.output_dir / ARCHIVE
+        submission = write_submission(masks, archive, progress).path
     if config.preview_submission:
-        first = list(outputs.items())[: config.preview_first_n]
-        previews = write_previews(first, config.output_dir / "previews", config.band_order)
+        previews = write_previews(
+            scenes,
+            config.output_dir,
+            output_folder(config.output_dir / "previews"),
+            config.preview_first_n,
+            config.band_order,
+            progress,
+        )
     return PredictResult(
         masks=masks,
         probabilities=tuple(map(probability_path, masks)) if config.save_probabilities else (),
         submission=submission,
-        previews=previews,
+        previews=tuple(previews),
         made=len(todo),
         skipped=len(scenes) - len(todo),
         tiles=run.engine.counts.predicted,
@@ -105,7 +111,7 @@ class _Run:
     def __init__(self, config: PredictConfig, bundles: Sequence[Bundle]) -> None:
         self.config = config
         self.bundles = bundles
-        self.threshold = _threshold(bundles, config.decision_threshold)
+        self.threshold = joint_threshold(bundles, config.decision_threshold)
         self.slicing = _slicing(bundles, config)
         self.device = resolve_device(config.device)
         self.precision = resolve_precision(config.precision, self.device)
@@ -189,7 +195,14 @@ class _Run:
 
     def _sink(self, scene: Scene, output: Path) -> Outputs:
         tags = {_FINGERPRINT: self.fingerprint(scene.path), "KELP_VERSION": kelp.__version__}
-        return Outputs.of(scene, output, self.threshold, tags, self.config.save_probabilities)
+        return Outputs.of(
+            scene.shape,
+            scene.georeference,
+            output,
+            self.threshold,
+            tags,
+            self.config.save_probabilities,
+        )
 
     def _advance(self, tiles: int) -> None:
         self._done += tiles
@@ -209,13 +222,6 @@ def _find_scenes(data_dir: Path) -> list[Path]:
         if names.count(name) > 1:
             raise InputError(f"{path}: another scene of the folder would also become {name}")
     return scenes
-
-
-def _threshold(bundles: Sequence[Bundle], wish: float | None) -> float:
-    """The wish, else the bundles' (mean) threshold."""
-    if wish is not None:
-        return wish
-    return float(np.mean([bundle.spec.threshold for bundle in bundles]))
 
 
 def _slicing(bundles: Sequence[Bundle], config: PredictConfig) -> Slicing:

@@ -1,0 +1,145 @@
+"""The floors of the house: a module imports only from its own floor or from below."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+import kelp
+
+ROOT = Path(kelp.__file__).parent
+
+# The floor of a module is that of its longest prefix here; ARCHITECTURE.md shows the same table.
+FLOORS = {
+    "kelp": 0,
+    "kelp.errors": 0,
+    "kelp.progress": 0,
+    "kelp.files": 0,
+    "kelp.bands": 0,
+    "kelp.grid": 0,
+    "kelp.indices": 0,
+    "kelp.merge": 0,
+    "kelp.agreement": 0,
+    "kelp.summary": 0,
+    "kelp.config": 1,
+    "kelp.raster": 1,
+    "kelp.manifest": 1,
+    "kelp.workers": 1,
+    "kelp.statsfile": 1,
+    "kelp.stats": 2,
+    "kelp.rendering": 2,
+    "kelp.preview": 2,
+    "kelp.submission": 2,
+    "kelp.ensembling": 2,
+    "kelp.scoring": 2,
+    "kelp.report": 2,
+    "kelp.console": 2,
+    "kelp.data_prep": 3,
+    "kelp.simulation": 3,
+    "kelp.nn": 3,
+    "kelp.nn.training": 4,
+    "kelp.nn.inference": 4,
+    "kelp.demo": 5,
+    "kelp.cli": 5,
+    "kelp.__main__": 6,
+    "kelp.data_prep.__main__": 6,
+    "kelp.nn.training.__main__": 6,
+    "kelp.nn.inference.__main__": 6,
+}
+PURE = [name for name, floor in FLOORS.items() if floor == 0]
+
+
+def floor(module):
+    while module not in FLOORS:
+        module = module.rpartition(".")[0]
+    return FLOORS[module]
+
+
+def modules():
+    for path in sorted(ROOT.rglob("*.py")):
+        parts = path.relative_to(ROOT.parent).with_suffix("").parts
+        yield ".".join(parts).removesuffix(".__init__"), ast.parse(path.read_text())
+
+
+MODULES = dict(modules())
+
+
+def imports(tree, top_level_only=False):
+    """Names of the modules that a tree imports, wherever in the file."""
+    for node in tree.body if top_level_only else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                yield full if full in MODULES else node.module
+
+
+# The package itself only names, for type checkers, what it imports on first use.
+@pytest.mark.parametrize("module", [name for name in MODULES if name != "kelp"])
+def test_imports_point_down(module):
+    for name in imports(MODULES[module]):
+        if name.split(".")[0] == "kelp":
+            assert floor(name) <= floor(module), f"{module} imports {name} from a floor above"
+
+
+def test_there_are_no_cycles():
+    graph = {
+        name: {i for i in imports(tree) if i in MODULES and i not in (name, "kelp")}
+        for name, tree in MODULES.items()
+    }
+    done, path = set(), []
+
+    def visit(name):
+        assert name not in path, f"cycle: {' -> '.join([*path, name])}"
+        if name in done:
+            return
+        path.append(name)
+        for other in sorted(graph[name]):
+            visit(other)
+        path.pop()
+        done.add(name)
+
+    for name in graph:
+        visit(name)
+
+
+@pytest.mark.parametrize("module", PURE)
+def test_the_ground_floor_needs_numpy_and_scipy_at_most(module):
+    allowed = {"numpy", "scipy", "kelp", "__future__", *sys.stdlib_module_names}
+    for name in imports(MODULES[module]):
+        assert name.split(".")[0] in allowed, f"{module} imports {name}"
+
+
+@pytest.mark.parametrize("heavy", ["torch", "lightning", "mlflow", "timm"])
+def test_only_the_network_rooms_know_torch(heavy):
+    for module, tree in MODULES.items():
+        if not module.startswith("kelp.nn"):
+            assert heavy not in {name.split(".")[0] for name in imports(tree)}, module
+
+
+def test_training_and_prediction_do_not_know_each_other():
+    for module, tree in MODULES.items():
+        for one, other in (("training", "inference"), ("inference", "training")):
+            if module.startswith(f"kelp.nn.{one}"):
+                assert not any(name.startswith(f"kelp.nn.{other}") for name in imports(tree))
+
+
+def test_no_module_hides_a_public_function():
+    """`import kelp.predict` would replace the function `kelp.predict`."""
+    top = {name.split(".")[1] for name in MODULES if name.count(".") >= 1}
+    assert not top & set(kelp.__all__)
+
+
+def test_data_is_never_executed():
+    """No pickle, no eval; torch.load only with weights_only=True."""
+    for module, tree in MODULES.items():
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.Call):
+                continue
+            name = ast.unparse(node.func)
+            assert name not in ("eval", "exec", "pickle.load", "pickle.loads", "yaml.load"), module
+            if name == "torch.load":
+                keywords = {k.arg: ast.unparse(k.value) for k in node.keywords}
+                assert keywords.get("weights_only") == "True", module
