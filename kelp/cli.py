@@ -88,8 +88,7 @@ class _Command(click.Command):
     """A command that also takes `--no-flag`, which click keeps for flags without a value."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        flags = {o for p in self.params if isinstance(p, click.Option) and p.flag_value
-                 for o in p.opts}  # fmt: skip
+        flags = {spelling for p in self.params if p.metavar == _BOOLEAN for spelling in p.opts}
         return super().parse_args(ctx, [_positive(arg, flags) for arg in args])
 
 
@@ -109,16 +108,19 @@ def _build(name: str) -> click.Command:
     for field, info in config.model_fields.items():
         extra: Any = info.json_schema_extra or {}
         spellings = [f"--{spelling}" for spelling in (field, *extra.get("aliases", ()))]
-        is_flag = info.annotation is bool
-        params.append(
-            click.Option(
+        meaning = f"{info.description}{_default(info)}"
+        if info.annotation is bool:  # `--flag` alone means True
+            option = click.Option(
                 [*spellings, field],
                 is_flag=False,
-                flag_value="True" if is_flag else None,
-                metavar="[True|False]" if is_flag else _metavar(info.annotation),
-                help=f"{info.description}{_default(info)}",
+                flag_value="True",
+                metavar=_BOOLEAN,
+                help=meaning,
             )
-        )
+        else:
+            metavar = _metavar(info.annotation)
+            option = click.Option([*spellings, field], metavar=metavar, help=meaning)
+        params.append(option)
     params.append(click.Option(["--config", "config_file"], metavar="FILE", help=_CONFIG_HELP))
     params.append(click.Option(["--quiet"], is_flag=True, help="Only warnings and errors."))
 
@@ -141,6 +143,7 @@ _SETTINGS: Final[dict[str, Any]] = {
     "token_normalize_func": lambda token: token.replace("-", "_"),
 }
 
+_BOOLEAN: Final = "[True|False]"
 _CONFIG_HELP: Final = "YAML file of options; flags on the command line win."
 
 

@@ -187,8 +187,10 @@ class Scene:
         return raw
 
     def _canonical(self, raw: Sequence[NDArray[Any]] | NDArray[Any]) -> NDArray[np.float32]:
-        out = np.full((len(BANDS), *raw[0].shape), np.nan, dtype=np.float32)
-        out[bands.QA] = 0
+        out = np.empty((len(BANDS), *raw[0].shape), dtype=np.float32)
+        for target in range(len(BANDS)):
+            if target not in self._targets:
+                out[target] = 0 if target == bands.QA else np.nan
         for values, target, nodata in zip(raw, self._targets, self._nodata, strict=True):
             plane = out[target]
             plane[...] = values

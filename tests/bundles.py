@@ -10,7 +10,7 @@ from kelp.nn import model
 from kelp.nn.bundle import save_bundle
 from kelp.nn.model import KelpNet
 from kelp.nn.spec import BundleSpec
-from kelp.stats import ChannelStats
+from kelp.summary import ChannelStats
 
 STATISTICS = {
     **{name: ChannelStats(6000, 30000, 9000, 1500, 7000, 20000, 1000, 0) for name in BANDS},

@@ -21,6 +21,7 @@ Scheduler = Literal["onecycle", "cosine", "none"]
 Normalization = Literal["quantile", "z-score", "min-max"]
 ResizeStrategy = Literal["pad", "resize"]
 Interpolation = Literal["nearest", "nearest-exact", "bilinear", "bicubic"]
+Metric = Literal["val/dice", "val/iou", "val/precision", "val/recall", "val/loss"]
 Precision = Literal["16-true", "16-mixed", "bf16-true", "bf16-mixed", "32-true"]
 
 
@@ -147,7 +148,7 @@ class TrainConfig(Config):
     swa: bool = option(False, help="Stochastic weight averaging; this version takes only False")
 
     # selection
-    monitor_metric: str = option("val/dice", help="Metric that picks the best epoch")
+    monitor_metric: Metric = option("val/dice", help="Metric that picks the best epoch")
     monitor_mode: Literal["max", "min"] = option("max", help="Whether more or less is better")
     save_top_k: int = option(1, help="Bundles of the best epochs to keep", unit="bundles", ge=1)
     early_stopping_patience: int = option(
@@ -181,6 +182,12 @@ class TrainConfig(Config):
     def _options_fit(self) -> Self:
         if self.swa:
             raise ConfigError("--swa True: this version does not average weights; leave it False")
+        if (self.monitor_metric == "val/loss") != (self.monitor_mode == "min"):
+            better = "min" if self.monitor_metric == "val/loss" else "max"
+            raise ConfigError(
+                f"--monitor_mode {self.monitor_mode}: of {self.monitor_metric} the {better}imum "
+                f"is best; give --monitor_mode {better}"
+            )
         if not self.bands:
             raise ConfigError("--bands: name at least one band")
         if len(self.ce_class_weights) != 2 or min(self.ce_class_weights) <= 0:

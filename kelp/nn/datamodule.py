@@ -54,6 +54,7 @@ def read_fold(config: TrainConfig) -> Fold:
         parts[part] = table[table[fold] == part].reset_index(drop=True)
         if parts[part].empty:
             raise TableError(f"{path}: fold {config.cv_split} has no {part} rows; try another fold")
+        _check_masks(parts[part], path)
     sources = {part: sources_of(rows, config.data_dir, path.parent) for part, rows in parts.items()}
     files = dict.fromkeys(
         file for part in sources.values() for s in part for file in (s.image, s.mask)
@@ -79,6 +80,13 @@ def _check_kind(table: pd.DataFrame, config: TrainConfig) -> None:
         )
     if table["image_path"].isna().any() and not set(_SOURCE_COLUMNS) <= set(table.columns):
         raise TableError(f"{path}: has rows without image_path; make the table anew")
+
+
+def _check_masks(rows: pd.DataFrame, path: Path) -> None:
+    unlabelled = rows["image_path"].notna() & rows["mask_path"].isna()
+    if unlabelled.any():
+        name = rows.loc[unlabelled, "tile_id"].iloc[0]
+        raise TableError(f"{path}: {name} has no mask_path; add its mask and make the table anew")
 
 
 def training_shape(fold: Fold, config: TrainConfig) -> Shape:

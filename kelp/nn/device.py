@@ -69,7 +69,8 @@ def resolve_precision(precision: Precision | None, device: torch.device) -> Prec
     if offered.startswith("bf16") and not has_bf16(device):
         offered = "32-true"
     if offered != precision:
-        log.info("--precision %s: this %s has none; using %s", precision, device.type, offered)
+        kind = "CPU" if device.type == "cpu" else "GPU"
+        log.info("--precision %s: this %s lacks it; using %s", precision, kind, offered)
     return offered
 
 

@@ -106,6 +106,8 @@ def _build_body(spec: NetworkSpec) -> nn.Module:
             options[name] = None if value == "none" else value
         elif value != default[name].default:
             raise ConfigError(f"--{name}: the architecture {spec.architecture} has no such setting")
+    if spec.architecture == "pspnet":  # smp's default fits three stages only
+        options["upsampling"] = 2 ** len(spec.decoder_channels)
     try:
         body: nn.Module = smp.create_model(
             _SMP_NAMES.get(spec.architecture, spec.architecture),

@@ -49,7 +49,9 @@ def load_pretrained(net: KelpNet, source: str) -> None:
     encoder: Any = net.body.encoder  # smp's networks all have one
     name = net.spec.encoder
     if source != "imagenet":
-        overlay: dict[str, Any] = {"state_dict": _read_weights(Path(source))}
+        state = _read_weights(Path(source))
+        _require_all(state, name.removeprefix("tu-"), source)
+        overlay: dict[str, Any] = {"state_dict": state}
     elif name == PACKAGED_ENCODER:
         overlay = {"state_dict": _packaged_weights()}
     else:
@@ -121,6 +123,16 @@ def _read_weights(path: Path) -> State:
     if not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise WeightsError(f"--encoder_weights {path}: holds no dictionary of tensors")
     return dict(state)
+
+
+def _require_all(state: State, name: str, source: str) -> None:
+    """Raise unless every tensor of the encoder is there: timm itself would leave some random."""
+    for key, tensor in timm.create_model(name, num_classes=0).state_dict().items():
+        if key not in state or state[key].shape != tensor.shape:
+            raise WeightsError(
+                f"--encoder_weights {source}: the weights do not fit {name} (no {key} of shape "
+                f"{tuple(tensor.shape)}); give the encoder's own file, or --pretrained False"
+            )
 
 
 def _packaged_weights() -> State:

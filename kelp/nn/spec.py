@@ -10,7 +10,7 @@ from kelp.bands import IndexInput
 from kelp.config.train import Architecture, Interpolation, Normalization, ResizeStrategy
 from kelp.grid import Shape
 from kelp.indices import IndexSettings, channel_names
-from kelp.stats import ChannelStats
+from kelp.summary import ChannelStats
 
 SCHEMA_VERSION: Final = 1
 

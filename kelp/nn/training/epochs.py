@@ -7,16 +7,20 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import astuple
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Final
 
+import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from kelp.config import TrainConfig
-from kelp.errors import ConfigError
+from kelp.errors import ConfigError, InputError
 from kelp.files import atomic, atomic_folder, write_json
-from kelp.nn.training.task import TRAIN_LOSS
+from kelp.nn.metrics import Confusion
+from kelp.nn.training.task import TRAIN_LOSS, KelpTask
 from kelp.nn.training.tracking import Tracking
 from kelp.progress import Progress
 
@@ -48,14 +52,30 @@ class EpochKeeper(Checkpoint):
         self.progress = progress
         self.history: list[dict[str, float]] = []
         """Metrics of each finished epoch."""
+        self.confusions: list[Confusion] = []
+        """Pixel counts behind the scores of each finished epoch."""
+        self.steps = 1
 
     def state_dict(self) -> dict[str, Any]:
         """What the checkpoint keeps; plain numbers, so that it loads without unpickling."""
-        return {"history": self.history}
+        return {
+            "history": self.history,
+            "confusions": [list(astuple(counts)) for counts in self.confusions],
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the finished epochs of a resumed run."""
         self.history = [dict(metrics) for metrics in state_dict["history"]]
+        self.confusions = [Confusion(*counts) for counts in state_dict["confusions"]]
+
+    def restore(self, checkpoint: Path) -> None:
+        """Take over the finished epochs of a run that has nothing left to train."""
+        self.load_state_dict(_read_state(checkpoint))
+
+    @property
+    def state_key(self) -> str:
+        """Name of this callback's part of a checkpoint."""
+        return type(self).__name__
 
     @property
     def ranking(self) -> list[int]:
@@ -86,15 +106,17 @@ class EpochKeeper(Checkpoint):
     ) -> None:
         """Tell how far the run is."""
         batches = int(trainer.num_training_batches)
+        self.steps = self.config.epochs * batches
         done = trainer.current_epoch * batches + batch_idx + 1
-        # The end is told by `train`: validation and the bundle still follow the last batch.
-        self.progress("training", min(done, self._total(batches) - 1), self._total(batches))
+        # The end is told later: validation and the bundle still follow the last batch.
+        self.progress("training", min(done, self.steps - 1), self.steps)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Rank the epoch, save it, and decide whether to go on."""
         epoch = trainer.current_epoch + 1
         if epoch <= len(self.history):
             return  # a resumed run passes the end of its last finished epoch again
+        assert isinstance(pl_module, KelpTask)
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         if not math.isfinite(metrics[TRAIN_LOSS]):
             raise ConfigError(
@@ -102,6 +124,7 @@ class EpochKeeper(Checkpoint):
                 "lower --lr, or use --precision 32-true"
             )
         self.history.append(metrics)
+        self.confusions.append(pl_module.scores.confusion())
         self._save_bundles(epoch, metrics)
         write_json(self.tracking.artifacts / HISTORY, _finite(self.history))
         self.tracking.log_epoch(epoch, metrics)
@@ -121,10 +144,14 @@ class EpochKeeper(Checkpoint):
                 )
         return artifacts / BEST
 
-    def finish_progress(self, trainer: Trainer) -> None:
+    @property
+    def best_folder(self) -> Path:
+        """The bundle of the best epoch so far."""
+        return self._folder(self.ranking[0])
+
+    def finish_progress(self) -> None:
         """Tell that training is over, be it early."""
-        total = self._total(int(trainer.num_training_batches))
-        self.progress("training", total, total)
+        self.progress("training", self.steps, self.steps)
 
     def _save_bundles(self, epoch: int, metrics: Mapping[str, float]) -> None:
         scores = {name: v for name, v in metrics.items() if name.startswith("val/")}
@@ -142,9 +169,6 @@ class EpochKeeper(Checkpoint):
     def _folder(self, epoch: int) -> Path:
         return self.tracking.artifacts / CHECKPOINTS / f"epoch-{epoch:04d}"
 
-    def _total(self, batches: int) -> int:
-        return max(1, self.config.epochs * batches)
-
     def _tell(self, epoch: int, metrics: Mapping[str, float]) -> None:
         monitored = self.config.monitor_metric
         log.info(
@@ -157,6 +181,27 @@ class EpochKeeper(Checkpoint):
             metrics[monitored],
             " (best so far)" if self.ranking[0] == epoch else "",
         )
+
+
+def read_checkpoint(artifacts: Path) -> tuple[Path | None, int]:
+    """The checkpoint of a run, if it has one, and the number of epochs it holds.
+
+    Raises `InputError` when the file cannot be read.
+    """
+    path = artifacts / CHECKPOINTS / LAST
+    if not path.is_file():
+        return None, 0  # stopped in its first epoch
+    return path, len(_read_state(path)["history"])
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    """The keeper's part of a checkpoint, read without unpickling anything."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        state: dict[str, Any] = content["callbacks"][EpochKeeper.__name__]
+    except (OSError, RuntimeError, UnpicklingError, LookupError) as error:
+        raise InputError(f"{path}: not a checkpoint of kelp train; start the run anew") from error
+    return state
 
 
 def _link(source: str, target: str) -> None:

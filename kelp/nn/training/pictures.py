@@ -28,18 +28,19 @@ _INK, _PALE = "#1c2733", "#f4f6f8"
 def draw_samples(
     folder: Path, sources: list[Source], net: KelpNet, config: TrainConfig
 ) -> list[Path]:
-    """Picture the first validation samples: colours, NDVI, truth, prediction.
+    """Picture validation samples: colours, NDVI, truth, prediction, into `<folder>/samples/`.
 
-    Of each of the first `--plot_n_batches` batches up to eight samples are drawn, into
-    `<folder>/samples/`.
+    Of each of the first `--plot_n_batches` batches, the eight samples with the most kelp.
     """
     data = TileDataset(sources, config.band_order)
     pictures = []
-    for batch in range(config.plot_n_batches):
-        first = batch * config.batch_size
-        last = min(first + min(config.batch_size, _SAMPLES_OF_A_BATCH), len(data))
-        for index in range(first, last):
-            pictures.append(_draw_sample(folder, sources[index], data[index], net))
+    for first in range(0, config.plot_n_batches * config.batch_size, config.batch_size):
+        batch = [(i, data[i]) for i in range(first, min(first + config.batch_size, len(data)))]
+        batch.sort(key=lambda numbered: -int((numbered[1].target == 1).sum()))
+        pictures += [
+            _draw_sample(folder, sources[i], sample, net)
+            for i, sample in batch[:_SAMPLES_OF_A_BATCH]
+        ]
     return pictures
 
 

@@ -7,6 +7,7 @@ of `MLFLOW_TRACKING_URI` gets a copy.
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import time
@@ -29,29 +30,30 @@ log = logging.getLogger("kelp")
 
 ARTIFACTS: Final = "artifacts"
 STORE: Final = "mlflow.db"
+STORE_VARIABLE: Final = "MLFLOW_TRACKING_URI"
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
-_CHATTY: Final = ("mlflow", "alembic", "sqlalchemy", "lightning", "lightning.pytorch",
-                  "lightning.fabric", "lightning.pytorch.utilities.rank_zero")  # fmt: skip
+_CHATTY: Final = ("mlflow", "alembic", "sqlalchemy", "lightning.pytorch", "lightning.fabric")
 _SERVERS: Final = ("http", "https", "databricks", "databricks-uc")
-_RESUME_ONLY: Final = "resume_from"
 
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
     """Keep the tips, notices and warnings of other libraries from the user's screen."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    loggers = [logging.getLogger(name) for name in _CHATTY]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for library in ("lightning.pytorch", "mlflow"):  # they set their loggers when imported
+            importlib.import_module(library)
+        loggers = [logging.getLogger(name) for name in _CHATTY]
+        levels = [logger.level for logger in loggers]
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
             yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
 
 
 @dataclass(frozen=True)
@@ -76,20 +78,35 @@ class Tracking:
 
         now = int(time.time() * 1000)
         points = [Metric(name, value, now, epoch) for name, value in metrics.items()]
-        self.client.log_batch(self.run_id, metrics=points)
+        with _going_on():
+            self.client.log_batch(self.run_id, metrics=points)
 
     def log_files(self, *names: str) -> None:
         """Send files or folders of `artifacts` to a store that keeps them elsewhere."""
         for name in names if self.copies else ():
             path = self.artifacts / name
-            if path.is_dir():
-                self.client.log_artifacts(self.run_id, str(path), name)
-            elif path.is_file():
-                self.client.log_artifact(self.run_id, str(path), Path(name).parent.as_posix())
+            with _going_on():
+                if path.is_dir():
+                    self.client.log_artifacts(self.run_id, str(path), name)
+                elif path.is_file():
+                    self.client.log_artifact(self.run_id, str(path))
 
     def finish(self, status: Status) -> None:
         """Close the run."""
-        self.client.set_terminated(self.run_id, status)
+        with _going_on():
+            self.client.set_terminated(self.run_id, status)
+
+
+@contextmanager
+def _going_on() -> Iterator[None]:
+    """A store that fails during a run costs the record, not the run."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except (MlflowException, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        log.warning("MLflow's store failed (%s); training goes on", reason)
 
 
 def start_run(config: TrainConfig) -> Tracking:
@@ -105,7 +122,7 @@ def start_run(config: TrainConfig) -> Tracking:
         raise _unusable(error) from error
     run_dir = output_dir / config.experiment / run.info.run_id
     output_folder(run_dir / ARTIFACTS)
-    return Tracking(client, run.info.run_id, run_dir, _is_elsewhere(run.info.artifact_uri, run_dir))
+    return _tracking(client, run.info.artifact_uri, run_dir)
 
 
 def reopen_run(run_dir: Path, config: TrainConfig) -> Tracking:
@@ -124,11 +141,11 @@ def reopen_run(run_dir: Path, config: TrainConfig) -> Tracking:
         client.update_run(run_dir.name, "RUNNING")
     except MlflowException as error:
         raise _unusable(error) from error
-    return Tracking(client, run_dir.name, run_dir, _is_elsewhere(run.info.artifact_uri, run_dir))
+    return _tracking(client, run.info.artifact_uri, run_dir)
 
 
 def _store_uri(output_dir: Path) -> str:
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{output_dir / STORE}"
+    return os.environ.get(STORE_VARIABLE) or f"sqlite:///{output_dir / STORE}"
 
 
 def _client(output_dir: Path) -> MlflowClient:
@@ -152,14 +169,22 @@ def _experiment(client: MlflowClient, name: str, output_dir: Path) -> str:
 def _log_parameters(client: MlflowClient, run_id: str, config: TrainConfig) -> None:
     from mlflow.entities import Param
 
-    values = config.model_dump(mode="json", exclude={_RESUME_ONLY})
+    values = config.model_dump(mode="json", exclude={"resume_from"})
     parameters = [Param(name, str(value)) for name, value in values.items()]
     client.log_batch(run_id, params=parameters)
 
 
-def _is_elsewhere(artifact_uri: str, run_dir: Path) -> bool:
+def _tracking(client: MlflowClient, artifact_uri: str, run_dir: Path) -> Tracking:
     parts = urlparse(artifact_uri)
-    return parts.scheme not in ("", "file") or Path(unquote(parts.path)) != run_dir / ARTIFACTS
+    is_local = parts.scheme in ("", "file")
+    is_here = is_local and Path(unquote(parts.path)) == run_dir / ARTIFACTS
+    if not is_here and STORE_VARIABLE not in os.environ:
+        log.info(
+            "%s was moved: MLflow looks for files in %s, kelp writes them to %s",
+            run_dir.parents[1], artifact_uri, run_dir / ARTIFACTS,
+        )  # fmt: skip
+    copies = not is_here and STORE_VARIABLE in os.environ
+    return Tracking(client, run_dir.name, run_dir, copies)
 
 
 def _unusable(error: Exception) -> InputError:

@@ -1,0 +1,1 @@
+"""Data preparation, without torch: facts, groups, folds, tiles."""

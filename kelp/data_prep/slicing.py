@@ -1,0 +1,274 @@
+"""`kelp slice`: a dataset of small tiles of the training images, and the table of the tiles.
+
+Tiles lie at 0, stride, 2·stride … and stick out of the image at its right and lower edge; only
+here pixels beyond the image are made up (nodata in images, "not observed" in masks). Tiles of a
+virtual dataset (`--materialize False`) are rows of the table only.
+
+Paths in the table, all with forward slashes:
+
+- `image_path`, `mask_path`: the tile's files, relative to the folder of the table; null in a
+  virtual dataset, whose reader cuts the window `(y, x, tile_height, tile_width)` out of
+- `source_image_path`, `source_mask_path`: relative to the folder of the table as well, so the
+  table is good from any current folder, and when both folders move together.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from kelp import manifest
+from kelp.data_prep.tile_facts import tile_facts
+from kelp.data_prep.tile_files import (
+    MASK_FORMAT,
+    cut,
+    discard_partials,
+    encode,
+    image_format,
+    put,
+)
+from kelp.errors import ConfigError, InputError, TableError
+from kelp.files import output_folder
+from kelp.grid import Shape, TileGrid
+from kelp.manifest import IMAGE_SUFFIX, MASK_SUFFIX, TILES_TABLE, TRAIN
+from kelp.progress import Progress, silent
+from kelp.raster import Georeference, Scene, georeference_of, read_mask
+from kelp.workers import spread
+
+if TYPE_CHECKING:
+    from kelp.config import SliceConfig
+
+log = logging.getLogger("kelp")
+
+IMAGES: Final = "images"
+MASKS: Final = "masks"
+
+_PROBES: Final = 9  # tiles encoded to foretell the size
+
+
+@dataclass(frozen=True)
+class SliceResult:
+    """What `slice_dataset` made.
+
+    Attributes:
+        table: the table of tiles.
+        images: number of source images.
+        tiles: number of rows of the table.
+        left_out: tiles below `min_valid_fraction`.
+    """
+
+    table: Path
+    images: int
+    tiles: int
+    left_out: int
+
+    def summary(self) -> str:
+        """One line for the user."""
+        less = f" ({self.left_out} with too few observed pixels left out)" if self.left_out else ""
+        return f"{self.tiles} tiles of {self.images} images{less}: {self.table}"
+
+
+class _Sliced(NamedTuple):
+    """The tiles of one image that are kept, as columns of the table of tiles."""
+
+    x: NDArray[np.int64]
+    y: NDArray[np.int64]
+    facts: dict[str, NDArray[Any]]
+    left_out: int
+
+
+def slice_dataset(config: SliceConfig, progress: Progress = silent) -> SliceResult:
+    """Cut the training images of a table into tiles and write the table of the tiles.
+
+    Law: put together, the tiles of an image give back every stored value of it, and no file
+    depends on the number of workers. The table is written last: a slice that was killed has none.
+
+    Raises:
+        TableError: no training rows, an image named twice, or absent files.
+        InputError: an unreadable file, a bad mask, a mask of another size than its image.
+        ConfigError: `output_dir` is `data_dir`.
+    """
+    rows = _training_rows(config)
+    output_folder(config.output_dir)
+    table_path = config.output_dir / TILES_TABLE
+    folders = [config.output_dir / name for name in (IMAGES, MASKS)]
+    if config.materialize:
+        _tell_size(config, rows)
+        for folder in folders:
+            output_folder(folder)
+        # From here on an older table would describe tiles that are being overwritten.
+        table_path.unlink(missing_ok=True)
+    work = spread(partial(_slice_image, config), list(rows["tile_id"]), config.workers)
+    sliced: list[_Sliced] = []
+    try:
+        with closing(work) as results:
+            for one in results:
+                sliced.append(one)
+                progress("slicing", len(sliced), len(rows))
+    finally:
+        for folder in folders:
+            discard_partials(folder)
+    table = _tile_table(config, rows, sliced)
+    if config.materialize:
+        _tell_strangers(config, table)
+        if hasattr(os, "sync"):
+            os.sync()  # the tiles are on disk before the table that vouches for them
+    manifest.write_table(table, table_path)
+    config.record(config.output_dir)
+    return SliceResult(table_path, len(rows), len(table), sum(one.left_out for one in sliced))
+
+
+def _training_rows(config: SliceConfig) -> pd.DataFrame:
+    """The training rows of the table, sorted by `tile_id`, all with files."""
+    if config.materialize and config.output_dir.resolve() == config.data_dir.resolve():
+        raise ConfigError(
+            f"--output_dir {config.output_dir} is --data_dir: tiles would lie among their images; "
+            "choose another folder"
+        )
+    path = config.metadata_fp
+    table = manifest.read_table(path, ("tile_id", "original_split"))
+    rows = table[table["original_split"] == TRAIN].copy()
+    if rows.empty:
+        raise TableError(f"{path}: the table has no row whose original_split is {TRAIN}")
+    rows["tile_id"] = rows["tile_id"].astype(str)
+    repeated = rows["tile_id"][rows["tile_id"].duplicated()]
+    if len(repeated):
+        raise TableError(f"{path}: two rows have the tile_id {repeated.iloc[0]}")
+    rows = rows.sort_values("tile_id", ignore_index=True)
+    files = [source for tile_id in rows["tile_id"] for source in _sources(config, tile_id)]
+    manifest.require_files(files, path)
+    return rows
+
+
+def _sources(config: SliceConfig, tile_id: str) -> tuple[Path, Path]:
+    """Image and mask of a row, whatever paths the table holds."""
+    return (
+        config.data_dir / IMAGES / f"{tile_id}{IMAGE_SUFFIX}",
+        config.data_dir / MASKS / f"{tile_id}{MASK_SUFFIX}",
+    )
+
+
+def _grid(config: SliceConfig, shape: Shape) -> TileGrid:
+    stride = config.stride or config.image_size
+    return TileGrid(shape, config.image_size, config.image_size - stride, edge="pad")
+
+
+def _slice_image(config: SliceConfig, tile_id: str) -> _Sliced:
+    """Facts of the tiles of one image; writes their files unless the dataset is virtual."""
+    image_path, mask_path = _sources(config, tile_id)
+    with Scene(image_path, config.band_order) as scene:
+        stored, pixels = scene.read_stored()
+        form = image_format(scene, named=bool(config.band_order)) if config.materialize else None
+        georeference, shape = scene.georeference, scene.shape
+    mask = read_mask(mask_path)
+    if mask.shape != shape:
+        raise InputError(
+            f"{mask_path}: {mask.shape[0]} x {mask.shape[1]} px, but its image {image_path} has "
+            f"{shape[0]} x {shape[1]}; a mask must have the size of its image"
+        )
+    tiles = list(_grid(config, shape))
+    facts = tile_facts(pixels, mask, [tile.clipped(shape) for tile in tiles])
+    kept = facts["valid_pixels_pct"] >= config.min_valid_fraction
+    tiles = [tile for tile, keep in zip(tiles, kept, strict=True) if keep]
+    if form is not None:
+        mask_reference = georeference_of(mask_path)
+        for tile in tiles:
+            for folder, path, array, kind, reference in (
+                (IMAGES, image_path, stored, form, georeference),
+                (MASKS, mask_path, mask[np.newaxis], MASK_FORMAT, mask_reference),
+            ):
+                target = config.output_dir / folder / _tile_name(path.stem, tile.x, tile.y)
+                put(target, encode(cut(array, tile, kind), kind, reference.shifted(tile)))
+    return _Sliced(
+        np.array([tile.x for tile in tiles], dtype=np.int64),
+        np.array([tile.y for tile in tiles], dtype=np.int64),
+        {name: column[kept] for name, column in facts.items()},
+        int(np.count_nonzero(~kept)),
+    )
+
+
+def _tile_name(stem: str, x: int, y: int) -> str:
+    return f"{stem}_{x}_{y}.tif"
+
+
+def _tile_table(config: SliceConfig, rows: pd.DataFrame, sliced: list[_Sliced]) -> pd.DataFrame:
+    """The table of tiles, sorted by `(tile_id, y, x)`; `sliced` is in the order of `rows`."""
+    counts = [len(one.x) for one in sliced]
+    if not sum(counts):
+        raise InputError(
+            f"--min_valid_fraction {config.min_valid_fraction}: no tile has as many observed "
+            f"pixels in {config.data_dir}; choose a smaller fraction"
+        )
+    parent = np.repeat(np.arange(len(rows)), counts)
+    x = np.concatenate([one.x for one in sliced])
+    y = np.concatenate([one.y for one in sliced])
+    own: dict[str, Any] = {"tile_id": rows["tile_id"].to_numpy()[parent], "x": x, "y": y}
+    for name in manifest.FACTS:
+        own[name] = np.concatenate([one.facts[name] for one in sliced])
+    sources = [_sources(config, tile_id) for tile_id in rows["tile_id"]]
+    for kind, folder, files in (
+        ("image", IMAGES, [image for image, _ in sources]),
+        ("mask", MASKS, [mask for _, mask in sources]),
+    ):
+        names = (
+            f"{folder}/{_tile_name(files[row].stem, column, line)}" if config.materialize else None
+            for row, column, line in zip(parent, x, y, strict=True)
+        )
+        own[f"{kind}_path"] = pd.array(list(names), dtype="string")
+        relative = np.array([_relative(path, config.output_dir) for path in files], dtype=object)
+        own[f"source_{kind}_path"] = relative[parent]
+    own["tile_height"] = own["tile_width"] = np.full(len(x), config.image_size, dtype=np.int64)
+    inherited = [name for name in rows.columns if name not in own]
+    table = rows[inherited].iloc[parent].reset_index(drop=True).assign(**own)
+    others = [name for name in rows.columns if name not in manifest.TILE_KEY]
+    order = [*manifest.TILE_KEY, *others, *(n for n in own if n not in rows.columns)]
+    return table[list(dict.fromkeys(order))]
+
+
+def _relative(path: Path, folder: Path) -> str:
+    """`path` as seen from `folder`, with links resolved: `..` does not go back through a link."""
+    real, start = path.parent.resolve() / path.name, folder.resolve()
+    try:
+        return Path(os.path.relpath(real, start)).as_posix()
+    except ValueError:  # another drive of Windows
+        return real.as_posix()
+
+
+def _tell_size(config: SliceConfig, rows: pd.DataFrame) -> None:
+    """Say how much will be written, judged by some tiles of the first image."""
+    sources = [_sources(config, tile_id)[0] for tile_id in rows["tile_id"]]
+    with Scene(sources[0], config.band_order) as scene:
+        tiles = list(_grid(config, scene.shape))
+        form = image_format(scene, named=False)
+        stored, _ = scene.read_stored()
+    probes = tiles[:: -(-len(tiles) // _PROBES)]
+    written = [len(encode(cut(stored, tile, form), form, Georeference())) for tile in probes]
+    one = sum(written) / len(written) * len(tiles)
+    # The other images compress about as well as their own files tell.
+    weights = [path.stat().st_size for path in sources]
+    size = one * sum(weights) / weights[0]
+    log.info(
+        "slicing %d images into about %d tiles of %d x %d px, about %.3g MB in %s",
+        len(sources), len(tiles) * len(sources), config.image_size, config.image_size,
+        size / 1e6, config.output_dir,
+    )  # fmt: skip
+
+
+def _tell_strangers(config: SliceConfig, table: pd.DataFrame) -> None:
+    """Say so when tiles of an earlier slice, with other settings, lie beside the new ones."""
+    known = {Path(path).name for path in table["image_path"]}
+    found = {entry.name for entry in os.scandir(config.output_dir / IMAGES)}
+    if strangers := sorted(found - known):
+        log.warning(
+            "%s: %d files are not of this slice, %s for one; the table does not name them",
+            config.output_dir / IMAGES, len(strangers), strangers[0],
+        )  # fmt: skip

@@ -1,0 +1,88 @@
+"""`kelp split`: a fold's validation images and masks as a folder, to predict and score."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kelp import manifest
+from kelp.errors import ConfigError, TableError
+from kelp.files import atomic, output_folder
+from kelp.manifest import IMAGE_SUFFIX, MASK_SUFFIX, TRAIN, VAL
+from kelp.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from kelp.config import SplitConfig
+
+log = logging.getLogger("kelp")
+
+
+@dataclass(frozen=True)
+class SplitResult:
+    """What `split_fold` made.
+
+    Attributes:
+        images: the folder of images.
+        masks: the folder of masks.
+        count: number of images, and of masks.
+    """
+
+    images: Path
+    masks: Path
+    count: int
+
+    def summary(self) -> str:
+        """One line for the user."""
+        return f"{self.count} images and masks: {self.images}, {self.masks}"
+
+
+def split_fold(config: SplitConfig, progress: Progress = silent) -> SplitResult:
+    """Gather the images and masks that fold `cv_split` validates on, as links where possible.
+
+    The files are hard links to those of `data_dir`, or copies where the file system has none.
+
+    Raises:
+        TableError: no such fold, a fold without validation images, or absent files.
+        ConfigError: the output would be `data_dir`'s own folder of training images.
+    """
+    path = config.metadata_fp
+    source, target = config.data_dir / TRAIN, config.output_dir
+    if source.resolve() == target.resolve():
+        raise ConfigError(f"--output_dir {target} holds the training images; choose another folder")
+    table = manifest.read_table(path, ("tile_id", "original_split"))
+    fold = manifest.fold_column(table, config.cv_split, path)
+    ids = sorted(set(table["tile_id"][table[fold] == VAL].astype(str)))
+    if not ids:
+        raise TableError(f"{path}: fold {config.cv_split} has no row with {fold} = {VAL}")
+    names = [f"images/{i}{IMAGE_SUFFIX}" for i in ids] + [f"masks/{i}{MASK_SUFFIX}" for i in ids]
+    manifest.require_files([source / name for name in names], path)
+    _tell_strangers(output_folder(target), set(names))
+    for done, name in enumerate(names, start=1):
+        _link(source / name, target / name)
+        progress("splitting", done, len(names))
+    config.record(target)
+    return SplitResult(target / "images", target / "masks", len(ids))
+
+
+def _link(source: Path, target: Path) -> None:
+    """Make `target` the same file as `source`, or a copy of it."""
+    with atomic(target, sync=False) as partial:
+        partial.unlink(missing_ok=True)
+        try:
+            # Not through a symbolic link: the result must not depend on where it points later.
+            os.link(source.resolve(), partial)
+        except OSError:
+            shutil.copyfile(source, partial)
+
+
+def _tell_strangers(folder: Path, names: set[str]) -> None:
+    """Say so when images of another fold lie in the folder: they would be predicted too."""
+    found = {path.relative_to(folder).as_posix() for path in folder.glob("images/*.tif")}
+    if strangers := sorted(found - names):
+        log.warning(
+            "%s: %d images are not of this fold, %s for one", folder, len(strangers), strangers[0]
+        )

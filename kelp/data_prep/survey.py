@@ -1,0 +1,44 @@
+"""The facts of one image: what its pixels hold, in numbers (columns of the table of images)."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kelp.data_prep.tile_facts import tile_facts
+from kelp.errors import InputError
+from kelp.grid import Tile
+
+KELP_FACTS: Final = ("kelp_pixels", "kelp_pixels_pct", "has_kelp", "high_kelp_pixels_pct")
+"""The facts that only a mask tells."""
+
+Fact = int | float | bool | None
+
+
+def facts(pixels: NDArray[np.float32], mask: NDArray[np.uint8] | None) -> dict[str, Fact]:
+    """Facts of an image or tile, keyed by `manifest.FACTS`.
+
+    `*_pct` are shares, 0-1, of all pixels given, so give no padding. A DEM value that is NaN or
+    negative is unknown (`dem_nan_pixels_pct`), and unknown counts as water.
+
+    Args:
+        pixels: canonical array `(7, height, width)`.
+        mask: uint8 `(height, width)`, 1 = kelp; without one the facts about kelp are None.
+
+    Raises:
+        InputError: the mask has another size than the image.
+    """
+    shape = pixels.shape[1], pixels.shape[2]
+    if mask is not None and mask.shape != shape:
+        raise InputError(
+            f"the mask has {mask.shape[0]} x {mask.shape[1]} px, its image {shape[0]} x {shape[1]};"
+            " a mask must have the size of its image"
+        )
+    seen = np.zeros(shape, np.uint8) if mask is None else mask
+    columns = tile_facts(pixels, seen, [Tile(0, 0, *shape)])
+    values: dict[str, Fact] = {name: column[0].item() for name, column in columns.items()}
+    if mask is None:
+        values.update(dict.fromkeys(KELP_FACTS))
+    return values

@@ -1,0 +1,217 @@
+"""Several predictions of the same scenes, merged into one by their weighted mean."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kelp.bands import MASK_NODATA
+from kelp.config.predict import EnsembleConfig
+from kelp.errors import InputError
+from kelp.files import input_folder, output_folder
+from kelp.grid import Shape, Tile
+from kelp.manifest import MASK_SUFFIX, PROBABILITY_SUFFIX, tile_id_of
+from kelp.progress import Progress, silent
+from kelp.raster import (
+    Georeference,
+    RasterWriter,
+    georeference_of,
+    raster_shape,
+    read_mask,
+    read_probability,
+)
+
+log = logging.getLogger("kelp")
+
+_ROWS: Final = 512  # rows merged at a time: memory grows with a scene's width only
+_NAMES_SHOWN: Final = 5
+
+
+@dataclass(frozen=True)
+class EnsembleResult:
+    """Merged predictions.
+
+    Attributes:
+        masks: the masks written.
+        probabilities: the probabilities written; empty where masks were merged.
+        folders: how many folders voted.
+    """
+
+    masks: tuple[Path, ...]
+    probabilities: tuple[Path, ...]
+    folders: int
+
+    def summary(self) -> str:
+        """One line for the terminal."""
+        merged = "probabilities" if self.probabilities else "masks"
+        return (
+            f"merged the {merged} of {self.folders} folders into {len(self.masks)} masks "
+            f"in {self.masks[0].parent}"
+        )
+
+
+def weighted_mean(
+    votes: Iterable[NDArray[np.floating]], weights: Iterable[float]
+) -> NDArray[np.float32]:
+    """The mean of arrays of one shape; NaN in one of them leaves its vote out at that pixel.
+
+    Where every vote of weight above 0 is NaN, the mean is NaN. Summed in float64: any number of
+    equal votes gives that vote, to the last bit of float32.
+    """
+    total: NDArray[np.float64] | None = None
+    for vote, weight in zip(votes, weights, strict=True):
+        if total is None:
+            total, cast = np.zeros(vote.shape), np.zeros(vote.shape)
+        seen = np.isfinite(vote)
+        total[seen] += weight * vote[seen].astype(np.float64)
+        cast[seen] += weight
+    if total is None:
+        raise ValueError("a mean needs at least one vote")
+    return np.divide(total, cast, out=np.full_like(total, np.nan), where=cast > 0).astype(
+        np.float32
+    )
+
+
+def threshold(probability: NDArray[np.float32], at_least: float) -> NDArray[np.uint8]:
+    """Mask of probabilities: 1 where `p >= at_least` (in float32), 255 where NaN, else 0."""
+    kelp = probability >= np.float32(at_least)
+    return np.where(np.isnan(probability), MASK_NODATA, kelp).astype(np.uint8)
+
+
+def ensemble(config: EnsembleConfig, progress: Progress = silent) -> EnsembleResult:
+    """Merge prediction folders that hold the same scenes.
+
+    Probabilities are averaged where all folders have them for all scenes, else masks, as votes
+    of 0 and 1; the threshold is applied once, to the mean. A pixel that a folder did not observe
+    has no vote of that folder; one that none observed stays 255.
+
+    Raises:
+        InputError: a folder lacks a scene of another, sizes or places differ, a file cannot be
+            read, or the output folder is one of the inputs.
+    """
+    folders = config.predictions_dirs
+    if config.output_dir.resolve() in [folder.resolve() for folder in folders]:
+        raise InputError(
+            f"{config.output_dir}: the output folder is one of the inputs; choose another one"
+        )
+    weights = np.array(config.weights or [1.0] * len(folders))
+    weights = weights / weights.sum()
+    sources, suffix = _sources(folders)
+    output = output_folder(config.output_dir)
+    masks, probabilities = [], []
+    for done, (tile_id, files) in enumerate(sources.items(), 1):
+        mask = output / f"{tile_id}{MASK_SUFFIX}"
+        probability = output / f"{tile_id}{PROBABILITY_SUFFIX}"
+        soft = suffix == PROBABILITY_SUFFIX
+        _merge(files, weights.tolist(), config.decision_threshold, mask, probability, soft)
+        masks.append(mask)
+        if soft:
+            probabilities.append(probability)
+        progress("merging", done, len(sources))
+    config.record(output)
+    return EnsembleResult(tuple(masks), tuple(probabilities), len(folders))
+
+
+def _merge(
+    files: Sequence[Path],
+    weights: Sequence[float],
+    at_least: float,
+    mask: Path,
+    probability: Path,
+    soft: bool,
+) -> None:
+    """Merge one scene's predictions (`soft`: probabilities), strip by strip."""
+    shape, georeference = _common_ground(files)
+    with ExitStack() as stack:
+        mask_out = stack.enter_context(
+            RasterWriter(mask, shape, "uint8", georeference, MASK_NODATA, {})
+        )
+        soft_out = (
+            stack.enter_context(
+                RasterWriter(probability, shape, "float32", georeference, np.nan, {})
+            )
+            if soft
+            else None
+        )
+        for strip in _strips(shape):
+            mean = weighted_mean((_vote(path, strip, soft) for path in files), weights)
+            mask_out.write(strip.y, threshold(mean, at_least))
+            if soft_out is not None:
+                soft_out.write(strip.y, mean)
+
+
+def _vote(path: Path, strip: Tile, soft: bool) -> NDArray[np.float32]:
+    if soft:
+        return read_probability(path, strip)
+    mask = read_mask(path, strip)
+    return np.where(mask == MASK_NODATA, np.nan, mask).astype(np.float32)
+
+
+def _strips(shape: Shape) -> Iterator[Tile]:
+    height, width = shape
+    for y in range(0, height, _ROWS):
+        yield Tile(y, 0, min(_ROWS, height - y), width)
+
+
+def _sources(folders: Sequence[Path]) -> tuple[dict[str, list[Path]], str]:
+    """Each scene's files, one a folder, and whether they are masks or probabilities."""
+    found: dict[str, list[dict[str, Path]]] = {MASK_SUFFIX: [], PROBABILITY_SUFFIX: []}
+    for folder in folders:
+        files = input_folder(folder, "*.tif")
+        for suffix, kind in found.items():
+            kind.append({tile_id_of(p): p for p in files if p.name.endswith(suffix)})
+    tile_ids = {tile_id for kind in found.values() for files in kind for tile_id in files}
+    if not tile_ids:
+        raise InputError(f"{folders[0]}: the folder holds no *{MASK_SUFFIX} file")
+    probabilities = found[PROBABILITY_SUFFIX]
+    if all(files.keys() == tile_ids for files in probabilities):
+        suffix = PROBABILITY_SUFFIX
+    else:
+        suffix = MASK_SUFFIX
+        _require_all(folders, found[MASK_SUFFIX], tile_ids)
+        if any(probabilities):
+            log.info("masks are merged: not all folders hold probabilities of all scenes")
+    return {
+        tile_id: [files[tile_id] for files in found[suffix]] for tile_id in sorted(tile_ids)
+    }, suffix
+
+
+def _require_all(
+    folders: Sequence[Path], masks: Sequence[Mapping[str, Path]], tile_ids: set[str]
+) -> None:
+    for folder, files in zip(folders, masks, strict=True):
+        absent = sorted(tile_ids - files.keys())
+        if absent:
+            more = f" and {len(absent) - _NAMES_SHOWN} more" if len(absent) > _NAMES_SHOWN else ""
+            raise InputError(
+                f"{folder}: lacks {', '.join(absent[:_NAMES_SHOWN])}{more}, which another folder "
+                "holds; predict the same scenes for every folder"
+            )
+
+
+def _common_ground(files: Sequence[Path]) -> tuple[Shape, Georeference]:
+    """Shape and georeference that all the files share; files without a place take any."""
+    shape, placed = raster_shape(files[0]), files[0]
+    georeference = georeference_of(placed)
+    for path in files[1:]:
+        other_shape, other = raster_shape(path), georeference_of(path)
+        if other_shape != shape:
+            raise InputError(
+                f"{path} has {other_shape[0]} x {other_shape[1]} pixels (height x width), "
+                f"{files[0]} {shape[0]} x {shape[1]}; merge predictions of the same scene"
+            )
+        if georeference == Georeference():
+            georeference, placed = other, path
+        elif other not in (Georeference(), georeference):
+            raise InputError(
+                f"{path} and {placed} lie in different places (CRS or transform); "
+                "merge predictions of the same scene"
+            )
+    return shape, georeference

@@ -1,0 +1,178 @@
+"""What a run needs before its first step: settings, statistics, and the network's description."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+from kelp import __version__
+from kelp.config import TrainConfig
+from kelp.errors import ConfigError, InputError
+from kelp.files import atomic
+from kelp.grid import Shape
+from kelp.indices import IndexSettings, channel_names, parse_indices
+from kelp.nn.dataset import Source
+from kelp.nn.spec import NetworkSpec
+from kelp.nn.training.tracking import ARTIFACTS
+from kelp.progress import Progress
+from kelp.stats import Source as StatsSource
+from kelp.stats import file_statistics
+from kelp.statsfile import About, StatsFile
+from kelp.summary import unit_stats
+
+log = logging.getLogger("kelp")
+
+CONFIG_FILE: Final = "config.yaml"
+STATS_FOLDER: Final = "stats"
+
+_DEV_BATCHES: Final = 2
+_FEW_FILES: Final = 256  # below this, starting processes takes longer than reading
+
+# What may change when a run is resumed: where things are and how fast they go, not the result.
+_FREE: Final = frozenset(
+    {"resume_from", "data_dir", "metadata_fp", "output_dir", "dataset_stats_fp", "num_workers",
+     "device", "plot_n_batches", "early_stopping_patience"}
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """The statistics of a run and the name under which they are kept."""
+
+    file: StatsFile
+    name: str
+    given: Path | None
+    """The user's file, which is copied as it is."""
+
+    def write(self, artifacts: Path) -> Path:
+        """Put the file into `artifacts/stats/`."""
+        path = artifacts / STATS_FOLDER / self.name
+        if self.given is None:
+            self.file.save(path)
+        elif self.given.resolve() != path.resolve():
+            content = self.given.read_bytes()
+            with atomic(path) as partial:
+                partial.write_bytes(content)
+        return path
+
+
+def run_folder(resume_from: Path) -> Path:
+    """The run folder that `--resume_from` means: itself, or the parent of its `artifacts/`."""
+    folder = resume_from.resolve()
+    folder = folder.parent if folder.name == ARTIFACTS else folder
+    if not (folder / ARTIFACTS / CONFIG_FILE).is_file():
+        raise InputError(
+            f"--resume_from {resume_from}: no run folder (it lacks {ARTIFACTS}/{CONFIG_FILE})"
+        )
+    return folder
+
+
+def effective(config: TrainConfig) -> TrainConfig:
+    """The configuration that is run: `--fast_dev_run` shortens it.
+
+    Raises:
+        ConfigError: `--resume_from` names a run with other settings.
+    """
+    if config.fast_dev_run:
+        limits = {
+            "epochs": 1,
+            "limit_train_batches": _DEV_BATCHES,
+            "limit_val_batches": _DEV_BATCHES,
+        }
+        config = config.model_copy(update=limits)
+    if config.resume_from is not None:
+        _check_resumable(config, run_folder(config.resume_from) / ARTIFACTS / CONFIG_FILE)
+    return config
+
+
+def _check_resumable(config: TrainConfig, recorded: Path) -> None:
+    before = TrainConfig.load(recorded).model_dump(mode="json", exclude=set(_FREE))
+    now: dict[str, Any] = config.model_dump(mode="json", exclude=set(_FREE))
+    if config.lr_scheduler == "none":  # more epochs change nothing in those already done
+        now["epochs"] = before["epochs"]
+    for name, value in before.items():
+        if now[name] != value:
+            raise ConfigError(
+                f"--{name} {now[name]}: the run to resume has {value}; "
+                f"give its own settings with --config {recorded}"
+            )
+
+
+def run_statistics(
+    config: TrainConfig, sources: Sequence[Source], progress: Progress
+) -> Statistics:
+    """The statistics that normalise a run's input.
+
+    Those of a resumed run, of `--dataset_stats_fp`, or of the fold's training rows.
+
+    Raises:
+        StatsError: the given file lacks a channel, or was made with other settings than the run.
+    """
+    channels = channel_names(config.bands, parse_indices(config.spectral_indices))
+    settings = IndexSettings(config.index_input, config.mask_using_qa, config.mask_using_water_mask)
+    if config.resume_from is not None:
+        return _resumed_statistics(run_folder(config.resume_from), channels)
+    given = config.dataset_stats_fp
+    if given is not None:
+        file = StatsFile.load(given, channels)
+        file.check(channels, settings, given)
+        if file.about.cv_split != config.cv_split:
+            seen = "all rows" if file.about.cv_split is None else f"fold {file.about.cv_split}"
+            log.info(
+                "%s: made from %s, so it saw validation rows of fold %d; scores may flatter "
+                "a little", given, seen, config.cv_split,
+            )  # fmt: skip
+        return Statistics(file, given.name, given)
+    stats = file_statistics(
+        [StatsSource(source.image, source.tile) for source in sources],
+        channels,
+        settings,
+        band_order=config.band_order,
+        workers=max(1, config.num_workers) if len(sources) >= _FEW_FILES else 1,
+        progress=progress,
+    )
+    about = About(
+        cv_split=config.cv_split,
+        row_count=len(sources),
+        **asdict(settings),
+        fill_value="nan" if config.fill_missing_pixels_with_torch_nan else "0",
+        version=__version__,
+    )
+    file = StatsFile(stats, about)
+    return Statistics(file, file.name(datetime.now(UTC)), None)
+
+
+def _resumed_statistics(run_dir: Path, channels: Sequence[str]) -> Statistics:
+    kept = sorted((run_dir / ARTIFACTS / STATS_FOLDER).glob("[!.]*.json"))
+    if not kept:
+        raise InputError(f"{run_dir}: lacks {ARTIFACTS}/{STATS_FOLDER}/*.json; it cannot go on")
+    return Statistics(StatsFile.load(kept[0], channels), kept[0].name, kept[0])
+
+
+def network_spec(config: TrainConfig, tile_size: Shape) -> NetworkSpec:
+    """The network that a configuration describes; its statistics are still to come."""
+    indices = parse_indices(config.spectral_indices)
+    channels = channel_names(config.bands, indices)
+    return NetworkSpec(
+        bands=config.bands,
+        spectral_indices=indices,
+        index_input=config.index_input,
+        mask_using_qa=config.mask_using_qa,
+        mask_using_water_mask=config.mask_using_water_mask,
+        fill_missing_pixels_with_torch_nan=config.fill_missing_pixels_with_torch_nan,
+        normalization_strategy=config.normalization_strategy,
+        statistics=dict.fromkeys(channels, unit_stats(0, 0)),
+        sahi=config.sahi,
+        tile_size=tile_size,
+        image_size=config.image_size,
+        resize_strategy=config.resize_strategy,
+        interpolation=config.interpolation,
+        architecture=config.architecture,
+        encoder=config.encoder,
+        decoder_channels=config.decoder_channels,
+        decoder_attention_type=config.decoder_attention_type,
+    )

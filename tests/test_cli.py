@@ -1,0 +1,199 @@
+"""The command line: spellings, precedence, help, exit codes."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import kelp
+from kelp import config as configs
+from kelp.cli import COMMANDS, main
+from kelp.config import PredictConfig, SliceConfig, TrainConfig
+from kelp.errors import ConfigError
+
+ROOT = Path(kelp.__file__).parent.parent
+
+
+class Result:
+    def summary(self):
+        return "done"
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """Run commands up to their function: what it would have been called with."""
+    calls = []
+
+    def record(config, progress):
+        calls.append(config)
+        return Result()
+
+    from kelp.data_prep import slicing
+    from kelp.nn.inference import predict
+
+    monkeypatch.setattr(slicing, "slice_dataset", record)
+    monkeypatch.setattr(predict, "predict_scenes", record)
+    return calls
+
+
+SLICE = ["slice", "--data_dir", "d", "--metadata_fp", "m", "--output_dir", "o"]
+PREDICT = ["predict", "--data_dir", "d", "--run_dir", "r", "--output_dir", "o"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field", "value"),
+    [
+        (["--image_size", "64"], "image_size", 64),
+        (["--image-size", "64"], "image_size", 64),
+        (["--image_size=64"], "image_size", 64),
+        (["--image-size=64"], "image_size", 64),
+        (["--image_size", "96", "--image-size=64"], "image_size", 64),
+        (["--materialize"], "materialize", True),
+        (["--no-materialize"], "materialize", False),
+        (["--no_materialize"], "materialize", False),
+        (["--materialize", "False"], "materialize", False),
+        (["--materialize=false"], "materialize", False),
+        (["--materialize=False", "--materialize"], "materialize", True),
+        (["--materialize", "--no-materialize"], "materialize", False),
+        (["--materialize", "False", "--stride=8"], "materialize", False),
+        (["--band_order", "SWIR, NIR,R"], "band_order", ("SWIR", "NIR", "R")),
+        (["--stride", "8"], "stride", 8),
+        ([], "stride", None),
+    ],
+)
+def test_spellings(seen, arguments, field, value):
+    assert main([*SLICE, *arguments]) == 0
+    assert getattr(seen[0], field) == value
+
+
+def test_negative_numbers_and_aliases(seen):
+    assert main([*PREDICT, "--soft_labels", "--run_dir", "a,b"]) == 0
+    assert seen[0].save_probabilities is True
+    assert seen[0].run_dir == (Path("a"), Path("b"))
+    assert main([*PREDICT, "--soft-labels=False"]) == 0
+    assert seen[1].save_probabilities is False
+    assert main([*PREDICT, "--no-soft-labels"]) == 0
+    assert seen[2].save_probabilities is False
+
+
+def test_a_config_file_and_the_command_line_on_top(seen, tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("data-dir: d\nmetadata_fp: m\noutput_dir: o\nimage_size: 64\nstride: 32\n")
+    assert main(["slice", "--config", str(file), "--stride", "16"]) == 0
+    assert (seen[0].image_size, seen[0].stride) == (64, 16)
+    record = seen[0].record(tmp_path)
+    assert record.name == "kelp-slice.yaml"
+    assert SliceConfig.load(record) == seen[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "cause"),
+    [
+        (["slice", "--nonsense", "1"], "No such option"),
+        (["slice", "--data_dir", "d"], "--metadata_fp is missing"),
+        ([*SLICE, "--image_size", "big"], "--image_size"),
+        ([*SLICE, "--image_size", "0"], "--image_size"),
+        ([*SLICE, "--stride", "200"], "pixels between tiles would be lost"),
+        ([*SLICE, "--materialize", "maybe"], "--materialize"),
+        ([*SLICE, "--config", "absent.yaml"], "absent.yaml"),
+        ([*SLICE, "stray"], "unexpected extra argument"),
+        ([*SLICE, "--image_size"], "--image_size"),
+        (["slcie"], "No such command"),
+    ],
+)
+def test_usage_errors_are_one_line_and_exit_2(capfd, arguments, cause):
+    assert main(arguments) == 2
+    error = capfd.readouterr().err.strip().splitlines()
+    assert len(error) == 1
+    assert cause in error[0]
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "a: [", "nonsense: 1\n"])
+def test_broken_config_files(tmp_path, capfd, text):
+    (tmp_path / "c.yaml").write_text(text)
+    assert main([*SLICE, "--config", str(tmp_path / "c.yaml")]) == 2
+    assert len(capfd.readouterr().err.strip().splitlines()) == 1
+
+
+def test_a_bug_is_not_hidden(monkeypatch):
+    from kelp.data_prep import slicing
+
+    def broken(config, progress):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(slicing, "slice_dataset", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        main(SLICE)
+
+
+def test_ctrl_c_is_130(monkeypatch, capfd):
+    from kelp.data_prep import slicing
+
+    def stopped(config, progress):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(slicing, "slice_dataset", stopped)
+    assert main(SLICE) == 130
+    assert len(capfd.readouterr().err.strip().splitlines()) == 1
+
+
+def test_help_and_version(capsys):
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in COMMANDS)
+    assert main(["--version"]) == 0
+    assert kelp.__version__ in capsys.readouterr().out
+    assert main([]) == 2
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_has_a_meaning_and_numbers_a_unit(name, capsys):
+    assert main([name, "--help"]) == 0
+    text = capsys.readouterr().out
+    for field, info in getattr(configs, COMMANDS[name].config).model_fields.items():
+        assert f"--{field}" in text
+        assert info.description, field
+        numeric = any(kind in str(info.annotation) for kind in ("int", "float"))
+        assert not numeric or info.description.endswith("]"), f"--{field} has no unit"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["predict", "--help"]])
+def test_help_imports_nothing_heavy(arguments):
+    script = (
+        "import sys; from kelp.cli import main; main(sys.argv[1:]); "
+        "heavy = {'torch', 'numpy', 'pandas', 'rasterio', 'mlflow'} & set(sys.modules); "
+        "sys.exit(', '.join(heavy) or 0)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_importing_kelp_is_light():
+    script = "import sys, kelp; kelp.config; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT).returncode == 0
+
+
+def test_python_users_get_the_same_errors():
+    with pytest.raises(ConfigError, match="--run_dir is missing"):
+        PredictConfig(data_dir="d", output_dir="o")
+    with pytest.raises(ConfigError, match="there is no option --nonsense"):
+        SliceConfig(data_dir="d", metadata_fp="m", output_dir="o", nonsense=1)
+    with pytest.raises(ConfigError, match="multiple of 32"):
+        TrainConfig(data_dir="d", metadata_fp="m", output_dir="o", image_size=350)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_its_function(name):
+    import importlib
+
+    module, _, function = COMMANDS[name].target.partition(":")
+    assert callable(getattr(importlib.import_module(module), function))
+
+
+def test_records_are_plain_yaml():
+    config = SliceConfig(data_dir="d", metadata_fp="m", output_dir="o")
+    assert yaml.safe_load(config.to_yaml())["data_dir"] == "d"

@@ -1,0 +1,311 @@
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from world import coast, make_world, write_tif
+
+from kelp import bands
+from kelp.config import SliceConfig, TrainConfig
+from kelp.data_prep.slicing import slice_dataset
+from kelp.errors import ConfigError, InputError, TableError
+from kelp.grid import Tile
+from kelp.nn.datamodule import (
+    EpochSampler,
+    FoldData,
+    read_fold,
+    sampling_weights,
+    training_shape,
+)
+from kelp.nn.dataset import Sample, Source, TileDataset, collate
+from kelp.raster import read_scene
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("world"), n_train=4, shape=(50, 70))
+
+
+@pytest.fixture(scope="module")
+def sliced(world, tmp_path_factory):
+    """The same tiles twice: as files, and as windows of the images."""
+    root = tmp_path_factory.mktemp("sliced")
+    return {
+        materialize: slice_dataset(
+            SliceConfig(
+                data_dir=world.train_dir, metadata_fp=world.table, image_size=32, workers=1,
+                output_dir=root / str(materialize), materialize=materialize,
+            )
+        ).table
+        for materialize in (True, False)
+    }  # fmt: skip
+
+
+def config_of(table, **options):
+    values = {
+        "data_dir": table.parent, "metadata_fp": table, "output_dir": table.parent / "out",
+        "sahi": True, "batch_size": 4, "num_workers": 0, "seed": 3,
+    }  # fmt: skip
+    return TrainConfig(**values | options)
+
+
+def images_config(world, **options):
+    return config_of(world.table, data_dir=world.data_dir, sahi=False, **options)
+
+
+def same(a: Sample, b: Sample):
+    return all(torch.equal(x.nan_to_num(-9), y.nan_to_num(-9)) for x, y in zip(a, b, strict=True))
+
+
+def test_a_sample_is_the_file(world):
+    source = read_fold(images_config(world)).train_sources[0]
+    sample = TileDataset([source])[0]
+    raw = read_scene(source.image)
+    assert sample.raw.dtype == torch.float32
+    np.testing.assert_array_equal(sample.raw.numpy(), raw)
+    assert sample.target.dtype == torch.uint8
+    unknown = ~bands.observed(raw, qa_as_nodata=False)
+    np.testing.assert_array_equal(sample.target.numpy() == 255, unknown)
+    assert unknown.any()
+    np.testing.assert_array_equal(sample.observed.numpy(), bands.observed(raw))
+    clouds = raw[bands.QA] == 1
+    assert (sample.target.numpy()[clouds & ~unknown] != 255).all()  # the loss does look there
+
+
+def test_virtual_tiles_are_the_materialised_ones(sliced):
+    datasets = []
+    for table in sliced.values():
+        rows = pd.read_parquet(table).sample(frac=1, random_state=len(datasets))  # any order
+        fold = read_fold(config_of(table))
+        assert set(fold.train["tile_id"]) | set(fold.val["tile_id"]) == set(rows["tile_id"])
+        keys = list(zip(fold.train["tile_id"], fold.train["x"], fold.train["y"], strict=True))
+        datasets.append(dict(zip(keys, TileDataset(fold.train_sources), strict=True)))
+    files, windows = datasets
+    assert files.keys() == windows.keys()
+    edges = 0
+    for key, sample in files.items():
+        assert sample.raw.shape == (7, 32, 32)
+        assert same(sample, windows[key]), key
+        edges += bool((sample.target[:, -1] == 255).all())
+    assert edges  # 50 x 70 is no multiple of 32
+
+
+def test_a_tile_lies_where_its_row_says(world, sliced):
+    fold = read_fold(config_of(sliced[True]))
+    row = next(i for i, x, y in zip(fold.train.index, fold.train.x, fold.train.y, strict=True) if x and not y)
+    name = f"{fold.train.loc[row, 'tile_id']}_satellite.tif"
+    whole = read_scene(world.train_dir / "images" / name)
+    x = fold.train.loc[row, "x"]
+    np.testing.assert_array_equal(
+        TileDataset(fold.train_sources)[row].raw.numpy()[:, :, : 70 - x],
+        whole[:, :32, x : x + 32],
+    )
+
+
+def test_a_batch_of_different_sizes_is_padded_with_nothing_known(tmp_path):
+    rng = np.random.default_rng(0)
+    sources = []
+    for i, shape in enumerate([(20, 31), (28, 17)]):
+        image, mask = coast(shape, rng)
+        sources.append(
+            Source(
+                write_tif(tmp_path / f"{i}_satellite.tif", image),
+                write_tif(tmp_path / f"{i}_kelp.tif", mask[np.newaxis]),
+            )
+        )
+    data = TileDataset(sources)
+    batch = collate([data[0], data[1]])
+    assert batch.raw.shape == (2, 7, 28, 31)
+    for i, (height, width) in enumerate([(20, 31), (28, 17)]):
+        inside = torch.zeros((28, 31), dtype=torch.bool)
+        inside[:height, :width] = True
+        assert torch.isnan(batch.raw[i][:, ~inside]).all()
+        assert (batch.target[i][~inside] == 255).all()
+        assert not batch.observed[i][~inside].any()
+        assert torch.equal(batch.target[i][inside], data[i].target.flatten())
+
+
+def test_errors_name_the_file(tmp_path):
+    image, mask = coast((20, 31), np.random.default_rng(0))
+    path = write_tif(tmp_path / "a_satellite.tif", image)
+    other = write_tif(tmp_path / "a_kelp.tif", mask[np.newaxis, :, :-1])
+    with pytest.raises(InputError, match=r"a_kelp\.tif: has 20 x 30 pixels"):
+        TileDataset([Source(path, other)])[0]
+    with pytest.raises(InputError, match=r"a_satellite\.tif.*none in the tile at x=40, y=0"):
+        TileDataset([Source(path, other, Tile(0, 40, 32, 32))])[0]
+
+
+# --- the fold
+
+
+def test_the_fold_is_that_of_the_table(sliced):
+    table = pd.read_parquet(sliced[True])
+    for k in (0, 1):
+        fold = read_fold(config_of(sliced[True], cv_split=k))
+        assert set(fold.val["tile_id"]) == set(table[table[f"split_{k}"] == "val"]["tile_id"])
+        assert not set(fold.val["tile_id"]) & set(fold.train["tile_id"])
+        for rows, sources in ((fold.train, fold.train_sources), (fold.val, fold.val_sources)):
+            for row, source in zip(rows.itertuples(), sources, strict=True):
+                assert source.image.name == f"{row.tile_id}_satellite_{row.x}_{row.y}.tif"
+                assert source.mask.name == f"{row.tile_id}_kelp_{row.x}_{row.y}.tif"
+
+
+def test_training_shape(world, sliced):
+    for table in sliced.values():
+        config = config_of(table)
+        assert training_shape(read_fold(config), config) == (32, 32)
+    config = images_config(world)
+    assert training_shape(read_fold(config), config) == (50, 70)
+
+
+def test_sahi_and_the_table_must_agree(world, sliced):
+    with pytest.raises(ConfigError, match="--sahi True: .* is no table of tiles"):
+        read_fold(images_config(world).model_copy(update={"sahi": True}))
+    with pytest.raises(ConfigError, match="is a table of tiles: add --sahi True"):
+        read_fold(config_of(sliced[True], sahi=False))
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda t: t.drop(columns="mask_path"), "lacks the column mask_path"),
+    (lambda t: t.drop(columns=["split_0", "split_1"]), "has no folds"),
+    (lambda t: t.drop(columns="split_0"), "has no fold 0"),
+    (lambda t: t.assign(split_0="train"), "fold 0 has no val rows"),
+    (lambda t: t.assign(split_0="val"), "fold 0 has no train rows"),
+    (lambda t: t.assign(image_path="images/gone.tif"), r"gone\.tif: no such file"),
+    (lambda t: t.assign(mask_path=None), "has no mask_path"),
+    (lambda t: t.assign(image_path=None).drop(columns="source_image_path"), "without image_path"),
+])  # fmt: skip
+def test_table_errors(sliced, tmp_path, change, message):
+    path = tmp_path / "table.parquet"
+    change(pd.read_parquet(sliced[True])).to_parquet(path)
+    with pytest.raises(TableError, match=message):
+        read_fold(config_of(path, data_dir=sliced[True].parent))
+
+
+# --- the sampler
+
+FACTS = pd.DataFrame(
+    {
+        "has_kelp": [True, False, True],
+        "kelp_pixels_pct": [0.1, 0.0, 0.5],
+        "qa_ok": [False, True, True],
+        "qa_corrupted_pixels_pct": [0.4, 0.0, 0.0],
+        "water_pixels_pct": [0.9, 1.0, 0.2],
+        "dem_nan_pixels_pct": [0.0, 0.6, 0.0],
+        "dem_zero_pixels_pct": [0.9, 0.4, 0.2],
+    }
+)
+SEED_FACTORS = {
+    "has_kelp_importance_factor": 3,
+    "kelp_pixels_pct_importance_factor": 0.2,
+    "qa_ok_importance_factor": 0,
+    "qa_corrupted_pixels_pct_importance_factor": -1,
+    "almost_all_water_importance_factor": 0.5,
+    "dem_nan_pixels_pct_importance_factor": 0.25,
+    "dem_zero_pixels_pct_importance_factor": -1,
+}
+
+
+def test_weights_by_hand(sliced):
+    config = config_of(sliced[True], **SEED_FACTORS)
+    # 3·kelp + 0.2·(1-kelp share) - (1-QA share) + 0.5·(1-water) + 0.25·(1-no DEM) - (1-DEM zero)
+    sums = [
+        3 + 0.2 * 0.9 - 0.6 + 0.5 * 0.1 + 0.25 * 1.0 - 0.1,  # 2.78
+        0 + 0.2 * 1.0 - 1.0 + 0.5 * 0.0 + 0.25 * 0.4 - 0.6,  # -1.3
+        3 + 0.2 * 0.5 - 1.0 + 0.5 * 0.8 + 0.25 * 1.0 - 0.8,  # 1.95
+    ]
+    expected = [1.0, 0.01, 0.01 + 0.99 * (sums[2] + 1.3) / (2.78 + 1.3)]
+    assert sampling_weights(FACTS, config, sliced[True]) == pytest.approx(expected)
+
+
+def test_each_factor_has_its_own_fact(sliced):
+    for factor, column, is_share_of_bad in (
+        ("has_kelp", "has_kelp", False),
+        ("kelp_pixels_pct", "kelp_pixels_pct", True),
+        ("qa_ok", "qa_ok", False),
+        ("qa_corrupted_pixels_pct", "qa_corrupted_pixels_pct", True),
+        ("almost_all_water", "water_pixels_pct", True),
+        ("dem_nan_pixels_pct", "dem_nan_pixels_pct", True),
+        ("dem_zero_pixels_pct", "dem_zero_pixels_pct", True),
+    ):
+        zero = dict.fromkeys(SEED_FACTORS, 0) | {f"{factor}_importance_factor": 1}
+        weights = sampling_weights(FACTS, config_of(sliced[True], **zero), sliced[True])
+        values = FACTS[column].to_numpy(float)
+        order = np.argsort(-values if is_share_of_bad else values, kind="stable")
+        assert (np.diff(weights[order]) >= 0).all()
+        assert (weights.min(), weights.max()) == pytest.approx((0.01, 1.0))
+
+
+def test_equal_weights_are_all_one(sliced):
+    zero = dict.fromkeys(SEED_FACTORS, 0)
+    weights = sampling_weights(FACTS, config_of(sliced[True], **zero), sliced[True])
+    assert weights.tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("facts", [FACTS.drop(columns="qa_ok"), FACTS.assign(qa_ok=None)])
+def test_a_missing_fact_is_an_error(sliced, facts):
+    with pytest.raises(TableError, match="the weighted sampler needs qa_ok"):
+        sampling_weights(facts, config_of(sliced[True]), sliced[True])
+
+
+def test_weighted_epochs_are_drawn_with_replacement_by_weight():
+    sampler = EpochSampler(3, 0, np.array([0.01, 0.19, 0.8]), 20_000)
+    assert len(sampler) == len(list(sampler)) == 20_000
+    shares = np.bincount(list(sampler), minlength=3) / 20_000
+    assert shares == pytest.approx([0.01, 0.19, 0.8], abs=0.015)
+
+
+def test_without_weights_each_row_comes_once():
+    sampler = EpochSampler(11, 0)
+    first = list(sampler)
+    assert sorted(first) == list(range(11))
+    assert first == list(sampler)  # an epoch can be had again
+    sampler.set_epoch(1)
+    assert sorted(sampler) == list(range(11))
+    assert list(sampler) != first
+    assert list(EpochSampler(11, 0, first_epoch=1)) == list(sampler)
+    assert list(EpochSampler(11, 1)) != first
+
+
+# --- the loaders
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+def test_samples_do_not_depend_on_workers(sliced, weighted):
+    epochs = []
+    for workers in (0, 2):
+        config = config_of(
+            sliced[True], num_workers=workers, use_weighted_sampler=weighted, samples_per_epoch=9
+        )
+        data = FoldData(read_fold(config), config, first_epoch=2, pin=False)
+        epochs.append([*data.train_dataloader(), *data.val_dataloader()])
+    for a, b in zip(*epochs, strict=True):
+        assert same(a, b)
+    drawn = 9 if weighted else len(data.fold.train)
+    assert sum(len(batch.raw) for batch in epochs[0]) == drawn + len(data.fold.val)
+
+
+def test_loading_leaves_the_networks_random_numbers_alone(sliced):
+    config = config_of(sliced[True])
+    data = FoldData(read_fold(config), config, first_epoch=0, pin=False)
+    before = torch.get_rng_state()
+    next(iter(data.train_dataloader()))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_validation_keeps_the_order_of_the_table(sliced):
+    config = config_of(sliced[True], batch_size=3)
+    data = FoldData(read_fold(config), config, first_epoch=0, pin=False)
+    samples = [sample for batch in data.val_dataloader() for sample in batch.target]
+    for sample, source in zip(samples, data.fold.val_sources, strict=True):
+        assert torch.equal(sample, TileDataset([source])[0].target)
+
+
+@pytest.mark.parametrize(("architecture", "batches"), [("unet", 3), ("pan", 2)])
+def test_a_last_batch_of_one_is_left_out_only_where_it_would_crash(sliced, architecture, batches):
+    config = config_of(
+        sliced[True], use_weighted_sampler=True, samples_per_epoch=9, architecture=architecture
+    )
+    data = FoldData(read_fold(config), config, first_epoch=0, pin=False)
+    assert len(list(data.train_dataloader())) == batches
