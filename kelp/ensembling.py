@@ -18,6 +18,7 @@ from kelp.errors import InputError
 from kelp.files import input_folder, output_folder
 from kelp.grid import Shape, Tile
 from kelp.manifest import MASK_SUFFIX, PROBABILITY_SUFFIX, tile_id_of
+from kelp.merge import to_mask
 from kelp.progress import Progress, silent
 from kelp.raster import (
     Georeference,
@@ -79,12 +80,6 @@ def weighted_mean(
     )
 
 
-def threshold(probability: NDArray[np.float32], at_least: float) -> NDArray[np.uint8]:
-    """Mask of probabilities: 1 where `p >= at_least` (in float32), 255 where NaN, else 0."""
-    kelp = probability >= np.float32(at_least)
-    return np.where(np.isnan(probability), MASK_NODATA, kelp).astype(np.uint8)
-
-
 def ensemble(config: EnsembleConfig, progress: Progress = silent) -> EnsembleResult:
     """Merge prediction folders that hold the same scenes.
 
@@ -142,7 +137,7 @@ def _merge(
         )
         for strip in _strips(shape):
             mean = weighted_mean((_vote(path, strip, soft) for path in files), weights)
-            mask_out.write(strip.y, threshold(mean, at_least))
+            mask_out.write(strip.y, to_mask(mean, at_least))
             if soft_out is not None:
                 soft_out.write(strip.y, mean)
 

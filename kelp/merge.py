@@ -7,6 +7,7 @@ from typing import Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from kelp.bands import MASK_NODATA
 from kelp.errors import CoverageError
 from kelp.grid import Shape, Tile
 
@@ -30,6 +31,16 @@ def window(blend: Blend, height: int, width: int) -> NDArray[np.float64]:
     rows = np.sin(np.pi * (np.arange(height) + 0.5) / height) ** 2
     columns = np.sin(np.pi * (np.arange(width) + 0.5) / width) ** 2
     return np.outer(rows, columns)
+
+
+def to_mask(probabilities: NDArray[np.float32], threshold: float) -> NDArray[np.uint8]:
+    """Kelp where p >= threshold: uint8, 0, 1, or 255 where p is NaN.
+
+    The only place where kelp decides, after tiles, symmetries and networks are averaged. The
+    threshold is compared in float32, so that a stored 0.48 counts as at least 0.48.
+    """
+    kelp = probabilities >= np.float32(threshold)
+    return np.where(np.isnan(probabilities), MASK_NODATA, kelp).astype(np.uint8)
 
 
 class StripMerger:

@@ -15,8 +15,9 @@ from rasterio.crs import CRS
 
 from kelp import ensembling
 from kelp.config import EnsembleConfig
-from kelp.ensembling import ensemble, threshold, weighted_mean
+from kelp.ensembling import ensemble, weighted_mean
 from kelp.errors import InputError
+from kelp.merge import to_mask
 from kelp.raster import (
     Georeference,
     RasterWriter,
@@ -43,7 +44,7 @@ def write_soft(path: Path, values: object, reference: Georeference = NOWHERE) ->
 def write_both(folder: Path, name: str, values: object, at: float = 0.5) -> None:
     soft = np.asarray(values, np.float32)
     write_soft(folder / f"{name}_kelp_prob.tif", soft)
-    write_mask(folder / f"{name}_kelp.tif", threshold(soft, at))
+    write_mask(folder / f"{name}_kelp.tif", to_mask(soft, at))
 
 
 def run(tmp_path: Path, *names: str, weights: tuple[float, ...] = (), at: float = 0.5, out="out"):
@@ -94,7 +95,7 @@ def test_a_vote_of_weight_zero_is_not_there():
 def test_the_threshold_includes_its_own_value_in_float32():
     # 0.48 in float32 is a little less than 0.48; it must still count as "at least 0.48".
     soft = np.float32([[0.48, 0.47999, NAN]])
-    np.testing.assert_array_equal(threshold(soft, 0.48), [[1, 0, 255]])
+    np.testing.assert_array_equal(to_mask(soft, 0.48), [[1, 0, 255]])
 
 
 def test_probabilities_are_averaged_before_the_threshold(tmp_path):

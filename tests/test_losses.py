@@ -137,9 +137,7 @@ def test_ce_is_torchs_on_valid_pixels():
         two, target[valid].long(), weight=torch.tensor([0.5, 3.0]), label_smoothing=0.05
     )
     torch.testing.assert_close(build_loss("ce", SETTINGS)(logits, target), expected)
-    torch.testing.assert_close(
-        build_loss("ce")(logits, target), build_loss("bce")(logits, target)
-    )
+    torch.testing.assert_close(build_loss("ce")(logits, target), build_loss("bce")(logits, target))
 
 
 def test_focal_is_the_papers_formula():

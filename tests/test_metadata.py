@@ -1,4 +1,5 @@
 import logging
+import os
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,8 @@ from kelp.errors import InputError, KelpError, TableError
 from kelp.manifest import FACTS
 
 SHAPE = (110, 120)
-REAL_CSV = Path(__file__).parents[2] / "shared/data/real/metadata_fTq0l2T.csv"
+# A folder with real files of the competition, which may not be passed on.
+REAL_CSV = Path(os.environ.get("KELP_REAL_DATA", "."), "metadata_fTq0l2T.csv")
 
 # Three places with two training images each, one of a fourth, and one without a DEM. The first
 # test image shows the first place, the second none of them.

@@ -75,12 +75,9 @@ def _deal(
     shares = contents / np.maximum(contents.sum(axis=0), 1)
     folds = np.empty(len(contents), dtype=np.int64)
     filled = np.zeros((n_splits, contents.shape[1]))
-    empty = np.ones(n_splits, dtype=bool)
     for group in order:
-        # (filled + share)^2 - filled^2, without what is the same for all folds
+        # (filled + share)^2 - filled^2, without what is the same for all folds; 0 in an empty one
         growth = np.round(filled @ shares[group], 12)
-        growth[empty] = -1
         folds[group] = fold = int(np.lexsort([filled[:, 0], growth])[0])
         filled[fold] += shares[group]
-        empty[fold] = False
     return folds

@@ -102,8 +102,10 @@ def pad(sample: Sample, shape: Shape) -> Sample:
     extra = (0, shape[1] - width, 0, shape[0] - height)
     if not any(extra):
         return sample
+    raw = functional.pad(sample.raw, extra, value=torch.nan)
+    raw[bands.QA].nan_to_num_(nan=1.0)  # as in the padding of a tile's file: unknown is bad
     return Sample(
-        functional.pad(sample.raw, extra, value=torch.nan),
+        raw,
         functional.pad(sample.target, extra, value=MASK_NODATA),
         functional.pad(sample.observed, extra, value=False),
     )

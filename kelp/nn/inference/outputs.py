@@ -13,13 +13,8 @@ from kelp.bands import MASK_NODATA
 from kelp.errors import KelpError
 from kelp.grid import Shape
 from kelp.manifest import MASK_SUFFIX, PROBABILITY_SUFFIX
+from kelp.merge import to_mask
 from kelp.raster import Georeference, RasterWriter
-
-
-def to_mask(probabilities: NDArray[np.float32], threshold: float) -> NDArray[np.uint8]:
-    """Kelp where p >= threshold: uint8, 0, 1, or 255 where p is NaN. The one threshold of kelp."""
-    kelp_here = probabilities >= np.float32(threshold)
-    return np.where(np.isnan(probabilities), MASK_NODATA, kelp_here).astype(np.uint8)
 
 
 def probability_path(mask: Path) -> Path:
