@@ -150,7 +150,7 @@ _CONFIG_HELP: Final = "YAML file of options; flags on the command line win."
 def _metavar(annotation: Any) -> str:
     text = str(annotation)
     if "Literal" in text:
-        choices = text[text.index("Literal[") + 8 : text.rindex("]")]
+        choices = text.partition("Literal[")[2].partition("]")[0]
         return "|".join(part.strip(" '\"") for part in choices.split(","))
     for kind, name in (("tuple", "A,B,…"), ("Path", "PATH"), ("int", "N"), ("float", "X")):
         if kind in text:

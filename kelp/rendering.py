@@ -87,7 +87,7 @@ def _colors(
         stretch(bands.to_reflectance(pixels[bands.position(name)]), observed) for name in names
     ]
     colors = np.stack(planes, axis=-1)
-    missing: NDArray[np.bool_] = np.isnan(colors).any(axis=-1)
+    missing: NDArray[np.bool_] = np.asarray(np.isnan(colors).any(axis=-1))
     return np.nan_to_num(colors) * 255, missing
 
 

@@ -30,9 +30,8 @@ def test_counts_are_those_of_a_loop_over_pixels(seed, batches):
         observed = rng.random(shape) < 0.8
         scores.update(*(torch.from_numpy(x) for x in (p, target, observed)))
         parts.append((p, target, observed))
-    expected = brute_force(
-        *(np.concatenate([x.ravel() for x in part]) for part in zip(*parts, strict=True))
-    )
+    joined = (np.concatenate([x.ravel() for x in part]) for part in zip(*parts, strict=True))
+    expected = brute_force(*joined)
     assert scores.confusion() == expected
 
 

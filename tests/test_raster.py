@@ -221,12 +221,14 @@ def test_a_large_raster_is_a_valid_cog(tmp_path, dtype, nodata):
 @pytest.mark.parametrize("side", [40, 1100])
 def test_a_writer_that_fails_leaves_nothing(tmp_path, side):
     path = tmp_path / "m.tif"
-    with (
-        pytest.raises(KeyboardInterrupt),
-        RasterWriter(path, (8, side), "uint8", UTM, 255, {}) as out,
-    ):
-        out.write(0, np.zeros((4, side), dtype=np.uint8))
-        raise KeyboardInterrupt
+
+    def interrupted():
+        with RasterWriter(path, (8, side), "uint8", UTM, 255, {}) as out:
+            out.write(0, np.zeros((4, side), dtype=np.uint8))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert list(tmp_path.iterdir()) == []
 
 

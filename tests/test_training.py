@@ -67,7 +67,7 @@ def options(table):
 @pytest.fixture
 def configure(options, empty_store, tmp_path):
     def make(**changes):
-        output_dir = tmp_path / "mlruns"
+        output_dir = changes.get("output_dir", tmp_path / "mlruns")
         output_dir.mkdir(exist_ok=True)
         if not (output_dir / "mlflow.db").exists():
             shutil.copy(empty_store, output_dir)
@@ -81,9 +81,8 @@ def run(options, empty_store, tmp_path_factory):
     """One complete run that several tests look at."""
     output_dir = tmp_path_factory.mktemp("run")
     shutil.copy(empty_store, output_dir)
-    config = TrainConfig(
-        **options | {"output_dir": output_dir, "save_top_k": 2, "plot_n_batches": 1}
-    )
+    changes = {"output_dir": output_dir, "save_top_k": 2, "plot_n_batches": 1}
+    config = TrainConfig(**options | changes)
     calls = []
     before = set(Path.cwd().iterdir())
     result = train(config, progress=lambda *call: calls.append(call))
@@ -151,11 +150,8 @@ def test_bundles_hold_their_epochs(run):
     best, second, latest = (
         load_bundle(artifacts / name) for name in ("bundle", "bundle-2", "bundle-latest")
     )
-    assert [best.spec.epoch, second.spec.epoch, latest.spec.epoch] == [
-        order[0] + 1,
-        order[1] + 1,
-        3,
-    ]
+    epochs = [bundle.spec.epoch for bundle in (best, second, latest)]
+    assert epochs == [order[0] + 1, order[1] + 1, 3]
     assert best.spec.scores["val/dice"] == history[order[0]]["val/dice"] == result.score
     assert result.bundle == best.path
     assert best.spec.sahi
@@ -225,10 +221,23 @@ def test_the_same_seed_gives_the_same_weights(run, configure):
     again = train(configure(num_workers=2))
     assert_same_weights(weights(result.bundle), weights(again.bundle))
     other = train(configure(seed=1, epochs=1))
-    first = weights(other.run_dir / "artifacts" / "bundle-latest")[
-        "body.encoder.model.conv1.weight"
-    ]
-    assert not torch.equal(first, weights(result.bundle)["body.encoder.model.conv1.weight"])
+    first = "body.encoder.model.conv1.weight"
+    a, b = (weights(r.run_dir / "artifacts" / "bundle-latest") for r in (result, other))
+    assert not torch.equal(a[first], b[first])
+
+
+def test_every_batch_is_augmented_anew(configure, monkeypatch):
+    seeds = []
+
+    def augment(batch, generator):
+        seeds.append(generator.initial_seed())
+        return batch
+
+    monkeypatch.setattr("kelp.nn.symmetry.augment", augment)
+    train(configure(epochs=2))
+    assert len(set(seeds)) == len(seeds) == 2 * STEPS
+    train(configure(epochs=1, augment=False))
+    assert len(seeds) == 2 * STEPS
 
 
 # --- stopping and going on
@@ -243,13 +252,13 @@ def test_a_stopped_run_ends_as_if_it_had_not_been(run, configure, step, error, w
     config = configure(num_workers=workers, save_top_k=2)
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(error):
-        train(config, progress=stop_at(step if step < 3 * STEPS else 3 * STEPS, error))
+        train(config, progress=stop_at(step, error))
     assert signal.getsignal(signal.SIGINT) is handler
     run_dir = only_run(config)
     assert client(config.output_dir).get_run(run_dir.name).info.status == status
     assert not (run_dir / "artifacts" / "bundle").exists()
 
-    resumed = train(configure(resume_from=run_dir, save_top_k=2))
+    resumed = train(configure(resume_from=run_dir, save_top_k=2, num_workers=workers))
     _, whole, _ = run
     assert resumed.run_id == run_dir.name
     assert resumed.scores == whole.scores
@@ -262,9 +271,23 @@ def test_a_stopped_run_ends_as_if_it_had_not_been(run, configure, step, error, w
     assert [m.step for m in mlflow.get_metric_history(run_dir.name, "val/dice")] == [1, 2, 3]
 
 
+def test_a_network_with_dropout_is_resumed_exactly(configure, tmp_path):
+    changes = {"architecture": "fpn", "decoder_channels": (256, 128, 64, 32, 16), "epochs": 2}
+    whole = train(configure(**changes))
+    changes["output_dir"] = tmp_path / "stopped"
+    with pytest.raises(Stop):
+        train(configure(**changes), progress=stop_at(STEPS + 1))
+    run_dir = only_run(configure(**changes))
+    train(configure(**changes, resume_from=run_dir))
+    assert_same_weights(
+        weights(whole.run_dir / "artifacts" / "bundle-latest"),
+        weights(run_dir / "artifacts" / "bundle-latest"),
+    )
+
+
 def test_resuming_needs_the_runs_settings(run, configure, tmp_path):
-    config, result, _ = run
-    with pytest.raises(ConfigError, match="--lr 0.1: the run to resume has 0.003"):
+    _, result, _ = run
+    with pytest.raises(ConfigError, match=r"--lr 0\.1: the run to resume has 0\.003"):
         train(configure(resume_from=result.run_dir, lr=0.1, save_top_k=2))
     with pytest.raises(InputError, match="no run folder"):
         train(configure(resume_from=tmp_path))

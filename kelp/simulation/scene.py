@@ -1,0 +1,168 @@
+"""A scene: a place at a date, as a satellite image with its true and its drawn mask."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from kelp.bands import BANDS
+from kelp.grid import Shape
+from kelp.simulation import sensor
+from kelp.simulation.beds import Sites, density, grow, make_sites
+from kelp.simulation.labels import draw_labels
+from kelp.simulation.terrain import Field, Mask, Terrain, fractal, make_terrain
+
+MARGIN: Final = 3
+"""A place is this many px larger than asked for on every side: DEM and spectra are misaligned."""
+
+# Digital numbers of Landsat Collection 2 Level 2, in the order SWIR, NIR, R, G, B.
+_WATER: Final = ((7500, 7700, 7760, 8060, 8110), (200, 230, 330, 370, 380))  # mean, sd of scenes
+_GROUND: Final = ((14_800, 16_350, 9950, 9800, 8900), (1100, 1200, 760, 700, 560))
+_ROCK: Final = (12_500, 12_800, 10_300, 9800, 9100)
+_SAND: Final = (20_000, 18_500, 16_000, 14_500, 12_500)
+_SHALLOW: Final = (0, 60, 300, 700, 800)
+_TURBID: Final = (0, 200, 700, 700, 500)
+_SURF: Final = (1500, 3000, 4000, 4000, 4000)
+_KELP: Final = (7700, 16_700, 7900, 7900, 7300)
+_OPAQUE: Final = 0.15  # opacity of a cloud that hides the kelp below
+_NOISE: Final = (60, 60, 50, 50, 50)
+
+
+@dataclass(frozen=True)
+class Place:
+    """A terrain, `MARGIN` px larger than its pictures on every side, and its sites of kelp."""
+
+    terrain: Terrain
+    sites: Sites
+
+
+@dataclass(frozen=True)
+class SimulatedScene:
+    """An image and its masks.
+
+    Attributes:
+        pixels: int32 `(7, height, width)`, bands in `kelp.bands.BANDS` order, -32768 = missing.
+        truth: uint8 0/1 `(height, width)`: where kelp is, and not hidden by clouds or gaps.
+        label: uint8 0/1 `(height, width)`: where volunteers draw it.
+    """
+
+    pixels: NDArray[np.int32]
+    truth: NDArray[np.uint8]
+    label: NDArray[np.uint8]
+
+
+def simulate_scene(
+    seed_or_rng: int | np.random.Generator, height: int, width: int
+) -> SimulatedScene:
+    """A scene of a new place, of any size; the same seed gives the same scene."""
+    rng = np.random.default_rng(seed_or_rng)
+    place = make_place(rng, (height, width))
+    return take_picture(rng, place, (0, 0), (height, width))
+
+
+def make_place(rng: np.random.Generator, shape: Shape) -> Place:
+    """A new place, large enough for pictures at every `(y, x)` up to `shape`."""
+    terrain = make_terrain(rng, (shape[0] + 2 * MARGIN, shape[1] + 2 * MARGIN))
+    return Place(terrain, make_sites(rng, terrain))
+
+
+def take_picture(
+    rng: np.random.Generator, place: Place, origin: tuple[int, int], shape: Shape
+) -> SimulatedScene:
+    """The part of a place at `origin` `(y, x)` as it looks at one date."""
+    drift = np.clip(np.rint(rng.normal(0, 1, 2)), -2, 2).astype(int)
+    y, x = origin[0] + MARGIN, origin[1] + MARGIN
+    dem = place.terrain.dem[y : y + shape[0], x : x + shape[1]]
+    top, left = y + int(drift[0]), x + int(drift[1])
+    seen = _part(place.terrain, (top, left), shape)
+    patches = grow(rng, seen, place.sites, (top, left))
+    cover = density(rng, patches)
+    optical, surf = _surface(rng, seen, cover)
+    bright = surf | (seen.sand > 0.4)
+    qa, opacity = sensor.add_clouds(rng, optical)
+    flagged = rng.random(shape, dtype=np.float32) < rng.uniform(-0.1, 0.2)
+    qa |= bright & flagged
+    masks, told = sensor.missing(rng, optical)
+    pixels = np.empty((len(BANDS), *shape), dtype=np.int32)
+    pixels[:5] = sensor.record(rng, optical, opacity)
+    sensor.blank(pixels, masks)
+    pixels[5] = qa | told
+    pixels[6] = dem
+    rim = (opacity > 0.05) & (opacity < 0.4) & ~seen.land
+    patches[(opacity > _OPAQUE) | masks[1]] = 0  # nobody can see or draw these
+    label = draw_labels(rng, patches, surf | rim, seen.land)
+    return SimulatedScene(pixels, (patches > 0).astype(np.uint8), label)
+
+
+def _part(terrain: Terrain, origin: tuple[int, int], shape: Shape) -> Terrain:
+    window = np.s_[origin[0] : origin[0] + shape[0], origin[1] : origin[1] + shape[1]]
+    return Terrain(**{field.name: getattr(terrain, field.name)[window] for field in fields(terrain)})
+
+
+def _column(values: tuple[float, ...]) -> Field:
+    return np.array(values, dtype=np.float32)[:, np.newaxis, np.newaxis]
+
+
+def _surface(rng: np.random.Generator, seen: Terrain, cover: Field) -> tuple[Field, Mask]:
+    """The five optical bands without atmosphere and sensor, and where surf breaks."""
+    surf = _surf(rng, seen)
+    water = _water(rng, seen)
+    water += cover * (_column(_KELP) - water)
+    water += _column(_SURF) * surf
+    land = _ground(rng, seen)
+    # The sensor sees a little beyond its pixel: the shore is soft.
+    share = ndimage.gaussian_filter(seen.land.astype(np.float32), 0.6, truncate=3)
+    water += share * (land - water)
+    noise = rng.standard_normal(water.shape, dtype=np.float32)
+    water += noise * _column(_NOISE)
+    return water, surf > 0.3
+
+
+def _surf(rng: np.random.Generator, seen: Terrain) -> Field:
+    ring = (seen.offshore > 0) & (seen.offshore <= rng.uniform(1, 2.3)) & ~seen.land
+    where = fractal(rng, seen.shape, 2.0, 60) > 0.5
+    strength = np.clip(0.4 + 0.3 * fractal(rng, seen.shape, 1.0, 20), 0.05, 1)
+    return (ring & where) * strength * np.float32(rng.uniform(0.2, 1.2))
+
+
+def _water(rng: np.random.Generator, seen: Terrain) -> Field:
+    """Scene means that haze correlates, texture, shallows, and at times mud or glint."""
+    mean, sd = (np.array(values) for values in _WATER)
+    haze = rng.standard_normal()
+    level = mean + sd * (np.sqrt(0.8) * haze + np.sqrt(0.2) * rng.standard_normal(5))
+    level = np.maximum(level, 7210)
+    amplitude = rng.uniform(80, 200)
+    common = fractal(rng, seen.shape, 1.25, 60)
+    own = fractal(rng, seen.shape, 1.25, 60)
+    mix = _column((0.5, 0.6, 0.9, 1.0, 1.0)) * common
+    mix += _column((-0.4, -0.3, 0.2, 0.2, 0.4)) * own
+    water = mix * np.float32(amplitude) + _column(tuple(level))
+    floor = np.maximum(0, rng.normal(1, 0.5, 5)) * np.array(_SHALLOW)
+    water += _column(tuple(floor)) * seen.shallow
+    mud, glint = rng.random(2)
+    patchy = np.clip(0.5 + fractal(rng, seen.shape, 2.0, 200), 0, 1.5)
+    if mud < 0.05:
+        water += _column(_TURBID) * patchy
+    if glint < 0.1:
+        water += np.float32(rng.uniform(300, 1500)) * patchy
+    return water
+
+
+def _ground(rng: np.random.Generator, seen: Terrain) -> Field:
+    mean, sd = _GROUND
+    infra, visible, own = (fractal(rng, seen.shape, 1.3, 80) for _ in range(3))
+    common = np.sqrt(0.5)
+    ground = np.empty((5, *seen.shape), dtype=np.float32)
+    ground[0] = common * infra + common * own
+    ground[1] = common * infra - common * own * 0.3 + 0.6 * visible
+    for band, part in ((2, 0.98), (3, 0.95), (4, 0.92)):
+        ground[band] = part * visible + np.sqrt(1 - part**2) * own
+    season = rng.normal(0, 0.4, 5) + rng.normal(0, 0.4)
+    ground = (ground * 0.8 + _column(tuple(season))) * _column(sd) + _column(mean)
+    ground += seen.rock * (_column(_ROCK) - ground)
+    ground += seen.sand * (_column(_SAND) - ground)
+    return ground
