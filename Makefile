@@ -5,18 +5,26 @@ BIN := $(VENV)/bin
 # uv installs the same wheels as pip, about eight times faster.
 INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python
 
-.PHONY: demo test lint docs clean
+.PHONY: demo test lint wheel docs clean
 
 demo: $(VENV)/.ready
 	$(BIN)/kelp demo --output_dir demo
 
-test: $(VENV)/.ready-dev lint
+test: lint wheel
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# The wheel, installed into an empty environment, does the whole job.
+wheel: $(VENV)/.ready-dev
+	rm -rf dist build/wheel
+	$(BIN)/python -m build --wheel --installer uv --outdir dist .
+	$(PYTHON) -m venv build/wheel
+	$(BIN)/uv pip install --quiet --python build/wheel/bin/python dist/*.whl
+	KELP_BIN=build/wheel/bin $(BIN)/python -m pytest tests/test_seed.py -k program
 
 docs: $(VENV)/.ready-dev
 	$(INSTALL) --editable ".[docs]"

@@ -114,27 +114,62 @@ def report(rows: Rows) -> None:
     kelp, qa, land = (np.array(rows[name]) for name in ("kelp px", "QA", "land"))
     line("images with kelp", "0.626", (kelp > 0).mean())
     line("kelp share of all px", "0.0068", kelp.mean() / SIZE**2)
-    line("kelp px q50 q75 sd", "112 / 880 / 2695", [*np.quantile(kelp, (0.5, 0.75)), kelp.std()], "{:.0f}")
-    line("QA mean sd q25 q50 q75", "0.070 / 0.138 / 0.001 / 0.013 / 0.074",
-         [qa.mean(), qa.std(), *np.quantile(qa, (0.25, 0.5, 0.75))])
+    line(
+        "kelp px q50 q75 sd",
+        "112 / 880 / 2695",
+        [*np.quantile(kelp, (0.5, 0.75)), kelp.std()],
+        "{:.0f}",
+    )
+    line(
+        "QA mean sd q25 q50 q75",
+        "0.070 / 0.138 / 0.001 / 0.013 / 0.074",
+        [qa.mean(), qa.std(), *np.quantile(qa, (0.25, 0.5, 0.75))],
+    )
     line("QA all zero, over 40 %", "0.037 / 0.041", [(qa == 0).mean(), (qa > 0.4).mean()])
     line("land share q25 q50 q75", "0.08 / 0.23 / 0.53", np.quantile(land, (0.25, 0.5, 0.75)))
     line("almost all water", "0.12", np.mean(rows["sea"]))
     dem = np.concatenate(rows["dem"])
     line("land height mean sd, m", "44 / 58", [dem.mean(), dem.std()])
     line("DEM with void, all void", "0.117 / 0.033", np.mean(rows["dem void"], axis=0))
-    line("bands with -32768", "0.151 / 0.171 / 0.211 / 0.212 / 0.240", np.mean(rows["missing"], axis=0))
-    line("bands with 65535", "0.039 / 0.036 / 0.045 / 0.019 / 0.14", np.mean(rows["saturated"], axis=0))
-    line("image MB q05 q50 q95", "0.83 / 1.28 / 1.76", np.quantile(rows["image size"], (0.05, 0.5, 0.95)) / 1e6)
-    line("mask bytes q05 q25 q50 q75 q95", "2559 / 2615 / 2730 / 2939 / 3478",
-         np.quantile(rows["mask size"], (0.05, 0.25, 0.5, 0.75, 0.95)), "{:.0f}")
-    line("patches q25 q50 q75 q90", "3 / 7 / 12 / 18", np.quantile(rows["count"], (0.25, 0.5, 0.75, 0.9)))
+    line(
+        "bands with -32768",
+        "0.151 / 0.171 / 0.211 / 0.212 / 0.240",
+        np.mean(rows["missing"], axis=0),
+    )
+    line(
+        "bands with 65535",
+        "0.039 / 0.036 / 0.045 / 0.019 / 0.14",
+        np.mean(rows["saturated"], axis=0),
+    )
+    line(
+        "image MB q05 q50 q95",
+        "0.83 / 1.28 / 1.76",
+        np.quantile(rows["image size"], (0.05, 0.5, 0.95)) / 1e6,
+    )
+    line(
+        "mask bytes q05 q25 q50 q75 q95",
+        "2559 / 2615 / 2730 / 2939 / 3478",
+        np.quantile(rows["mask size"], (0.05, 0.25, 0.5, 0.75, 0.95)),
+        "{:.0f}",
+    )
+    line(
+        "patches q25 q50 q75 q90",
+        "3 / 7 / 12 / 18",
+        np.quantile(rows["count"], (0.25, 0.5, 0.75, 0.9)),
+    )
     areas = np.concatenate(rows["areas"])
-    line("patch px q25 q50 q75 q90 q95 q99", "2 / 23 / 90 / 320 / 568 / 1680",
-         np.quantile(areas, (0.25, 0.5, 0.75, 0.9, 0.95, 0.99)), "{:.0f}")
+    line(
+        "patch px q25 q50 q75 q90 q95 q99",
+        "2 / 23 / 90 / 320 / 568 / 1680",
+        np.quantile(areas, (0.25, 0.5, 0.75, 0.9, 0.95, 0.99)),
+        "{:.0f}",
+    )
     line("edge px of a mask, median", "0.45", np.median(rows["edge"]))
-    line("px to shore q05 q25 q50 q75 q95", "2.3 / 6.1 / 12 / 25 / 100",
-         np.quantile(np.concatenate(rows["shore"]), (0.05, 0.25, 0.5, 0.75, 0.95)))
+    line(
+        "px to shore q05 q25 q50 q75 q95",
+        "2.3 / 6.1 / 12 / 25 / 100",
+        np.quantile(np.concatenate(rows["shore"]), (0.05, 0.25, 0.5, 0.75, 0.95)),
+    )
     values(rows, line)
     drawn, both, true = np.sum(rows["wrong"], axis=0)
     line("Dice of label and truth", "(unknown)", 2 * both / (drawn + true))
@@ -155,16 +190,28 @@ def values(rows: Rows, line: Any) -> None:
         sets = [table[band, part] for part in (~label, label)]
         # Published histograms end where clouds begin.
         sets[0] = sets[0][sets[0] < 11_000]
-        line(f"{name} water median mean, kelp median mean", published[band],
-             [f(s) for s in sets for f in (np.median, np.mean)], "{:.0f}")
-        line(f"{name} land mean sd", land[band], [ground[band].mean(), ground[band].std()], "{:.0f}")
+        line(
+            f"{name} water median mean, kelp median mean",
+            published[band],
+            [f(s) for s in sets for f in (np.median, np.mean)],
+            "{:.0f}",
+        )
+        line(
+            f"{name} land mean sd", land[band], [ground[band].mean(), ground[band].std()], "{:.0f}"
+        )
     offset = table[6, label]
     line("NIR offset of kelp mean sd", "1028 / 763", [offset.mean(), offset.std()], "{:.0f}")
-    line("  q05 q25 q50 q75 q95", "-31 / 429 / 959 / 1541 / 2418",
-         np.quantile(offset, (0.05, 0.25, 0.5, 0.75, 0.95)), "{:.0f}")
+    line(
+        "  q05 q25 q50 q75 q95",
+        "-31 / 429 / 959 / 1541 / 2418",
+        np.quantile(offset, (0.05, 0.25, 0.5, 0.75, 0.95)),
+        "{:.0f}",
+    )
     line("NDVI of kelp mean sd", "0.052 / 0.036", [table[5, label].mean(), table[5, label].std()])
     targets = (0.022, 0.117, 0.038, 0.025, 0.050, 0.190, 0.116, 0.252)
-    for row, (name, goal) in enumerate(zip((*BANDS, "NDVI", "NIR offset", "ODVI"), targets, strict=True)):
+    for row, (name, goal) in enumerate(
+        zip((*BANDS, "NDVI", "NIR offset", "ODVI"), targets, strict=True)
+    ):
         line(f"best threshold Dice, {name}", f"{goal:.3f}", best_dice(table[row], label))
 
 
@@ -185,8 +232,10 @@ def main() -> None:
         seconds += time.process_time() - start
         one_scene(scene, rng, rows)
     report(rows)
-    print(f"{seconds / args.scenes:.3f} s of one core for a scene, place included "
-          f"({rasterio.__name__} {rasterio.__version__}, numpy {np.__version__})")
+    print(
+        f"{seconds / args.scenes:.3f} s of one core for a scene, place included "
+        f"({rasterio.__name__} {rasterio.__version__}, numpy {np.__version__})"
+    )
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Final
 
@@ -16,7 +17,7 @@ _WEIBULL: Final = (0.68, 1150.0)  # shape, scale of kelp px in a tile with kelp
 _CAP: Final = 16_000  # px a tile
 _RICH: Final = 0.05  # share of tiles with three times as much
 _LOG_SIZE_SD: Final = 2.1  # of the patches of a tile
-_PERSISTENCE: Final = 0.6  # correlation of two dates of a place
+_PERSISTENCE: Final = 0.75  # correlation of two dates of a place
 _SITES: Final = 120  # a tile
 
 
@@ -26,6 +27,7 @@ class Sites:
 
     Attributes:
         y, x: position in px.
+        standing: how often there is a bed, N(0, 1).
         vigour: how large the bed tends to be, N(0, 1).
         aspect: length over width.
         abundance: how rich the place is, N(0, 1).
@@ -33,6 +35,7 @@ class Sites:
 
     y: NDArray[np.intp]
     x: NDArray[np.intp]
+    standing: NDArray[np.float64]
     vigour: NDArray[np.float64]
     aspect: NDArray[np.float64]
     abundance: float
@@ -54,6 +57,7 @@ def make_sites(rng: np.random.Generator, terrain: Terrain) -> Sites:
     return Sites(
         y, x,
         rng.standard_normal(len(at)),
+        rng.standard_normal(len(at)),
         rng.uniform(2, 5, len(at)),
         float(rng.standard_normal()),
     )  # fmt: skip
@@ -62,7 +66,9 @@ def make_sites(rng: np.random.Generator, terrain: Terrain) -> Sites:
 def _alike(rng: np.random.Generator, lasting: NDArray[np.float64] | float) -> NDArray[np.float64]:
     """N(0, 1) values of a date that resemble the lasting ones of the place."""
     fresh = rng.standard_normal(np.shape(lasting))
-    return np.sqrt(_PERSISTENCE) * np.asarray(lasting) + np.sqrt(1 - _PERSISTENCE) * fresh
+    value: NDArray[np.float64] = math.sqrt(_PERSISTENCE) * np.asarray(lasting)
+    value = value + math.sqrt(1 - _PERSISTENCE) * fresh
+    return value
 
 
 def kelp_budget(rng: np.random.Generator, abundance: float, tiles: float) -> tuple[int, int]:
@@ -100,12 +106,14 @@ def grow(
     if not pixels or not len(seen):
         return patches
     # Sites are taken by their rank in a lasting order that dates shuffle a little.
-    order = seen[np.argsort(-_alike(rng, (seen * 0.6180339887) % 1.0 * 3.46 - 1.73))]
+    order = seen[np.argsort(-_alike(rng, sites.standing)[seen])]
     chosen = order[: min(count, len(order))]
     weight = np.exp(_LOG_SIZE_SD * size[chosen])
     parts = np.maximum(1, np.rint(pixels * weight / weight.sum())).astype(int)
     for number, (site, part) in enumerate(zip(chosen, parts, strict=True), start=1):
-        _fill(patches, free, terrain, (int(y[site]), int(x[site])), sites.aspect[site], part, number)
+        _fill(
+            patches, free, terrain, (int(y[site]), int(x[site])), sites.aspect[site], part, number
+        )
     return patches
 
 
@@ -166,7 +174,7 @@ def density(rng: np.random.Generator, patches: NDArray[np.int32]) -> Field:
     of_patch = np.exp(rng.normal(0, 0.25, patches.max() + 1)).astype(np.float32)
     cover = np.clip(mean * of_patch[patches] + 0.05 * texture, 0.01, 0.6)
     cover = np.where(patches > 0, cover, 0).astype(np.float32)
-    soft: Field = 0.85 * ndimage.gaussian_filter(cover, 1.2, mode="nearest", truncate=3)
+    soft: Field = np.float32(0.85) * ndimage.gaussian_filter(cover, 1.2, mode="nearest", truncate=3)
     # Beds thin out: half of what is measured 3 px outside of drawn edges is not blur.
-    soft += 0.15 * ndimage.gaussian_filter(cover, 4, mode="nearest", truncate=2)
+    soft += np.float32(0.15) * ndimage.gaussian_filter(cover, 4, mode="nearest", truncate=2)
     return soft

@@ -34,7 +34,7 @@ TRUTH: Final = "{split}_truth"
 
 _OFFSET: Final = 200 / 350  # largest offset between pictures of a place, in image sides
 _IDS: Final = 26**2 * 10**6
-_STRIDE: Final = 412_654_757  # prime, so that different numbers have different names
+_STRIDE, _FIRST = 412_654_757, 52_807_345  # a prime: different numbers, different names
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def simulate(config: SimulateConfig, progress: Progress = silent) -> SimulationR
 
 def tile_name(number: int, seed: int) -> str:
     """Identifier of the form AB123456; different numbers have different ones."""
-    code = (number * _STRIDE + seed * 7919 + 1) % _IDS
+    code = (number * _STRIDE + seed * 7919 + _FIRST) % _IDS
     letters, digits = divmod(code, 10**6)
     first, second = divmod(letters, 26)
     return f"{chr(65 + first)}{chr(65 + second)}{digits:06d}"

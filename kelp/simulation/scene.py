@@ -100,7 +100,9 @@ def take_picture(
 
 def _part(terrain: Terrain, origin: tuple[int, int], shape: Shape) -> Terrain:
     window = np.s_[origin[0] : origin[0] + shape[0], origin[1] : origin[1] + shape[1]]
-    return Terrain(**{field.name: getattr(terrain, field.name)[window] for field in fields(terrain)})
+    return Terrain(
+        **{field.name: getattr(terrain, field.name)[window] for field in fields(terrain)}
+    )
 
 
 def _column(values: tuple[float, ...]) -> Field:
@@ -126,7 +128,8 @@ def _surf(rng: np.random.Generator, seen: Terrain) -> Field:
     ring = (seen.offshore > 0) & (seen.offshore <= rng.uniform(1, 2.3)) & ~seen.land
     where = fractal(rng, seen.shape, 2.0, 60) > 0.5
     strength = np.clip(0.4 + 0.3 * fractal(rng, seen.shape, 1.0, 20), 0.05, 1)
-    return (ring & where) * strength * np.float32(rng.uniform(0.2, 1.2))
+    surf: Field = (ring & where) * strength * np.float32(rng.uniform(0.2, 1.2))
+    return surf
 
 
 def _water(rng: np.random.Generator, seen: Terrain) -> Field:

@@ -23,7 +23,7 @@ def cloud_share(rng: np.random.Generator, shape: Shape) -> float:
     """Share of clouds and other bad pixels; of large scenes the mean of several tiles."""
     count = max(1, min(24, round(tiles_in(shape))))
     # Less than the published QA (median 0.013), which missing data and bright shores add to.
-    shares = np.minimum(0.7, np.exp(rng.normal(np.log(0.008), 2.2, count)))
+    shares = np.minimum(0.7, np.exp(rng.normal(np.log(0.006), 2.2, count)))
     return float(np.where(rng.random(count) < 0.04, 0, shares).mean())
 
 
@@ -54,10 +54,10 @@ def _gaps(rng: np.random.Generator, shape: Shape) -> list[Mask]:
     y, x = np.ogrid[: shape[0], : shape[1]]
     inside = rng.random() < 0.85
     width = rng.uniform(5, 10) if inside else rng.uniform(16, 23)
-    width = width + rng.uniform(-3, 3) * (x / max(1, shape[1]))
+    widths = width + rng.uniform(-3, 3) * (x / max(1, shape[1]))
     line = (y - _TILT * x + rng.uniform(0, _PERIOD)) % _PERIOD
     fringe = rng.uniform(0, 6) * np.array([0, 0.3, 0.5, 0.8, 1.0])
-    return [(line - f) % _PERIOD < width for f in rng.permutation(fringe)]
+    return [(line - f) % _PERIOD < widths for f in rng.permutation(fringe)]
 
 
 def _edge(rng: np.random.Generator, shape: Shape) -> list[Mask]:

@@ -120,7 +120,7 @@ def make_terrain(rng: np.random.Generator, shape: Shape) -> Terrain:
         rock=rock,
         sand=sand,
         shallow=(floor * np.exp(-offshore / 6)).astype(np.float32),
-        growth=fractal(rng, shape, 1.75, 20),
+        growth=fractal(rng, shape, 2.25, 20),
     )
 
 
@@ -159,9 +159,7 @@ def _cover(rng: np.random.Generator, land: Mask, offshore: Field) -> tuple[Field
     return rock.astype(np.float32), sand.astype(np.float32)
 
 
-def _dem(
-    rng: np.random.Generator, land: Mask, offshore: Field, void: float
-) -> NDArray[np.int32]:
+def _dem(rng: np.random.Generator, land: Mask, offshore: Field, void: float) -> NDArray[np.int32]:
     shape = (land.shape[0], land.shape[1])
     dem = np.zeros(shape, dtype=np.int32)
     if land.any():

@@ -143,18 +143,19 @@ def _prepare(config: TrainConfig, progress: Progress) -> _Setup:
     fold = read_fold(config)
     checkpoint, first_epoch = _resume_point(config)
     data = FoldData(fold, config, first_epoch, pin=device.type == "cuda")
-    net = _build_network(network_spec(config, training_shape(fold, config)), config)
+    spec = network_spec(config, training_shape(fold, config))
+    net = _build_network(spec, config, resumed=checkpoint is not None)
     net.body.to(weights_dtype(precision))
     statistics = run_statistics(config, fold.train_sources, progress)
     _normalise(net, statistics.file)
     return _Setup(config, device, precision, data, statistics, net, checkpoint, first_epoch)
 
 
-def _build_network(spec: NetworkSpec, config: TrainConfig) -> KelpNet:
-    """The network with the weights that training begins with."""
+def _build_network(spec: NetworkSpec, config: TrainConfig, resumed: bool) -> KelpNet:
+    """The network with the weights that training begins with; a checkpoint brings its own."""
     torch.manual_seed(config.seed)
     net = KelpNet(spec)
-    if config.pretrained and config.resume_from is None:
+    if config.pretrained and not resumed:  # a run stopped in its first epoch has no checkpoint
         load_pretrained(net, config.encoder_weights)
     return net
 
