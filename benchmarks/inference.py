@@ -32,7 +32,7 @@ from kelp.nn.bundle import Bundle, load_bundle, save_bundle
 from kelp.nn.device import autocast, resolve_precision
 from kelp.nn.model import KelpNet
 from kelp.nn.spec import BundleSpec
-from kelp.raster import read_scene
+from kelp.scene import read_scene
 from kelp.stats import channel_statistics
 
 TILE, OVERLAP, CROP = 128, 64, 320

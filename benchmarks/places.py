@@ -2,9 +2,9 @@
 
     python benchmarks/places.py [--places 1000] [--noise 0.0] [--seed 0]
 
-Draws coasts (fractal terrain, land share Beta(0.6, 1.2), heights of 44 m on average), and of each
-one or more 350 x 350 images at offsets of 0-200 px, with the DEM 0-2 px off, parts of the sea
-unknown in 8 % and the whole DEM in 3.3 %. `--noise` adds what resampling does: every image is
+Draws the terrain of `kelp simulate`, and of each place one or more 350 x 350 images at offsets of
+0-200 px, with the DEM 0-2 px off; beside the gaps of the simulator, a straight part of the sea is
+unknown in 8 % of the images and the whole DEM in 3.3 %. `--noise` adds what resampling does: every image is
 moved by up to half a pixel (bilinear) and its heights get normal noise of that many metres. Pairs
 are counted where the DEM can place both images.
 """
@@ -22,42 +22,23 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from kelp.data_prep.places import DEFAULT_THRESHOLD, Terrain, embed, match
+from kelp.simulation.terrain import make_terrain
 
 SIZE, REACH, EDGE = 350, 200, 4
+SIDE = SIZE + REACH + 2 * EDGE
 COMPETITION = 7061
 DEM = NDArray[np.float32]
-
-
-def fractal(rng: np.random.Generator, side: int, slope: float) -> NDArray[np.float64]:
-    """Noise of amplitude k^-slope, mean 0, standard deviation 1."""
-    k = np.hypot(np.fft.fftfreq(side)[:, None], np.fft.rfftfreq(side)[None])
-    k[0, 0] = np.inf
-    field = np.fft.irfft2(np.fft.rfft2(rng.standard_normal((side, side))) * k**-slope, (side, side))
-    return field / field.std()
-
-
-def coast(rng: np.random.Generator) -> DEM:
-    """Heights of a coast large enough for images at all offsets."""
-    side, used = 720, SIZE + REACH + 2 * EDGE  # fractals repeat at their edge: use a part
-    field = fractal(rng, side, rng.uniform(1.6, 2.0))[:used, :used]
-    kind = rng.random()
-    land = rng.beta(0.6, 1.2)
-    land = rng.uniform(0, 0.02) if kind < 0.1 else rng.uniform(0.95, 1) if kind > 0.95 else land
-    above = np.clip(field - np.quantile(field, 1 - land), 0, None)
-    hills = np.exp(0.4 * fractal(rng, side, 1.6)[:used, :used])
-    heights = above * hills
-    if heights.any():
-        heights *= rng.exponential(44) / heights[heights > 0].mean()
-    return np.where(above > 0, np.clip(np.rint(heights), 1, 706), 0).astype(np.float32)
 
 
 def image(rng: np.random.Generator, terrain: DEM, noise: float) -> DEM:
     """The DEM of one image of a coast."""
     y, x = rng.integers(0, REACH + 1, 2) + EDGE + rng.integers(-2, 3, 2)
     if noise:
-        moved = ndimage.shift(terrain, rng.uniform(-0.5, 0.5, 2), order=1, mode="nearest")
+        known = np.maximum(terrain, 0)
+        moved = ndimage.shift(known, rng.uniform(-0.5, 0.5, 2), order=1, mode="nearest")
         rough = np.rint(moved + noise * rng.standard_normal(moved.shape))
-        terrain = np.where(moved > 0.3, np.maximum(1, rough), 0).astype(np.float32)
+        rough = np.where(moved > 0.3, np.maximum(1, rough), 0)
+        terrain = np.where(terrain < 0, terrain, rough).astype(np.float32)
     dem = terrain[y : y + SIZE, x : x + SIZE].copy()
     kind, cut = rng.random(), rng.integers(50, 300)
     if kind < 0.033:
@@ -73,7 +54,7 @@ def image(rng: np.random.Generator, terrain: DEM, noise: float) -> DEM:
 def archive(rng: np.random.Generator, places: int, noise: float) -> Iterator[tuple[int, DEM]]:
     """Place and DEM of every image: half of the places have one, the others 2 to 6."""
     for place in range(places):
-        terrain = coast(rng)
+        terrain = make_terrain(rng, (SIDE, SIDE)).dem.astype(np.float32)
         for _ in range(rng.choice([1, 2, 3, 4, 6], p=[0.5, 0.3, 0.1, 0.06, 0.04])):
             yield place, image(rng, terrain, noise)
 

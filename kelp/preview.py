@@ -19,8 +19,9 @@ from kelp.files import atomic, input_folder, output_folder
 from kelp.grid import Tile
 from kelp.manifest import output_name, tile_id_of
 from kelp.progress import Progress, silent
-from kelp.raster import Scene, raster_shape, read_mask
+from kelp.raster import raster_shape, read_mask
 from kelp.rendering import Color, Picture
+from kelp.scene import Scene
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -26,7 +26,7 @@ from kelp.files import input_folder, output_folder
 from kelp.grid import Tile
 from kelp.indices import IndexSettings, channel_names, index_planes, parse_indices
 from kelp.progress import Progress, silent
-from kelp.raster import Scene
+from kelp.scene import Scene
 from kelp.statsfile import About, StatsFile
 from kelp.summary import ChannelStats, ChannelSummary, unit_stats
 from kelp.workers import spread

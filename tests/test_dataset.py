@@ -19,7 +19,7 @@ from kelp.nn.datamodule import (
     training_shape,
 )
 from kelp.nn.dataset import Sample, Source, TileDataset, collate
-from kelp.raster import read_scene
+from kelp.scene import read_scene
 
 
 @pytest.fixture(scope="module")

@@ -309,7 +309,8 @@ def test_a_killed_write_leaves_no_bundle(bundle):
 def test_the_seeds_options_make_the_seeds_network():
     config = TrainConfig(
         data_dir="d", metadata_fp="m", output_dir="o", bands="R,G,B,SWIR,NIR,QA,DEM",
-        image_size=320, resize_strategy="resize", interpolation="nearest", normalization_strategy="quantile",
+        image_size=320, resize_strategy="resize", interpolation="nearest",
+        normalization_strategy="quantile",
     )  # fmt: skip
     assert config.bands == ("R", "G", "B", "SWIR", "NIR", "QA", "DEM")
     assert config.encoder == "tu-efficientnet_b5"

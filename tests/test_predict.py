@@ -15,7 +15,8 @@ import kelp
 from kelp.bands import BANDS, observed
 from kelp.cli import main
 from kelp.nn.inference import predict as module
-from kelp.raster import Georeference, georeference_of, read_mask, read_scene
+from kelp.raster import Georeference, georeference_of, read_mask
+from kelp.scene import read_scene
 from kelp.statsfile import About, StatsFile
 
 PLACE = {"crs": CRS.from_epsg(32719), "transform": Affine(30, 0, 400000, 0, -30, -5700000)}

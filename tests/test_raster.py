@@ -16,13 +16,12 @@ from kelp.grid import Tile
 from kelp.raster import (
     Georeference,
     RasterWriter,
-    Scene,
     georeference_of,
     read_mask,
-    read_scene,
     read_tags,
     write_mask,
 )
+from kelp.scene import Scene, read_scene
 
 UTM = Georeference(CRS.from_epsg(32618), Affine(30, 0, 500000, 0, -30, -4000000))
 SHAPE = (23, 31)

@@ -24,7 +24,8 @@ from kelp.data_prep import slicing, tile_files
 from kelp.data_prep.slicing import slice_dataset
 from kelp.errors import InputError
 from kelp.grid import TileGrid
-from kelp.raster import Georeference, Scene, read_scene
+from kelp.raster import Georeference
+from kelp.scene import Scene, read_scene
 
 GRID = Affine(30, 0, 500_000, 0, -30, 4_000_000)
 

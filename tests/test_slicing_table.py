@@ -19,7 +19,8 @@ from kelp.data_prep.survey import facts
 from kelp.data_prep.tile_facts import tile_facts
 from kelp.errors import InputError
 from kelp.grid import Tile, TileGrid
-from kelp.raster import read_mask, read_scene
+from kelp.raster import read_mask
+from kelp.scene import read_scene
 
 SLOW = settings(
     max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]

@@ -31,7 +31,8 @@ from kelp.errors import InputError, TableError
 from kelp.files import input_folder, output_folder
 from kelp.manifest import FACTS, IMAGE_SUFFIX, IMAGES_TABLE, MASK_SUFFIX, TEST, TRAIN, VAL
 from kelp.progress import Progress, silent
-from kelp.raster import read_mask, read_scene
+from kelp.raster import read_mask
+from kelp.scene import read_scene
 from kelp.workers import spread
 
 if TYPE_CHECKING:

@@ -41,7 +41,8 @@ from kelp.files import output_folder
 from kelp.grid import Shape, TileGrid
 from kelp.manifest import IMAGE_SUFFIX, MASK_SUFFIX, TILES_TABLE, TRAIN
 from kelp.progress import Progress, silent
-from kelp.raster import Georeference, Scene, georeference_of, read_mask
+from kelp.raster import Georeference, georeference_of, read_mask
+from kelp.scene import Scene
 from kelp.workers import spread
 
 if TYPE_CHECKING:

@@ -18,7 +18,8 @@ from kelp.bands import MASK_NODATA, NODATA, OPTICAL
 from kelp.errors import InputError
 from kelp.files import atomic
 from kelp.grid import Tile
-from kelp.raster import Georeference, Scene
+from kelp.raster import Georeference
+from kelp.scene import Scene
 
 # DEFLATE is in every GDAL build. Tiles are written once and read in every epoch: band by band in
 # one strip they are smallest and read as fast as any, a predictor gains nothing, and level 3 is

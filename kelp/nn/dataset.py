@@ -19,7 +19,8 @@ from kelp import bands
 from kelp.bands import MASK_NODATA
 from kelp.errors import InputError
 from kelp.grid import Shape, Tile
-from kelp.raster import Scene, read_mask
+from kelp.raster import read_mask
+from kelp.scene import Scene
 
 
 class Sample(NamedTuple):
@@ -70,7 +71,7 @@ class TileDataset(Dataset[Sample]):
 
     Args:
         sources: the files, see `sources_of`.
-        band_order: names of the files' bands; empty: as `kelp.raster.Scene` finds them.
+        band_order: names of the files' bands; empty: as `kelp.scene.Scene` finds them.
     """
 
     def __init__(self, sources: Sequence[Source], band_order: Sequence[str] = ()) -> None:

@@ -23,7 +23,7 @@ def cloud_share(rng: np.random.Generator, shape: Shape) -> float:
     """Share of clouds and other bad pixels; of large scenes the mean of several tiles."""
     count = max(1, min(24, round(tiles_in(shape))))
     # Less than the published QA (median 0.013), which missing data and bright shores add to.
-    shares = np.minimum(0.7, np.exp(rng.normal(np.log(0.006), 2.2, count)))
+    shares = np.minimum(0.7, np.exp(rng.normal(np.log(0.006), 2.1, count)))
     return float(np.where(rng.random(count) < 0.04, 0, shares).mean())
 
 
@@ -52,7 +52,7 @@ def add_clouds(rng: np.random.Generator, optical: Field) -> tuple[Mask, Field]:
 def _gaps(rng: np.random.Generator, shape: Shape) -> list[Mask]:
     """SLC-off gaps, a little different in every band."""
     y, x = np.ogrid[: shape[0], : shape[1]]
-    inside = rng.random() < 0.85
+    inside = rng.random() < 0.9
     width = rng.uniform(5, 10) if inside else rng.uniform(16, 23)
     widths = width + rng.uniform(-3, 3) * (x / max(1, shape[1]))
     line = (y - _TILT * x + rng.uniform(0, _PERIOD)) % _PERIOD
@@ -65,7 +65,7 @@ def _edge(rng: np.random.Generator, shape: Shape) -> list[Mask]:
     y, x = np.ogrid[: shape[0], : shape[1]]
     angle = rng.uniform(0, 2 * np.pi)
     towards = (y - shape[0] / 2) * np.sin(angle) + (x - shape[1] / 2) * np.cos(angle)
-    reach = rng.uniform(-0.1, 0.65) * min(shape)
+    reach = rng.uniform(0.0, 0.65) * min(shape)
     teeth = rng.uniform(0, 8) * (((y - _TILT * x) % _PERIOD) < _PERIOD / 2)
     fringe = rng.uniform(0, 6) * np.array([0, 0.3, 0.5, 0.8, 1.0])
     return [towards + teeth > reach + f for f in rng.permutation(fringe)]

@@ -22,7 +22,8 @@ from kelp.nn.inference.engine import Counts, Engine, Sink, Slicing, Source
 from kelp.nn.inference.network import Network
 from kelp.nn.inference.outputs import Outputs
 from kelp.progress import Progress, silent
-from kelp.raster import Georeference, Scene
+from kelp.raster import Georeference
+from kelp.scene import Scene
 
 
 def predict(

@@ -13,7 +13,7 @@ from kelp.bands import BANDS, OPTICAL, observed
 from kelp.errors import BundleError, InputError
 from kelp.indices import INDICES
 from kelp.nn.spec import BundleSpec
-from kelp.raster import Scene
+from kelp.scene import Scene
 from kelp.stats import StatsFile
 
 log = logging.getLogger("kelp")

@@ -25,7 +25,8 @@ from kelp.nn.inference.network import Network
 from kelp.nn.inference.outputs import Outputs, probability_path
 from kelp.preview import write_previews
 from kelp.progress import Progress, silent
-from kelp.raster import Scene, read_tags
+from kelp.raster import read_tags
+from kelp.scene import Scene
 from kelp.submission import ARCHIVE, write_submission
 
 log = logging.getLogger("kelp")
