@@ -4,9 +4,9 @@
 
 Draws the terrain of `kelp simulate`, and of each place one or more 350 x 350 images at offsets of
 0-200 px, with the DEM 0-2 px off; beside the gaps of the simulator, a straight part of the sea is
-unknown in 8 % of the images and the whole DEM in 3.3 %. `--noise` adds what resampling does: every image is
-moved by up to half a pixel (bilinear) and its heights get normal noise of that many metres. Pairs
-are counted where the DEM can place both images.
+unknown in 8 % of the images and the whole DEM in 3.3 %. `--noise` adds what resampling does: every
+image is moved by up to half a pixel (bilinear) and its heights get normal noise of that many
+metres. Pairs are counted where the DEM can place both images.
 """
 
 from __future__ import annotations

@@ -28,6 +28,7 @@ from kelp.data_prep.slicing import slice_dataset
 from kelp.files import output_folder, write_json
 from kelp.preview import picture_of
 from kelp.progress import Progress, silent
+from kelp.raster import read_mask
 from kelp.report import Report, curves
 from kelp.scoring import Scores, evaluate
 from kelp.simulation.layout import simulate
@@ -256,7 +257,7 @@ def _write_report(path: Path, outcome: _Outcome, raw: Path, predictions: Path) -
         curves(_history(training.run_dir)), "Loss and validation scores by epoch."
     )
     report.text("## Predictions of unseen places")
-    for scene in sorted((raw / "test" / "images").glob("*.tif"))[:_PICTURES]:
+    for scene in _most_kelp(raw)[:_PICTURES]:
         name = manifest.output_name(scene)
         picture = picture_of(scene, predictions / "test" / name, raw / "test_truth" / name)
         report.figure(picture, f"`{scene.name}`: simulated scene, truth and prediction.")
@@ -272,6 +273,14 @@ def _write_report(path: Path, outcome: _Outcome, raw: Path, predictions: Path) -
         f"{training.run_dir}`"
     )
     return report.write(path)
+
+
+def _most_kelp(raw: Path) -> list[Path]:
+    """The test scenes, those with the most kelp first: they have something to show."""
+    scenes = sorted((raw / "test" / "images").glob("*.tif"))
+    truths = [raw / "test_truth" / manifest.output_name(scene) for scene in scenes]
+    kelp_pixels = {s: int((read_mask(t) == 1).sum()) for s, t in zip(scenes, truths, strict=True)}
+    return sorted(scenes, key=lambda scene: -kelp_pixels[scene])
 
 
 def _real_section(report: Report, real: PredictResult) -> None:

@@ -17,8 +17,8 @@ _WEIBULL: Final = (0.68, 1250.0)  # shape, scale of kelp px in a tile with kelp,
 _CAP: Final = 16_000  # px a tile
 _RICH: Final = 0.05  # share of tiles with three times as much
 _LOG_SIZE_SD: Final = 2.1  # of the patches of a tile
-_PERSISTENCE: Final = 0.75  # correlation of two dates of a place
-_SITES: Final = 120  # a tile
+_BEDS_LAST, _PLACES_LAST = 0.95, 0.75  # correlation of two dates: of a bed, of all kelp
+_SITES: Final = 80  # a tile
 
 
 @dataclass(frozen=True)
@@ -63,17 +63,19 @@ def make_sites(rng: np.random.Generator, terrain: Terrain) -> Sites:
     )  # fmt: skip
 
 
-def _alike(rng: np.random.Generator, lasting: NDArray[np.float64] | float) -> NDArray[np.float64]:
-    """N(0, 1) values of a date that resemble the lasting ones of the place."""
+def _alike(
+    rng: np.random.Generator, lasting: NDArray[np.float64] | float, share: float
+) -> NDArray[np.float64]:
+    """N(0, 1) values of a date, correlated by `share` between the dates of a place."""
     fresh = rng.standard_normal(np.shape(lasting))
-    value: NDArray[np.float64] = math.sqrt(_PERSISTENCE) * np.asarray(lasting)
-    value = value + math.sqrt(1 - _PERSISTENCE) * fresh
+    value: NDArray[np.float64] = math.sqrt(share) * np.asarray(lasting)
+    value = value + math.sqrt(1 - share) * fresh
     return value
 
 
 def kelp_budget(rng: np.random.Generator, abundance: float, tiles: float) -> tuple[int, int]:
     """How many px of kelp and how many patches an image of `tiles` tiles has."""
-    rank = float(stats.norm.cdf(_alike(rng, abundance)))
+    rank = float(stats.norm.cdf(_alike(rng, abundance, _PLACES_LAST)))
     spread = float(np.exp(rng.normal(0, 0.5)))
     rich = 3 if rng.random() < _RICH else 1
     if rank > _KELP_TILES:
@@ -97,7 +99,7 @@ def grow(
     """
     height, width = terrain.shape
     patches = np.zeros((height, width), dtype=np.int32)
-    size = _alike(rng, sites.vigour)
+    size = _alike(rng, sites.vigour, _BEDS_LAST)
     pixels, count = kelp_budget(rng, sites.abundance, tiles_in(terrain.shape))
     y, x = sites.y - origin[0], sites.x - origin[1]
     seen = np.flatnonzero((y >= 0) & (y < height) & (x >= 0) & (x < width))
@@ -106,7 +108,7 @@ def grow(
     if not pixels or not len(seen):
         return patches
     # Sites are taken by their rank in a lasting order that dates shuffle a little.
-    order = seen[np.argsort(-_alike(rng, sites.standing)[seen])]
+    order = seen[np.argsort(-_alike(rng, sites.standing, _BEDS_LAST)[seen])]
     chosen = order[: min(count, len(order))]
     weight = np.exp(_LOG_SIZE_SD * size[chosen])
     parts = np.maximum(1, np.rint(pixels * weight / weight.sum())).astype(int)

@@ -94,7 +94,7 @@ def take_picture(
     pixels[6] = dem
     rim = (opacity > 0.05) & (opacity < 0.4) & ~seen.land
     patches[(opacity > _OPAQUE) | masks[1]] = 0  # nobody can see or draw these
-    label = draw_labels(rng, patches, surf | rim, seen.land)
+    label = draw_labels(rng, patches, surf | rim, seen.offshore == 0)  # lakes count as land
     return SimulatedScene(pixels, (patches > 0).astype(np.uint8), label)
 
 
