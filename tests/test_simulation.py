@@ -8,8 +8,11 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 import rasterio
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy import ndimage
 
+from kelp.bands import BANDS, NODATA
 from kelp.config import SimulateConfig
 from kelp.errors import ConfigError, InputError
 from kelp.raster import read_mask
@@ -427,3 +430,21 @@ def test_truth_is_what_can_be_seen(monkeypatch):
     monkeypatch.setattr(scene.sensor, "add_clouds", overcast)
     for seed in range(5):
         assert not simulate_scene(seed, 60, 80).truth.any()
+
+
+@settings(deadline=None, max_examples=30)
+@given(seed=st.integers(0, 10_000), height=st.integers(1, 40), width=st.integers(1, 40))
+def test_scenes_of_any_size(seed, height, width):
+    made = simulate_scene(seed, height, width)
+    assert made.pixels.shape == (len(BANDS), height, width)
+    assert made.truth.shape == made.label.shape == (height, width)
+    assert made.pixels.min() >= NODATA
+    assert np.array_equal(made.pixels, simulate_scene(seed, height, width).pixels)
+
+
+@settings(deadline=None, max_examples=60)
+@given(seed=st.integers(0, 2**32 - 1), height=st.integers(1, 12), width=st.integers(1, 12))
+def test_labels_of_small_scenes(seed, height, width):
+    patches = np.ones((height, width), dtype=np.int32)
+    none = np.zeros((height, width), dtype=bool)
+    assert draw_labels(np.random.default_rng(seed), patches, none, none).shape == (height, width)

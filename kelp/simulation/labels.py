@@ -71,8 +71,10 @@ def _offset(rng: np.random.Generator) -> tuple[int, int]:
 
 def _shifted(mask: Mask, offset: tuple[int, int]) -> Mask:
     """The mask moved down and right by `offset`; what comes in from outside is empty."""
-    dy, dx = offset
     height, width = mask.shape
+    # Never further than the whole picture: slices would else count from the other end.
+    dy = max(-height, min(height, offset[0]))
+    dx = max(-width, min(width, offset[1]))
     out = np.zeros_like(mask)
     out[max(0, dy) : height + min(0, dy), max(0, dx) : width + min(0, dx)] = mask[
         max(0, -dy) : height + min(0, -dy), max(0, -dx) : width + min(0, -dx)

@@ -64,7 +64,9 @@ def _amplitudes(grid: Shape, slope: float, outer: float) -> Field:
     twice = np.full(amplitude.shape[1], 2.0)
     twice[0] = 1.0
     power = 2 * (amplitude**2 * twice).sum()
-    scaled: Field = (amplitude * (grid[0] * grid[1]) / np.sqrt(power)).astype(np.float32)
+    # A single pixel has no frequency but the mean, which is 0: the field of it is 0, not 0 / 0.
+    scale = grid[0] * grid[1] / np.sqrt(power) if power else 0.0
+    scaled: Field = (amplitude * scale).astype(np.float32)
     scaled.setflags(write=False)
     return scaled
 
