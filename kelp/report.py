@@ -193,6 +193,8 @@ def _plot(axes: Axes, quantity: str, lines: Mapping[str, Series]) -> None:
         marker = "o" if len(series) < 30 else ""
         axes.plot(steps, values, color=color, lw=1.8, marker=marker, ms=3.5, label=split)
     axes.set_title(quantity, loc="left", size=11, weight="bold", color=_INK)
+    if all(float(step).is_integer() for series in lines.values() for step, _ in series):
+        axes.locator_params(axis="x", integer=True)  # epochs come whole
     axes.grid(visible=True, color=_GRID, lw=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(colors=_QUIET_INK, labelsize=8.5, length=0)

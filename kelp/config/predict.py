@@ -154,7 +154,7 @@ class DemoConfig(Config):
     output_dir: Path = option(Path("demo"), help="Folder for report.html, scores.json and data")
     places: int = option(32, help="Simulated places to learn from", unit="places", ge=2)
     dates: int = option(3, help="Images of each place", unit="images", ge=1)
-    test: int = option(8, help="Simulated test images", unit="images", ge=1)
+    test: int = option(16, help="Simulated test images", unit="images", ge=1)
     size: int = option(350, help="Side of a simulated image", unit="px", ge=64)
     epochs: int = option(5, help="Training epochs", unit="epochs", ge=1)
     samples_per_epoch: int = option(320, help="Tiles drawn in an epoch", unit="tiles", ge=1)

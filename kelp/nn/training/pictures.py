@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Final
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from kelp import preview
-from kelp.bands import MASK_NODATA
+from kelp import preview, report
 from kelp.config import TrainConfig
 from kelp.files import atomic, output_folder, write_json
+from kelp.merge import to_mask
 from kelp.nn.dataset import Sample, Source, TileDataset, collate
 from kelp.nn.metrics import THRESHOLD, Confusion
 from kelp.nn.model import KelpNet
@@ -22,7 +19,6 @@ SAMPLES: Final = "samples"
 MATRIX: Final = "confusion_matrix"
 
 _SAMPLES_OF_A_BATCH: Final = 8
-_INK, _PALE = "#1c2733", "#f4f6f8"
 
 
 def draw_samples(
@@ -48,8 +44,8 @@ def _draw_sample(folder: Path, source: Source, sample: Sample, net: KelpNet) -> 
     device = next(net.parameters()).device
     with torch.inference_mode():
         probabilities = net.probabilities(collate([sample]).raw.to(device))[0].cpu()
-    kelp = (probabilities >= THRESHOLD).to(torch.uint8)
-    prediction = torch.where(sample.observed, kelp, MASK_NODATA).numpy()
+    seen = torch.where(sample.observed, probabilities, torch.nan)
+    prediction = to_mask(seen.numpy(), THRESHOLD)
     title = source.image.stem
     if source.tile is not None:
         title = f"{title}_{source.tile.x}_{source.tile.y}"
@@ -66,35 +62,13 @@ def draw_confusion(folder: Path, confusion: Confusion) -> None:
         "true_positive": confusion.true_positive,
     }
     write_json(folder / f"{MATRIX}.json", counts | confusion.scores())
-    matrix = np.array(list(counts.values()), np.int64).reshape(2, 2)
-    _write(folder / f"{MATRIX}.png", _matrix_picture(matrix, confusion.dice))
-
-
-def _matrix_picture(matrix: NDArray[np.int64], dice: float) -> bytes:
-    """Rows are the truth, shaded by share of the row; columns the prediction."""
-    from matplotlib.figure import Figure
-
-    shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-    figure = Figure(figsize=(4.6, 4.2), dpi=125, layout="constrained")
-    axes = figure.add_subplot()
-    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    for row, column in np.ndindex(2, 2):
-        axes.text(
-            column,
-            row,
-            f"{matrix[row, column]:,} px\n{shares[row, column]:.1%}",
-            ha="center",
-            va="center",
-            color=_PALE if shares[row, column] > 0.5 else _INK,
-        )
-    axes.set_xticks([0, 1], ["no kelp", "kelp"])
-    axes.set_yticks([0, 1], ["no kelp", "kelp"])
-    axes.set_xlabel("predicted")
-    axes.set_ylabel("true")
-    axes.set_title(f"Validation fold, kelp Dice {dice:.3f}", loc="left", color=_INK)
-    png = io.BytesIO()
-    figure.savefig(png, format="png", metadata={"Software": None})
-    return png.getvalue()
+    png = report.confusion(
+        tp=confusion.true_positive,
+        fp=confusion.false_positive,
+        fn=confusion.false_negative,
+        tn=confusion.true_negative,
+    )
+    _write(folder / f"{MATRIX}.png", png)
 
 
 def _write(path: Path, content: bytes) -> Path:
