@@ -21,6 +21,7 @@ from kelp.errors import ConfigError, InputError, StatsError, WeightsError
 from kelp.nn import device
 from kelp.nn.bundle import load_bundle
 from kelp.nn.dataset import TileDataset
+from kelp.nn.training import fit
 from kelp.nn.training.fit import train
 from kelp.nn.training.tracking import quiet_libraries
 from kelp.stats import compute_stats
@@ -283,6 +284,23 @@ def test_a_network_with_dropout_is_resumed_exactly(configure, tmp_path):
         weights(whole.run_dir / "artifacts" / "bundle-latest"),
         weights(run_dir / "artifacts" / "bundle-latest"),
     )
+
+
+def test_a_run_stopped_in_its_first_epoch_keeps_its_pretrained_weights(configure, monkeypatch):
+    """Without a checkpoint it starts anew: from the same weights, not from random ones."""
+
+    def load(net, source):
+        for parameter in net.body.parameters():
+            torch.nn.init.constant_(parameter, 0.01)
+
+    monkeypatch.setattr(fit, "load_pretrained", load)
+    settings = {"pretrained": True, "epochs": 1}
+    whole = train(configure(**settings))
+    config = configure(**settings, output_dir=whole.run_dir.parent.parent / "stopped")
+    with pytest.raises(Stop):
+        train(config, progress=stop_at(1))
+    resumed = train(config.model_copy(update={"resume_from": only_run(config)}))
+    assert_same_weights(weights(resumed.bundle), weights(whole.bundle))
 
 
 def test_resuming_needs_the_runs_settings(run, configure, tmp_path):
