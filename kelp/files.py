@@ -19,7 +19,7 @@ def atomic(path: Path, sync: bool = True) -> Iterator[Path]:
 
     The temporary keeps the suffix (drivers look at it) and starts with a dot, so that no
     folder scan picks it up. A failure or Ctrl-C removes it; after `kill -9` it stays behind
-    under its own name and is overwritten by the next try of the same process id or ignored.
+    under its own name until `discard_partials`.
     Without `sync` a power cut may leave the file empty: for writers of thousands of files, who
     flush them all at once before they write what makes the files count.
     """
@@ -39,6 +39,13 @@ def atomic(path: Path, sync: bool = True) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+def discard_partials(folder: Path) -> None:
+    """Remove what killed processes left of `atomic` in a folder that only this one writes to."""
+    for path in folder.glob(".*.partial*"):
+        with suppress(OSError):
+            path.unlink()
 
 
 @contextmanager

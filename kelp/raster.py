@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import logging
 import warnings
+import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -19,7 +20,7 @@ import rasterio
 import rasterio.shutil
 from affine import Affine
 from numpy.typing import NDArray
-from rasterio.errors import NotGeoreferencedWarning, RasterioError, RasterioIOError
+from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.windows import Window
 
 from kelp.bands import MASK_NODATA
@@ -60,14 +61,18 @@ class Georeference:
 
 
 @contextmanager
-def quietly(path: Path) -> Iterator[None]:
+def quietly(path: Path, writing: bool = False) -> Iterator[None]:
     """Competition files have no georeference, which is no news; errors name the file."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", NotGeoreferencedWarning)
             yield
-    except (RasterioIOError, RasterioError) as error:
-        reason = " ".join(str(error).split()) or "read error"
+    except RasterioError as error:  # RasterioIOError is one, too
+        reason = " ".join(str(error).split()) or "no reason given"
+        if writing:
+            raise InputError(
+                f"{path}: cannot be written ({reason}); check the free space"
+            ) from error
         raise InputError(
             f"{path}: not a readable raster ({reason}); the file may be truncated, fetch it again"
         ) from error
@@ -144,7 +149,8 @@ class RasterWriter:
     """Writes a one-band raster by rows; the file appears, complete, when the block succeeds.
 
     A raster with a side above 1,024 px becomes a valid Cloud Optimized GeoTIFF with overviews
-    (by mode for masks, by averaging for probabilities), a smaller one a plain GeoTIFF.
+    (by mode for masks, by averaging for probabilities), a smaller one a plain GeoTIFF. Before it
+    gets its name it is read back: GDAL does not tell of a disk that fills up on closing.
     """
 
     def __init__(
@@ -159,6 +165,7 @@ class RasterWriter:
         self.path = path
         self.is_mask = dtype == "uint8"
         self.large = max(shape) > COG_SIDE
+        self._checksum = 0
         self._tags = dict(tags)
         self._profile: dict[str, Any] = {
             "driver": "GTiff",
@@ -174,20 +181,27 @@ class RasterWriter:
         }
 
     def __enter__(self) -> Self:
-        self._atomic = atomic(self.path)
-        self._partial = self._atomic.__enter__()
-        # A large raster is first written plainly, then copied to COG layout.
-        self._plain = self._partial.with_suffix(".plain.tif") if self.large else self._partial
-        with quietly(self._plain):
-            self._dataset = rasterio.open(self._plain, "w", **self._profile)
-            if self.is_mask:
-                self._dataset.write_colormap(1, MASK_COLORS)
-            self._dataset.update_tags(**self._tags)
+        with ExitStack() as stack:
+            self._partial = stack.enter_context(atomic(self.path))
+            # A large raster is first written plainly, then copied to COG layout.
+            self._plain = self._partial
+            if self.large:
+                self._plain = self._partial.with_suffix(".plain.tif")
+                stack.callback(self._plain.unlink, missing_ok=True)
+            with quietly(self.path, writing=True):
+                self._dataset = rasterio.open(self._plain, "w", **self._profile)
+                stack.callback(self._close)
+                if self.is_mask:
+                    self._dataset.write_colormap(1, MASK_COLORS)
+                self._dataset.update_tags(**self._tags)
+            self._stack = stack.pop_all()
         return self
 
     def write(self, y: int, rows: NDArray[np.generic]) -> None:
-        """Write `rows`, shape `(n, width)`, beginning at row `y`."""
-        with quietly(self.path):
+        """Write `rows`, shape `(n, width)`, at row `y`: from the top on, without gaps."""
+        rows = np.ascontiguousarray(rows, dtype=self._profile["dtype"])
+        self._checksum = zlib.crc32(rows.data, self._checksum)
+        with quietly(self.path, writing=True):
             self._dataset.write(rows, 1, window=Window(0, y, rows.shape[1], rows.shape[0]))
 
     def __exit__(
@@ -196,12 +210,13 @@ class RasterWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        try:
-            if not self._dataset.closed:
-                with quietly(self._plain):
-                    self._dataset.close()
-            if self.large and kind is None:
-                with quietly(self._plain):
+        if kind is not None:
+            self._stack.__exit__(kind, error, trace)
+            return
+        with self._stack:  # whatever fails here, the file does not get its name
+            self._close()
+            if self.large:
+                with quietly(self.path, writing=True):
                     rasterio.shutil.copy(
                         self._plain,
                         self._partial,
@@ -209,10 +224,23 @@ class RasterWriter:
                         compress="deflate",
                         overview_resampling="mode" if self.is_mask else "average",
                     )
-        finally:
-            if self.large:
-                self._plain.unlink(missing_ok=True)
-            self._atomic.__exit__(kind, error, trace)
+            self._verify()
+
+    def _close(self) -> None:
+        if not self._dataset.closed:
+            with quietly(self.path, writing=True):
+                self._dataset.close()
+
+    def _verify(self) -> None:
+        """Raise `InputError` unless the finished file holds the rows that were written."""
+        checksum = 0
+        with quietly(self.path, writing=True), rasterio.open(self._partial) as dataset:
+            for y in range(0, dataset.height, 512):
+                rows = min(512, dataset.height - y)
+                strip = dataset.read(1, window=Window(0, y, dataset.width, rows))
+                checksum = zlib.crc32(strip.data, checksum)
+        if checksum != self._checksum:
+            raise InputError(f"{self.path}: cannot be written; check the free space")
 
 
 def write_mask(

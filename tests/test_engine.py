@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kelp.bands import BANDS, DEM, QA, canonical, observed
+from kelp.errors import InputError
 from kelp.grid import TileGrid
 from kelp.nn.inference.engine import Engine, Slicing
 
@@ -161,25 +162,35 @@ def test_probabilities_are_averaged_not_votes():
     np.testing.assert_allclose(result[:, 8:16], 0.55, atol=1e-6)
 
 
-def test_a_failed_scene_leaves_the_others_alone():
-    good = ArrayScene(scene((40, 40), 1))
-    bad = ArrayScene(scene((40, 40), 2))
-    engine = Engine(scale, Slicing((16, 16), (8, 8), batch_size=64))
+@pytest.mark.parametrize("verb", ["read", "write", "close"])
+@pytest.mark.parametrize("batch_size", [1, 5, 64])
+def test_a_failed_scene_is_named_and_the_others_are_done(monkeypatch, verb, batch_size):
+    """Also where it fails while another scene is being read, or at the very end."""
+    jobs = [ArrayScene(scene((40, 40), i, holes=0.1)) for i in range(4)]
+    bad, done = jobs[1], getattr(jobs[1], verb)
 
-    def broken(tile):
-        if tile.y > 0:
-            raise OSError("truncated")
-        return ArrayScene.read(bad, tile)
+    def broken(*arguments):
+        if verb == "close" or getattr(arguments[0], "y", arguments[0]) > 0:
+            raise InputError("disk full")
+        return done(*arguments)
 
-    bad.read, read = broken, bad.read
-    with pytest.raises(OSError, match="truncated"):
-        engine.run(bad, bad)
-    engine.drop(bad)
-    engine.run(good, good)
+    monkeypatch.setattr(bad, verb, broken)
+    engine = Engine(scale, Slicing((16, 16), (8, 8), batch_size=batch_size))
+    for job in jobs:
+        engine.run(job, job)
     engine.finish()
-    assert good.closed
-    assert not bad.closed
-    assert read is not bad.read
+    assert [(sink, str(error)) for sink, error in engine.failures] == [(bad, "disk full")]
+    for job in (jobs[0], jobs[2], jobs[3]):
+        (alone,), _, _ = run([job.pixels])
+        assert job.closed == 1
+        assert job.result.tobytes() == alone.tobytes()
+
+
+def test_a_bug_is_not_a_failed_scene(monkeypatch):
+    job = ArrayScene(scene((40, 40)))
+    monkeypatch.setattr(job, "read", lambda tile: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        Engine(scale, Slicing((16, 16), (8, 8))).run(job, job)
 
 
 def test_progress_counts_every_tile():

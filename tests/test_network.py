@@ -18,9 +18,11 @@ from kelp.config import TrainConfig
 from kelp.errors import BundleError, ConfigError, StatsError, WeightsError
 from kelp.nn import model, pretrained
 from kelp.nn.bundle import find_bundle, load_bundle
+from kelp.nn.inference.network import Network
 from kelp.nn.model import KelpNet
 from kelp.nn.preprocess import Preprocess
 from kelp.nn.pretrained import load_pretrained
+from kelp.nn.resize import to_network, to_scene
 from kelp.nn.spec import NetworkSpec
 from kelp.summary import ChannelStats
 
@@ -175,6 +177,43 @@ def test_labels_and_pixels_stay_together_when_resized(recorder):
         assert (~agree).sum() <= corners, interpolation
 
 
+@settings(deadline=None, max_examples=60)
+@given(
+    height=st.integers(1, 70),
+    width=st.integers(1, 70),
+    more=st.integers(0, 90),
+    interpolation=st.sampled_from(["nearest", "nearest-exact"]),
+    seed=st.integers(0, 99),
+)
+def test_what_the_network_copies_comes_back_exactly(height, width, more, interpolation, seed):
+    x = torch.rand(2, height, width, generator=torch.Generator().manual_seed(seed))
+    side = max(height, width) + more
+    up = to_network(x[:, None], side, interpolation)[:, 0]
+    back = to_scene(up, (height, width), interpolation)
+    torch.testing.assert_close(back, x, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("interpolation", ["nearest", "nearest-exact"])
+def test_no_single_pixel_is_lost_at_the_seeds_ratio(interpolation):
+    x = (torch.rand(1, 1, 128, 128, generator=torch.Generator().manual_seed(0)) < 0.02).float()
+    back = to_scene(to_network(x, 320, interpolation)[:, 0], (128, 128), interpolation)
+    assert torch.equal(back >= 0.48, x[:, 0] == 1)
+
+
+@settings(deadline=None, max_examples=40)
+@given(height=st.integers(1, 60), width=st.integers(1, 60), side=st.integers(1, 120))
+@pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "bicubic"])
+def test_coming_back_keeps_constants_means_and_bounds(interpolation, height, width, side):
+    p = torch.rand(2, side, side, generator=torch.Generator().manual_seed(side))
+    back = to_scene(p, (height, width), interpolation)
+    assert back.min() >= p.min() - 1e-6
+    assert back.max() <= p.max() + 1e-6
+    constant = to_scene(torch.full_like(p, 0.3), (height, width), interpolation)
+    torch.testing.assert_close(constant, torch.full_like(constant, 0.3))
+    if interpolation != "nearest" and side >= max(height, width):
+        torch.testing.assert_close(back.mean(), p.mean())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "architecture",
@@ -314,3 +353,20 @@ def test_the_seeds_options_make_the_seeds_network():
     )  # fmt: skip
     assert config.bands == ("R", "G", "B", "SWIR", "NIR", "QA", "DEM")
     assert config.encoder == "tu-efficientnet_b5"
+
+
+def test_another_precision_leaves_the_bundle_as_it_is(bundle):
+    loaded = load_bundle(bundle)
+    with torch.no_grad():
+        loaded.net.body.conv.weight[0, 0] = 20.123  # no bf16 number
+    before = {k: v.clone() for k, v in loaded.net.state_dict().items()}
+    for precision in ("bf16-true", "16-true"):
+        Network([loaded], torch.device("cpu"), precision)
+    after = loaded.net.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_bundle_itself_is_what_it_is(bundle, caplog):
+    with caplog.at_level("INFO", "kelp"):
+        assert find_bundle(bundle, "latest") == bundle
+    assert "changes nothing" in caplog.text

@@ -186,6 +186,43 @@ def test_a_bad_file_is_named_and_the_others_are_done(scenes, bundle, tmp_path, c
     assert not [p for p in (tmp_path / "out").iterdir() if "partial" in p.name]
 
 
+def test_a_mask_that_cannot_be_written_is_named_and_the_others_are_done(
+    scenes, bundle, tmp_path, capfd
+):
+    out = tmp_path / "out"
+    (out / "AA000000_kelp.tif").mkdir(parents=True)
+    assert predict(scenes, bundle, out, "--batch_size", 16) == 2
+    error = capfd.readouterr().err.strip().splitlines()
+    assert len(error) == 1
+    assert "AA000000_kelp.tif: cannot be written" in error[0]
+    assert sorted(p.name for p in out.glob("*.tif") if p.is_file()) == [
+        "AA000001_kelp.tif", "AA000002_kelp.tif",
+    ]  # fmt: skip
+
+
+def test_probabilities_of_an_earlier_run_do_not_stay(scenes, bundle, tmp_path):
+    out = tmp_path / "out"
+    predict(scenes, bundle, out, "--soft_labels")
+    predict(scenes, bundle, out, "--decision_threshold", "0.9")
+    assert not list(out.glob("*_prob.tif"))
+
+
+def test_what_a_killed_run_left_is_cleaned_up(scenes, bundle, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / ".AA000000_kelp.123.partial.tif").write_text("half")
+    (out / ".AA000000_kelp.123.partial.plain.tif").write_text("half")
+    assert predict(scenes, bundle, out) == 0
+    assert not [p for p in out.iterdir() if p.name.startswith(".")]
+
+
+def test_the_record_holds_what_was_resolved(scenes, bundle, tmp_path):
+    predict(scenes, bundle, tmp_path / "out")
+    record = kelp.config.PredictConfig.load(tmp_path / "out" / "kelp-predict.yaml")
+    assert (record.decision_threshold, record.precision) == (0.4, "32-true")
+    assert (record.sahi_tile_size, record.sahi_overlap) == (32, 16)
+
+
 @pytest.mark.parametrize(
     ("values", "named"),
     [
@@ -237,7 +274,7 @@ def test_submission_and_previews(tmp_path, bundle):
         ({"data_dir": "nowhere"}, "nowhere: no such folder"),
         ({"run_dir": "nowhere"}, "nowhere: no such folder"),
         ({"sahi_tile_size": "16", "sahi_overlap": "16"}, "must be smaller"),
-        ({"sahi_overlap": "40"}, "overlap must lie between"),
+        ({"sahi_overlap": "40"}, "--sahi_overlap 40 px must be smaller"),
         ({"decision_threshold": "1.5"}, "--decision_threshold"),
         ({"band_order": "R,G"}, "--band_order names 2"),
         ({"band_order": "SWIR,NIR,R,G,B,QA,XX"}, "unknown band 'XX'"),

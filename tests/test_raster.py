@@ -5,6 +5,7 @@ import sys
 import numpy as np
 import pytest
 import rasterio
+import rasterio.shutil
 from affine import Affine
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -228,6 +229,63 @@ def test_a_writer_that_fails_leaves_nothing(tmp_path, side):
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("side", [40, 1100])
+@pytest.mark.parametrize("fault", ["close", "copy", "verify"])
+def test_a_failure_at_the_end_keeps_the_older_file(tmp_path, monkeypatch, side, fault):
+    path = tmp_path / "m.tif"
+    write_mask(path, np.ones((8, side), dtype=np.uint8))
+    before = path.read_bytes()
+    rows = np.zeros((8, side), dtype=np.uint8)
+
+    def broken(*arguments, **options):
+        raise KeyboardInterrupt
+
+    def interrupted():
+        with RasterWriter(path, rows.shape, "uint8", UTM, 255, {}) as out:
+            out.write(0, rows)
+            if fault == "copy":
+                monkeypatch.setattr(rasterio.shutil, "copy", broken)
+            elif fault == "verify":
+                monkeypatch.setattr(out, "_verify", broken)
+            else:
+                close = out._close
+                monkeypatch.setattr(out, "_close", lambda: (close(), broken()))
+
+    if fault == "copy" and side == 40:
+        return  # a small raster is not copied
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["m.tif"]
+
+
+@pytest.mark.parametrize("side", [400, 1100])
+def test_a_disk_that_fills_up_on_closing_is_noticed(tmp_path, side):
+    """GDAL says nothing then; a limit on the size of files stands for the full disk."""
+    script = f"""
+import resource, sys
+import numpy as np
+from pathlib import Path
+from kelp.errors import InputError
+from kelp.raster import write_mask
+mask = np.random.default_rng(0).integers(0, 2, ({side}, {side})).astype(np.uint8)
+path = Path(sys.argv[1])
+write_mask(path, mask)
+resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size - 800,) * 2)
+path.unlink()
+try:
+    write_mask(path, mask)
+except InputError as error:
+    sys.exit(0 if "cannot be written" in str(error) else str(error))
+sys.exit("written without a word")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, tmp_path / "m.tif"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
     assert list(tmp_path.iterdir()) == []
 
 

@@ -31,13 +31,12 @@ from kelp.data_prep.tile_facts import tile_facts
 from kelp.data_prep.tile_files import (
     MASK_FORMAT,
     cut,
-    discard_partials,
     encode,
     image_format,
     put,
 )
 from kelp.errors import ConfigError, InputError, TableError
-from kelp.files import output_folder
+from kelp.files import discard_partials, output_folder
 from kelp.grid import Shape, TileGrid
 from kelp.manifest import IMAGE_SUFFIX, MASK_SUFFIX, TILES_TABLE, TRAIN
 from kelp.progress import Progress, silent

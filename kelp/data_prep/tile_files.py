@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -116,10 +115,3 @@ def put(path: Path, content: bytes) -> None:
     """Write a file that appears complete or not at all; not yet safe from a power cut."""
     with atomic(path, sync=False) as partial:
         partial.write_bytes(content)
-
-
-def discard_partials(folder: Path) -> None:
-    """Remove what killed processes left of `put`."""
-    for path in folder.glob(".*.partial.tif"):
-        with suppress(OSError):
-            path.unlink()

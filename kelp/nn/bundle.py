@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import platform
 import shutil
 from collections.abc import Mapping, Sequence
@@ -24,6 +25,8 @@ from kelp.errors import BundleError
 from kelp.files import atomic_folder
 from kelp.nn.model import KelpNet
 from kelp.nn.spec import SCHEMA_VERSION, BundleSpec
+
+log = logging.getLogger("kelp")
 
 SPEC_FILE: Final = "bundle.json"
 WEIGHTS_FILE: Final = "weights.safetensors"
@@ -68,7 +71,11 @@ def save_bundle(
 def find_bundle(path: Path, which: Which = "best") -> Path:
     """The bundle folder of a run folder, its `artifacts/`, or a bundle itself."""
     name = _FOLDERS[which]
-    for candidate in (path, path / "artifacts" / name, path / name):
+    if (path / SPEC_FILE).is_file():
+        if path.name != name and which != "best":
+            log.info("%s: is a bundle itself; --use_checkpoint %s changes nothing", path, which)
+        return path
+    for candidate in (path / "artifacts" / name, path / name):
         if (candidate / SPEC_FILE).is_file():
             return candidate
     if not path.is_dir():

@@ -15,6 +15,7 @@ from kelp.bands import MASK_NODATA
 from kelp.errors import ConfigError
 from kelp.grid import Shape
 from kelp.nn.preprocess import Preprocess
+from kelp.nn.resize import to_network, to_scene
 from kelp.nn.spec import NetworkSpec
 
 _SMP_NAMES: Final = {"unet++": "unetplusplus", "deeplabv3+": "deeplabv3plus"}
@@ -44,7 +45,8 @@ class KelpNet(nn.Module):
         if self.spec.resize_strategy == "pad":
             x = self.preprocess(F.pad(raw, self._padding(raw.shape[-2:]), value=torch.nan))
         else:
-            x = self._resize(self.preprocess(raw))
+            side, interpolation = self.spec.image_size, self.spec.interpolation
+            x = to_network(self.preprocess(raw), side, interpolation)
         dtype = next(self.body.parameters()).dtype
         x = x.to(dtype, memory_format=torch.channels_last)
         logits: Tensor = self.body(x)[:, 0].float()
@@ -57,15 +59,13 @@ class KelpNet(nn.Module):
     def to_input(self, p: Tensor, shape: Shape | torch.Size) -> Tensor:
         """Probabilities `(n, H, W)` at network resolution back at that of an input of `shape`.
 
-        They are averaged down (by area), not picked: the network saw finer pixels.
+        They are averaged down, not picked: the network saw finer pixels (see `resize`).
         """
         height, width = shape
         if self.spec.resize_strategy == "pad":
             left, _, top, _ = self._padding((height, width))
             return p[:, top : top + height, left : left + width]
-        smaller = self.spec.image_size >= max(height, width)
-        mode = "area" if smaller else "bilinear"
-        return F.interpolate(p[:, None], size=(height, width), mode=mode)[:, 0]
+        return to_scene(p, (height, width), self.spec.interpolation)
 
     def resize_target(self, target: Tensor) -> Tensor:
         """A mask `(n, h, w)` uint8 at network resolution; padding is 255 (ignored)."""
@@ -75,14 +75,6 @@ class KelpNet(nn.Module):
         mode = "nearest" if self.spec.interpolation == "nearest" else "nearest-exact"
         side = self.spec.image_size
         return F.interpolate(target[:, None], size=(side, side), mode=mode)[:, 0]
-
-    def _resize(self, x: Tensor) -> Tensor:
-        side, mode = self.spec.image_size, self.spec.interpolation
-        if mode in ("nearest", "nearest-exact"):
-            return F.interpolate(x, size=(side, side), mode=mode)
-        # Shrinking without antialiasing would drop specks.
-        shrinks = side < max(x.shape[-2:])
-        return F.interpolate(x, size=(side, side), mode=mode, antialias=shrinks)
 
     def _padding(self, shape: Shape | torch.Size) -> tuple[int, int, int, int]:
         """Left, right, top and bottom padding of an input of `shape`."""

@@ -17,9 +17,9 @@ from rasterio.errors import NotGeoreferencedWarning
 from rasterio.io import MemoryFile
 
 import kelp
-from kelp.data_prep.tile_files import discard_partials, put
+from kelp.data_prep.tile_files import put
 from kelp.errors import ConfigError
-from kelp.files import output_folder, write_text
+from kelp.files import discard_partials, output_folder, write_text
 from kelp.manifest import IMAGE_SUFFIX, MASK_SUFFIX, TEST, TRAIN
 from kelp.progress import Progress, silent
 from kelp.simulation.scene import SimulatedScene, make_place, take_picture

@@ -90,6 +90,8 @@ def predict(
     try:
         engine.run(source, sink)
         engine.finish()
+        for _, error in engine.failures:
+            raise error
     finally:
         if outputs:
             outputs.abandon()
@@ -129,6 +131,7 @@ def predict_array(
         Probabilities `(height, width)`, float32 in [0, 1]; NaN = not observed.
     """
     bundles = [bundle] if isinstance(bundle, Bundle) else list(bundle)
+    names = bands.parse_bands(names)
     absent = {name for one in bundles for name in needed_bands(one.spec)} - {*names, "DEM"}
     if absent:
         raise BundleError(f"the array lacks the bands {', '.join(sorted(absent))}")
@@ -176,4 +179,8 @@ def tile_shape(
     shape = (tile, tile) if tile is not None else next(iter(trained))
     if overlap is None:
         return shape, (shape[0] // 2, shape[1] // 2)
+    if overlap >= min(shape):
+        raise ConfigError(
+            f"--sahi_overlap {overlap} px must be smaller than the tile, {min(shape)} px"
+        )
     return shape, (overlap, overlap)

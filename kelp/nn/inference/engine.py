@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kelp.bands import BANDS, DEM, observed
+from kelp.errors import KelpError
 from kelp.grid import Shape, Tile, TileGrid
 from kelp.merge import Blend, StripMerger
 
@@ -86,6 +87,8 @@ class _Scene:
     """Tiles of each begun row of tiles that are not yet merged."""
     seen: deque[NDArray[np.bool_]] = field(default_factory=deque)
     """Observed planes, one row each, from the merger's top on."""
+    failed: bool = False
+    """It could not be read or written; what remains of it is left out."""
 
     def settle(self) -> None:
         """Hand on the rows that no later tile touches."""
@@ -124,6 +127,7 @@ class Engine:
         self, predict: Predict, slicing: Slicing, tiles_done: Callable[[int], None] | None = None
     ) -> None:
         self.counts = Counts()
+        self.failures: list[tuple[Sink, KelpError]] = []
         self._predict = predict
         self._slicing = slicing
         self._tiles_done = tiles_done
@@ -131,29 +135,36 @@ class Engine:
         self._waiting: list[tuple[_Scene, Tile, float]] = []
 
     def run(self, source: Source, sink: Sink) -> None:
-        """Read a scene and predict its tiles; the last ones may wait for the next scene's."""
+        """Read a scene and predict its tiles; the last ones may wait for the next scene's.
+
+        A scene that cannot be read or written ends up in `failures`; the others go on.
+        """
         grid = TileGrid(source.shape, self._slicing.tile, self._slicing.overlap)
         scene = _Scene(sink, grid, StripMerger(source.shape, self._slicing.blend))
-        strip = _Strip(source, self._slicing.tile)
-        for y in grid.rows:
-            pixels, fresh = strip.at(y)
-            seen = observed(pixels, self._slicing.qa_as_nodata)
-            scene.seen.extend(seen[fresh, : source.shape[1]])
-            tiles = grid.row(y)
-            scene.outstanding[y] = len(tiles)
-            for tile in tiles:
-                columns = slice(tile.x, tile.right)
-                self._take(scene, tile, pixels[:, :, columns], seen[:, columns])
-            scene.settle()
+        try:
+            self._read(scene, source)
+        except KelpError as error:
+            self._fail(scene, error)
 
     def finish(self) -> None:
         """Predict the tiles that still wait; the batch is filled up with the last one."""
         if self._waiting:
             self._flush()
 
-    def drop(self, sink: Sink) -> None:
-        """Forget the waiting tiles of a scene that failed."""
-        self._waiting = [entry for entry in self._waiting if entry[0].sink is not sink]
+    def _read(self, scene: _Scene, source: Source) -> None:
+        strip = _Strip(source, self._slicing.tile)
+        for y in scene.grid.rows:
+            pixels, fresh = strip.at(y)
+            seen = observed(pixels, self._slicing.qa_as_nodata)
+            scene.seen.extend(seen[fresh, : source.shape[1]])
+            tiles = scene.grid.row(y)
+            scene.outstanding[y] = len(tiles)
+            for tile in tiles:
+                columns = slice(tile.x, tile.right)
+                self._take(scene, tile, pixels[:, :, columns], seen[:, columns])
+                if scene.failed:
+                    return
+            self._settle(scene)
 
     def _take(self, scene: _Scene, tile: Tile, pixels: Pixels, seen: NDArray[np.bool_]) -> None:
         self.counts.tiles += 1
@@ -184,9 +195,23 @@ class Engine:
             scene.merger.add(tile, values, validity)
             scene.outstanding[tile.y] -= 1
         for scene in dict.fromkeys(scene for scene, _, _ in waiting):
-            scene.settle()
+            self._settle(scene)
         if self._tiles_done:
             self._tiles_done(count)
+
+    def _settle(self, scene: _Scene) -> None:
+        try:
+            scene.settle()
+        except KelpError as error:
+            self._fail(scene, error)
+
+    def _fail(self, scene: _Scene, error: KelpError) -> None:
+        """Give a scene up: its waiting tiles leave the batch, the others close the gap."""
+        scene.failed = True
+        self.failures.append((scene.sink, error))
+        kept = [slot for slot, entry in enumerate(self._waiting) if entry[0] is not scene]
+        self._batch[: len(kept)] = self._batch[kept]
+        self._waiting = [self._waiting[slot] for slot in kept]
 
 
 class _Strip:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Final
 
@@ -15,6 +16,7 @@ from kelp.config.train import Precision
 from kelp.nn import symmetry
 from kelp.nn.bundle import Bundle
 from kelp.nn.device import autocast, weights_dtype
+from kelp.nn.model import KelpNet
 
 _MERGES: Final[dict[MergeMode, Callable[[Tensor], Tensor]]] = {
     "mean": lambda p: p.mean(dim=0),
@@ -38,9 +40,7 @@ class Network:
         precision: Precision,
         tta: MergeMode | None = None,
     ) -> None:
-        self._nets = [bundle.net.to(device) for bundle in bundles]
-        for net in self._nets:
-            net.body.to(weights_dtype(precision))
+        self._nets = [_on(bundle.net, device, weights_dtype(precision)) for bundle in bundles]
         self._device = device
         self._precision = precision
         self._tta = tta
@@ -62,3 +62,11 @@ class Network:
             for k in (symmetry.SYMMETRIES if square else symmetry.SHAPE_KEEPING)
         ]
         return _MERGES[self._tta](torch.stack(views))
+
+
+def _on(net: KelpNet, device: torch.device, dtype: torch.dtype) -> KelpNet:
+    """The network on `device`, its weights in `dtype`; the caller's own keeps its type."""
+    if next(net.body.parameters()).dtype != dtype:
+        net = copy.deepcopy(net)
+        net.body.to(dtype)
+    return net.to(device)

@@ -58,6 +58,8 @@ class Outputs:
 
     def close(self) -> None:
         """Finish the files; the mask last: it is what marks a scene as finished."""
+        if len(self.writers) == 1:  # probabilities of an earlier run would not belong to it
+            probability_path(self.writers[0].path).unlink(missing_ok=True)
         while self._open:
             self._open.pop().__exit__(None, None, None)
 

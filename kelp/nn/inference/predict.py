@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import torch
+
 import kelp
 from kelp import manifest
 from kelp.config import PredictConfig
 from kelp.errors import InputError, KelpError
-from kelp.files import input_folder, output_folder
+from kelp.files import discard_partials, input_folder, output_folder
 from kelp.grid import TileGrid
 from kelp.nn.bundle import Bundle, load_bundle
 from kelp.nn.device import resolve_device, resolve_precision
@@ -69,12 +71,12 @@ def predict_scenes(config: PredictConfig, progress: Progress = silent) -> Predic
     if config.dataset_stats_dir:
         for bundle in bundles:
             check_statistics(bundle.spec, config.dataset_stats_dir)
-    output_folder(config.output_dir)
+    discard_partials(output_folder(config.output_dir))
     run = _Run(config, bundles)
     outputs = {path: config.output_dir / manifest.output_name(path) for path in scenes}
     failures, todo = run.plan(outputs)
     failures |= run.predict(todo, progress)
-    config.record(config.output_dir)
+    run.record(config.output_dir)
     if failures:
         named = "; ".join(failures.values())
         raise InputError(
@@ -122,6 +124,18 @@ class _Run:
         self._progress: Progress = silent
         self.engine = Engine(network, self.slicing, self._advance)
 
+    def record(self, output_dir: Path) -> None:
+        """Write down the settings of the run, what was left to kelp resolved."""
+        resolved: dict[str, Any] = {
+            "decision_threshold": self.threshold,
+            "precision": self.precision,
+            "device": self.device.type,
+        }
+        tile, overlap = self.slicing.tile, self.slicing.overlap
+        if tile[0] == tile[1]:  # what one number can say
+            resolved |= {"sahi_tile_size": tile[0], "sahi_overlap": overlap[0]}
+        self.config.model_copy(update=resolved).record(output_dir)
+
     def plan(self, outputs: dict[Path, Path]) -> tuple[dict[Path, str], dict[Path, Path]]:
         """Check the scenes and leave out the finished ones: (failures, scenes to predict)."""
         failures: dict[Path, str] = {}
@@ -145,27 +159,28 @@ class _Run:
         """Predict scenes; returns the error of each that failed."""
         self._progress = progress
         failures: dict[Path, str] = {}
-        sinks: list[Outputs] = []
+        sinks: dict[int, tuple[Path, Outputs]] = {}
         try:
             for path, output in todo.items():
-                with Scene(path, self.config.band_order) as scene:
-                    sinks.append(self._sink(scene, output))
-                    try:
-                        self.engine.run(scene, sinks[-1])
-                    except KelpError as error:
-                        failures[path] = str(error)
-                        self.engine.drop(sinks[-1])
+                try:
+                    with Scene(path, self.config.band_order) as scene:
+                        sink = self._sink(scene, output)
+                        sinks[id(sink)] = path, sink
+                        self.engine.run(scene, sink)
+                except KelpError as error:  # it was readable when the run was planned
+                    failures[path] = str(error)
             self.engine.finish()
         finally:
             # Whatever ended this: a failed scene, Ctrl-C, a bug. Closed outputs stay.
-            for sink in sinks:
+            for _, sink in sinks.values():
                 sink.abandon()
-        return failures
+        return failures | {sinks[id(s)][0]: str(error) for s, error in self.engine.failures}
 
     def fingerprint(self, path: Path) -> str:
         """SHA-256 of everything that the output of a scene depends on."""
         settings: dict[str, Any] = {
-            "kelp": kelp.__version__,
+            "versions": [kelp.__version__, torch.__version__],
+            "threads": torch.get_num_threads(),
             "bundles": [bundle.spec.model_dump(mode="json") for bundle in self.bundles],
             "slicing": [*self.slicing.tile, *self.slicing.overlap, self.slicing.blend],
             "batch_size": self.slicing.batch_size,

@@ -1,0 +1,55 @@
+"""Between the resolution of a scene and that of the network: up, and exactly back."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kelp.config.train import Interpolation
+from kelp.grid import Shape
+
+
+def to_network(x: Tensor, side: int, interpolation: Interpolation) -> Tensor:
+    """Channels `(n, c, h, w)` resampled to `(n, c, side, side)`."""
+    if interpolation in ("nearest", "nearest-exact"):
+        return F.interpolate(x, size=(side, side), mode=interpolation)
+    # Shrinking without antialiasing would drop specks.
+    shrinks = side < max(x.shape[-2:])
+    return F.interpolate(x, size=(side, side), mode=interpolation, antialias=shrinks)
+
+
+def to_scene(p: Tensor, shape: Shape, interpolation: Interpolation) -> Tensor:
+    """Probabilities `(n, H, W)` of the network as `(n, h, w)` of the scene, float32.
+
+    Each scene pixel gets the mean of the network pixels that show it: those that `nearest`
+    copied from it, or those that lie in its area, by the share that does. So a network that
+    answers its input exactly gives the scene back: for `nearest`, and sides not below the
+    scene's, `to_scene(to_network(x)) == x`. Equal bins of whole pixels (adaptive pooling) would
+    lend a quarter of single pixels to their neighbours at the ratio 128 : 320.
+    """
+    rows = _back(shape[0], p.shape[-2], interpolation).to(p.device)
+    columns = _back(shape[1], p.shape[-1], interpolation).to(p.device)
+    with torch.autocast(p.device.type, enabled=False):
+        return rows @ p.float() @ columns.T
+
+
+@lru_cache(maxsize=64)
+def _back(size: int, side: int, interpolation: Interpolation) -> Tensor:
+    """Weights `(size, side)` of network pixels in scene pixels along an axis; rows sum to 1."""
+    if side < size:  # the network saw coarser pixels: interpolate between them
+        eye = torch.eye(side)[:, None]
+        return F.interpolate(eye, size=size, mode="linear")[:, 0].T.contiguous()
+    if interpolation in ("nearest", "nearest-exact"):
+        # torch's own rule says which pixel each copy came from.
+        index = torch.arange(size, dtype=torch.float32)[None, None]
+        source = F.interpolate(index, size=side, mode=interpolation)[0, 0].long()
+        weights = F.one_hot(source, size).T.float()
+    else:
+        edges = torch.arange(side + 1, dtype=torch.float64) * (size / side)
+        pixel = torch.arange(size, dtype=torch.float64)[:, None]
+        overlap = torch.minimum(edges[1:], pixel + 1) - torch.maximum(edges[:-1], pixel)
+        weights = overlap.clamp_min(0).float()
+    return weights / weights.sum(dim=1, keepdim=True)
