@@ -9,7 +9,7 @@ such arrays from files; nothing downstream sees a nodata number.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from kelp.errors import ConfigError
 
@@ -22,6 +22,9 @@ BANDS: Final = ("SWIR", "NIR", "R", "G", "B", "QA", "DEM")
 """Order of the bands in competition files and in every canonical array."""
 
 OPTICAL: Final = ("SWIR", "NIR", "R", "G", "B")
+FEWEST_OPTICAL: Final = 3
+"""With fewer optical values than these, NIR among them, a pixel does not count as observed."""
+
 NODATA: Final = -32768
 """Missing value of competition files, also where no tag says so."""
 
@@ -108,10 +111,26 @@ def observed(pixels: NDArray[np.float32], qa_as_nodata: bool = True) -> NDArray[
     import numpy as np
 
     present = np.isfinite(pixels[: len(OPTICAL)])
-    seen: NDArray[np.bool_] = present[_NIR] & (present.sum(axis=0) >= 3)
+    seen: NDArray[np.bool_] = present[_NIR] & (present.sum(axis=0) >= FEWEST_OPTICAL)
     if qa_as_nodata:
         seen &= pixels[QA] != 1
     return seen
+
+
+def reflected(pixels: NDArray[Any], height: int, width: int) -> NDArray[Any]:
+    """`pixels`, shape `(…, h, w)`, grown to at least `height` x `width` by their mirror image.
+
+    It is added below and to the right. So a scene smaller than a tile fills the tile, in
+    training as in prediction.
+    """
+    import numpy as np
+
+    short = [
+        max(0, want - have) for want, have in zip((height, width), pixels.shape[-2:], strict=True)
+    ]
+    if not any(short):
+        return pixels
+    return np.pad(pixels, [(0, 0)] * (pixels.ndim - 2) + [(0, n) for n in short], mode="reflect")
 
 
 def to_reflectance(dn: NDArray[np.float32]) -> NDArray[np.float32]:

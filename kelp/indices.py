@@ -20,7 +20,7 @@ from typing import Any, Final, TypeVar, cast
 
 import numpy as np
 
-from kelp.bands import OPTICAL, REFLECTANCE_OFFSET, REFLECTANCE_SCALE, IndexInput
+from kelp.bands import BANDS, OPTICAL, REFLECTANCE_OFFSET, REFLECTANCE_SCALE, IndexInput
 from kelp.errors import ConfigError
 
 Array = TypeVar("Array")
@@ -182,6 +182,18 @@ def parse_indices(names: str | Iterable[str]) -> tuple[str, ...]:
         if parsed.count(name) > 1:
             raise ConfigError(f"spectral index {name} is named twice")
     return parsed
+
+
+def needed_bands(
+    bands: Iterable[str], indices: Iterable[str], settings: IndexSettings
+) -> tuple[str, ...]:
+    """The bands that a file must hold: those of a network, of its indices, and of their masks."""
+    indices = tuple(indices)
+    wanted = {*bands, *(band for name in indices for band in get_index(name).bands)}
+    if indices:
+        wanted |= {"QA"} if settings.mask_using_qa else set()
+        wanted |= {"DEM"} if settings.mask_using_water_mask else set()
+    return tuple(name for name in BANDS if name in wanted)
 
 
 def channel_names(bands: Iterable[str], indices: Iterable[str]) -> tuple[str, ...]:

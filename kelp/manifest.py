@@ -21,6 +21,8 @@ TILES_TABLE: Final = "sahi_train_val_test_dataset.parquet"
 TRAIN: Final = "train"
 VAL: Final = "val"
 TEST: Final = "test"
+LEFT_OUT: Final = "left_out"
+"""In a fold's column: a training image with a suspect label, neither trained nor validated on."""
 
 FACTS: Final = (
     "kelp_pixels",
@@ -43,15 +45,20 @@ TILE_KEY: Final = ("tile_id", "x", "y")
 
 def output_name(path: Path, suffix: str = MASK_SUFFIX) -> str:
     """Name of the product of a scene: X_satellite.tif gives X_kelp.tif, name.tif name_kelp.tif."""
-    return path.name.removesuffix(IMAGE_SUFFIX).removesuffix(path.suffix) + suffix
+    return (_without(path.name, IMAGE_SUFFIX) or path.stem) + suffix
 
 
 def tile_id_of(path: Path) -> str:
     """The competition's name of a scene or mask file."""
     for suffix in (IMAGE_SUFFIX, PROBABILITY_SUFFIX, MASK_SUFFIX):
-        if path.name.endswith(suffix):
-            return path.name.removesuffix(suffix)
+        if stem := _without(path.name, suffix):
+            return stem
     return path.stem
+
+
+def _without(name: str, suffix: str) -> str:
+    """What stands before the suffix, in whatever case that is; '' where it is not there."""
+    return name[: -len(suffix)] if name.lower().endswith(suffix) else ""
 
 
 def read_table(path: Path, columns: Sequence[str]) -> pd.DataFrame:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from rasterio.windows import Window
 
 from kelp import bands
-from kelp.bands import BANDS, NODATA
+from kelp.bands import BANDS, FEWEST_OPTICAL, NODATA, OPTICAL
 from kelp.errors import ConfigError, InputError
 from kelp.grid import Shape, Tile
 from kelp.raster import georeference_from, open_dataset, quietly
@@ -47,6 +47,7 @@ class Scene:
             raise
         self.shape: Shape = (self._dataset.height, self._dataset.width)
         self.georeference = georeference_from(self._dataset)
+        self._told_of_dem = False
         self._indexes = [i + 1 for i, name in enumerate(self.names) if name]
         self._targets = [BANDS.index(name) for name in self.names if name]
         self._nodata = [
@@ -87,16 +88,27 @@ class Scene:
         return tuple(self._dataset.descriptions)
 
     def require(self, names: Sequence[str]) -> None:
-        """Raise `InputError` unless the file holds all the named bands.
-
-        A missing DEM is allowed: it is unknown everywhere, which one line of notice says.
-        """
-        absent = [name for name in names if name not in self.names]
-        if absent == ["DEM"]:
+        """`check`, and one line of notice, given once, where the DEM is missing."""
+        self.check(names)
+        if "DEM" in names and "DEM" not in self.names and not self._told_of_dem:
+            self._told_of_dem = True
             log.warning("%s: no DEM band; elevation is taken as unknown", self.path)
-        elif absent:
+
+    def check(self, names: Sequence[str] = ()) -> None:
+        """Raise `InputError` unless the file holds all the named bands, and enough to see by.
+
+        Whatever the names, it must hold NIR and two more optical bands: without them no pixel
+        counts as observed. A missing DEM is allowed: it is unknown everywhere.
+        """
+        absent = [name for name in names if name not in self.names and name != "DEM"]
+        unseen = [name for name in OPTICAL if name not in self.names]
+        reason = ""
+        if not absent and ("NIR" in unseen or len(OPTICAL) - len(unseen) < FEWEST_OPTICAL):
+            absent = ["NIR"] if "NIR" in unseen else unseen
+            reason = f" (a pixel is observed with NIR and {FEWEST_OPTICAL - 1} more optical bands)"
+        if absent:
             raise InputError(
-                f"{self.path}: lacks the band {', '.join(absent)}; "
+                f"{self.path}: lacks the band {', '.join(absent)}{reason}; "
                 f"it holds {', '.join(self.present)} (name them with --band_order)"
             )
 

@@ -88,6 +88,19 @@ def test_a_config_file_and_the_command_line_on_top(seen, tmp_path):
     assert SliceConfig.load(record) == seen[0]
 
 
+def test_a_config_file_may_use_other_spellings(seen, tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("soft-labels: true\n")
+    assert main([*PREDICT, "--config", str(file)]) == 0
+    assert seen[0].save_probabilities is True
+    assert main([*PREDICT, "--config", str(file), "--save_probabilities", "False"]) == 0
+    assert seen[1].save_probabilities is False
+    options = {"data_dir": "d", "run_dir": "r", "output_dir": "o", "soft_labels": True}
+    assert PredictConfig(**options).save_probabilities is True
+    with pytest.raises(ConfigError, match="another spelling of it is given too"):
+        PredictConfig(**options, save_probabilities=False)
+
+
 @pytest.mark.parametrize(
     ("arguments", "cause"),
     [
@@ -184,6 +197,12 @@ def test_python_users_get_the_same_errors():
         SliceConfig(data_dir="d", metadata_fp="m", output_dir="o", nonsense=1)
     with pytest.raises(ConfigError, match="multiple of 32"):
         TrainConfig(data_dir="d", metadata_fp="m", output_dir="o", image_size=350)
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "../a"])
+def test_an_experiment_is_a_plain_name(name):
+    with pytest.raises(ConfigError, match=r"--experiment .*: a plain name"):
+        TrainConfig(data_dir="d", metadata_fp="m", output_dir="o", experiment=name)
 
 
 @pytest.mark.parametrize("name", COMMANDS)

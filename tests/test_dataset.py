@@ -4,22 +4,27 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from world import coast, make_world, write_tif
+from world import coast, make_world, opened, read_tif, write_tif
 
 from kelp import bands
 from kelp.config import SliceConfig, TrainConfig
 from kelp.data_prep.slicing import slice_dataset
 from kelp.errors import ConfigError, InputError, TableError
 from kelp.grid import Tile
+from kelp.indices import IndexSettings
 from kelp.nn.datamodule import (
     EpochSampler,
     FoldData,
     read_fold,
+    require_bands,
     sampling_weights,
     training_shape,
 )
 from kelp.nn.dataset import Sample, Source, TileDataset, collate
-from kelp.scene import read_scene
+from kelp.nn.inference.engine import Engine, Slicing
+from kelp.scene import Scene, read_scene
+from kelp.stats import Source as StatsSource
+from kelp.stats import file_statistics
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +96,38 @@ def test_virtual_tiles_are_the_materialised_ones(sliced):
     assert edges  # 50 x 70 is no multiple of 32
 
 
+@pytest.mark.parametrize("dtype", ["uint16", "int16", "float32"])
+def test_so_they_are_with_a_nodata_tag_of_zero(tmp_path, dtype):
+    """Padding of 0 would be good pixels at sea level."""
+    root = tmp_path / "raw"
+    world = make_world(tmp_path, n_train=2, n_test=0, shape=(20, 45))
+    for path in sorted((world.train_dir / "images").iterdir()):
+        image = read_tif(path).clip(0, 65535 if dtype == "uint16" else 32767).astype(dtype)
+        write_tif(path, image, nodata=0)
+        assert (image[:5] == 0).any()
+    kinds = []
+    for materialize in (True, False):
+        table = slice_dataset(
+            SliceConfig(
+                data_dir=root / "train", metadata_fp=world.table, image_size=32, workers=1,
+                output_dir=tmp_path / str(materialize), materialize=materialize,
+            )
+        ).table  # fmt: skip
+        kinds.append((fold := read_fold(config_of(table)), TileDataset(fold.train_sources)))
+    for file, window in zip(kinds[0][1], kinds[1][1], strict=True):
+        assert same(file, window)
+        assert (file.raw[bands.QA, 20:] == 1).all()
+        assert torch.isnan(file.raw[bands.DEM, 20:]).all()
+    numbers = [
+        file_statistics([StatsSource(s.image, s.tile) for s in fold.train_sources], ("DEM", "NIR"),
+                        IndexSettings())
+        for fold, _ in kinds
+    ]  # fmt: skip
+    for name in ("DEM", "NIR"):
+        assert numbers[0][name].count == numbers[1][name].count
+        assert numbers[0][name].mean == pytest.approx(numbers[1][name].mean)
+
+
 def test_a_tile_lies_where_its_row_says(world, sliced):
     fold = read_fold(config_of(sliced[True]))
     top_edge = fold.train[(fold.train["x"] > 0) & (fold.train["y"] == 0)]
@@ -126,6 +163,57 @@ def test_a_batch_of_different_sizes_is_padded_with_nothing_known(tmp_path):
         assert (batch.target[i][~inside] == 255).all()
         assert not batch.observed[i][~inside].any()
         assert torch.equal(batch.target[i][inside], data[i].target.flatten())
+
+
+def test_whole_images_are_reflected_up_to_the_training_shape(tmp_path):
+    """As prediction does with a scene smaller than its tile; batch mates make no difference."""
+    rng = np.random.default_rng(0)
+    world = make_world(tmp_path, n_train=4, n_test=0, shape=(36, 40))
+    shapes = {1: (20, 37), 2: (36, 40), 3: (30, 17)}
+    for i, shape in shapes.items():
+        image, mask = coast(shape, rng)
+        write_tif(world.train_dir / "images" / f"TR{i:06d}_satellite.tif", image)
+        write_tif(world.train_dir / "masks" / f"TR{i:06d}_kelp.tif", mask[np.newaxis])
+    fold = read_fold(images_config(world, cv_split=0))  # trains on 1 and 3
+    assert training_shape(fold, images_config(world)) == (30, 37)
+    config = images_config(world, batch_size=1)
+    data = FoldData(fold, config, first_epoch=0, pin=False)
+    seen = set()
+    for index, batch in zip(data.sampler, data.train_dataloader(), strict=True):
+        assert batch.raw.shape == (1, 7, 30, 37)
+        scene = _Array(read_scene(fold.train_sources[index].image))
+        height, width = scene.shape
+        seen.add(scene.shape)
+        engine = Engine(scene.predict, Slicing(tile=(30, 37), overlap=(0, 0), batch_size=1))
+        engine.run(scene, scene)
+        engine.finish()
+        np.testing.assert_array_equal(batch.raw.numpy(), scene.predicted)
+        outside = torch.ones((30, 37), dtype=torch.bool)
+        outside[:height, :width] = False
+        assert (batch.target[0][outside] == 255).all()
+        assert not batch.observed[0][outside].any()
+        assert torch.isfinite(batch.raw[0][1][outside]).any()
+    assert seen == {shapes[1], shapes[3]}
+
+
+class _Array:
+    """A scene in memory, its own sink, and a network that remembers what it was given."""
+
+    def __init__(self, pixels):
+        self.pixels, self.shape = pixels, pixels.shape[1:]
+
+    def read(self, tile):
+        return self.pixels[:, *tile.slices]
+
+    def predict(self, batch):
+        self.predicted = batch.copy()
+        return batch[:, 5]
+
+    def write(self, y, rows):
+        pass
+
+    def close(self):
+        pass
 
 
 def test_errors_name_the_file(tmp_path):
@@ -183,6 +271,61 @@ def test_table_errors(sliced, tmp_path, change, message):
     change(pd.read_parquet(sliced[True])).to_parquet(path)
     with pytest.raises(TableError, match=message):
         read_fold(config_of(path, data_dir=sliced[True].parent))
+
+
+def describe(path, names):
+    image = read_tif(path)[: len(names)]
+    write_tif(path, image)
+    with opened(path, "r+") as dataset:
+        dataset.descriptions = names
+
+
+@pytest.mark.parametrize(("options", "names", "said"), [
+    ({}, ("NIR", "R", "G", "B"), "lacks the band SWIR, QA;"),
+    ({"bands": ("NIR", "R")}, ("NIR", "R", "G"), None),
+    ({"bands": ("NIR", "R"), "spectral_indices": ("GVMI",)}, ("NIR", "R", "G", "QA"), "SWIR;"),
+    ({"bands": ("NIR",), "spectral_indices": ("NDVI",)}, ("NIR", "R", "G"), "lacks the band QA;"),
+    ({"bands": ("NIR",), "spectral_indices": ("NDVI",), "mask_using_qa": False},
+     ("NIR", "R", "G"), None),
+    ({"bands": ("R", "G", "B")}, ("SWIR", "R", "G", "B"), "lacks the band NIR "),
+    ({"bands": ("NIR", "R")}, ("NIR", "R", "DEM"), "lacks the band SWIR, G, B "),
+])  # fmt: skip
+@pytest.mark.parametrize("sahi", [True, False])
+def test_images_must_hold_the_bands_of_the_run(tmp_path, options, names, said, sahi, caplog):
+    world = make_world(tmp_path, n_train=4, n_test=0, shape=(20, 35))
+    config = images_config(world, **options)
+    if sahi:
+        table = slice_dataset(
+            SliceConfig(
+                data_dir=world.train_dir, metadata_fp=world.table, image_size=32, workers=1,
+                output_dir=tmp_path / "sahi", materialize=False,
+            )
+        ).table  # fmt: skip
+        config = config_of(table, **options)
+    require_bands(read_fold(config), config)
+    describe(world.train_dir / "images" / "TR000002_satellite.tif", names)  # fold 0 validates on it
+    fold = read_fold(config)
+    assert fold.val["tile_id"].iloc[-1] == "TR000002"
+    if said is None:
+        require_bands(fold, config)
+    else:
+        with pytest.raises(InputError, match=rf"TR000002_satellite\.tif: .*{said}"):
+            require_bands(fold, config)
+    assert not caplog.messages or "spectral_indices" in options
+
+
+def test_a_missing_dem_is_one_notice(tmp_path, caplog):
+    world = make_world(tmp_path, n_train=4, n_test=0, shape=(20, 35))
+    for path in sorted((world.train_dir / "images").iterdir()):
+        describe(path, bands.BANDS[:6])
+    config = images_config(world)
+    require_bands(read_fold(config), config)
+    assert len(caplog.messages) == 1
+    assert "no DEM band" in caplog.text
+    with Scene(path) as scene:
+        scene.require(bands.BANDS)
+        scene.require(("NIR", "DEM"))
+    assert len(caplog.messages) == 2
 
 
 # --- the sampler

@@ -5,13 +5,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from affine import Affine
 from fractal_world import coast
-from world import write_tif
+from world import opened, read_tif, write_tif
 
 from kelp.config import MetadataConfig
-from kelp.data_prep.metadata import LEFT_OUT, build_metadata
+from kelp.data_prep.metadata import build_metadata
 from kelp.errors import InputError, KelpError, TableError
-from kelp.manifest import FACTS
+from kelp.manifest import FACTS, LEFT_OUT
 
 SHAPE = (110, 120)
 # A folder with real files of the competition, which may not be passed on.
@@ -191,6 +192,32 @@ def test_a_truncated_file_is_named(data, name, workers):
     path.write_bytes(path.read_bytes()[:300])
     with pytest.raises(KelpError, match=path.name):
         run(data, workers=workers)
+
+
+def test_an_image_that_could_not_be_observed_is_named(data):
+    path = data / "train/images/AC_satellite.tif"
+    image = np.full((7, *SHAPE), 8000, np.int32)
+    for names, said in (
+        (("SWIR", "", "R", "G", "B", "QA", "DEM"), "lacks the band NIR"),
+        (("SWIR", "NIR", "", "", "", "QA", "DEM"), "lacks the band R, G, B"),
+    ):
+        write_tif(path, image)
+        with opened(path, "r+") as dataset:
+            dataset.descriptions = names
+        with pytest.raises(InputError, match=rf"AC_satellite\.tif: {said} .*--band_order"):
+            run(data)
+
+
+def test_the_order_of_bands_can_be_given(data):
+    expected = run(data)[1]
+    order = ("DEM", "QA", "B", "G", "R", "NIR", "SWIR")
+    for path in sorted(data.glob("*/images/*.tif")):
+        write_tif(
+            path, read_tif(path)[::-1], crs="EPSG:32610", transform=Affine(30, 0, 5, 0, -30, 9)
+        )
+    with pytest.raises(InputError, match="name them with --band_order"):
+        run(data)
+    pd.testing.assert_frame_equal(run(data, band_order=order, workers=2)[1], expected)
 
 
 def test_bad_masks_are_named(data):

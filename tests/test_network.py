@@ -190,7 +190,7 @@ def test_what_the_network_copies_comes_back_exactly(height, width, more, interpo
     side = max(height, width) + more
     up = to_network(x[:, None], side, interpolation)[:, 0]
     back = to_scene(up, (height, width), interpolation)
-    torch.testing.assert_close(back, x, rtol=0, atol=1e-6)
+    torch.testing.assert_close(back, x, rtol=0, atol=1e-5)  # means of up to 80 copies
 
 
 @pytest.mark.parametrize("interpolation", ["nearest", "nearest-exact"])

@@ -52,15 +52,20 @@ def test_where_links_are_impossible_files_are_copied(tmp_path, monkeypatch):
         assert path.read_bytes() == source.read_bytes()
 
 
-def test_a_second_run_replaces_and_another_fold_is_told(tmp_path, caplog):
+def test_a_second_run_replaces_and_another_fold_is_refused(tmp_path):
     world = make_world(tmp_path)
     first = split_fold(config(world))
     expected = names(first.images)
     assert split_fold(config(world)) == first
     assert names(first.images) == expected
-    assert not caplog.text
-    split_fold(config(world, cv_split=0))
-    assert "2 images are not of this fold" in caplog.text
+    (first.images / ".left.partial.tif").touch()
+    with pytest.raises(ConfigError, match=r"holds images/TR000001_satellite\.tif, which is not"):
+        split_fold(config(world, cv_split=0))
+    assert names(first.masks) == ["TR000001_kelp.tif", "TR000003_kelp.tif"]
+    for path in first.images.iterdir():
+        path.unlink()
+    with pytest.raises(ConfigError, match=r"holds masks/TR000001_kelp\.tif"):
+        split_fold(config(world, cv_split=0))
 
 
 def test_a_link_of_a_link_is_the_file_itself(tmp_path):

@@ -303,6 +303,25 @@ def test_a_run_stopped_in_its_first_epoch_keeps_its_pretrained_weights(configure
     assert_same_weights(weights(resumed.bundle), weights(whole.bundle))
 
 
+def test_a_run_stopped_while_it_is_opened_is_no_run_yet(configure, monkeypatch):
+    """What makes a folder resumable is written when everything it needs is there."""
+    config = configure()
+    record = TrainConfig.record
+
+    def stopped(self, folder):
+        record(self, folder)
+        raise Stop
+
+    monkeypatch.setattr(TrainConfig, "record", stopped)
+    with pytest.raises(Stop):
+        train(config)
+    artifacts = only_run(config) / "artifacts"
+    assert not (artifacts / "config.yaml").exists()
+    assert len(list((artifacts / "stats").iterdir())) == 1
+    with pytest.raises(InputError, match="no run folder"):
+        train(configure(resume_from=only_run(config)))
+
+
 def test_resuming_needs_the_runs_settings(run, configure, tmp_path):
     _, result, _ = run
     with pytest.raises(ConfigError, match=r"--lr 0\.1: the run to resume has 0\.003"):

@@ -63,14 +63,29 @@ class Config(BaseModel):
     # `KelpError` of one line instead of pydantic's report.
     def __init__(self, **values: Any) -> None:
         try:
-            super().__init__(**values)
+            super().__init__(**self._by_field(values))
         except ValidationError as error:
             raise ConfigError(_explain(error)) from None
 
     @classmethod
     def load(cls, path: Path, overrides: Mapping[str, Any] | None = None) -> Self:
         """Read a YAML file of options; `overrides` win. Unknown options raise `ConfigError`."""
-        return cls(**{**read_yaml(path), **(overrides or {})})
+        return cls(**{**cls._by_field(read_yaml(path)), **cls._by_field(overrides or {})})
+
+    @classmethod
+    def _by_field(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The values by the names of their fields, whichever spelling they were given by."""
+        fields: dict[str, str] = {}
+        for name, info in cls.model_fields.items():
+            extra: Any = info.json_schema_extra or {}
+            fields |= dict.fromkeys(extra.get("aliases", ()), name)
+        named: dict[str, Any] = {}
+        for spelling, value in values.items():
+            name = fields.get(spelling, spelling)
+            if name in named:
+                raise ConfigError(f"--{spelling}: another spelling of it is given too; keep one")
+            named[name] = value
+        return named
 
     def to_yaml(self) -> str:
         """The resolved configuration as YAML, readable by `load` and `--config`."""

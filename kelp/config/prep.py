@@ -35,6 +35,9 @@ class MetadataConfig(Config):
     keep_suspect_labels: bool = option(
         False, help="Keep images with over 40 % kelp (mostly mislabelled) in the folds"
     )
+    band_order: Names = option(
+        (), help="Band names of the files, comma-separated; default: read from the files"
+    )
     workers: int = option(0, help=WORKERS_HELP, unit="processes", ge=0)
     seed: int = option(42, help="Seed of the fold assignment", unit="integer", ge=0)
 

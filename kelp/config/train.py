@@ -197,6 +197,6 @@ class TrainConfig(Config):
                 f"--image_size {self.image_size} px: networks need a multiple of 32, "
                 f"for example {-(-self.image_size // 32) * 32}"
             )
-        if Path(self.experiment).name != self.experiment:
+        if Path(self.experiment).name != self.experiment or self.experiment in ("", ".."):
             raise ConfigError(f"--experiment {self.experiment!r}: a plain name, without slashes")
         return self

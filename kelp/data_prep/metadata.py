@@ -17,6 +17,7 @@ import logging
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
@@ -29,17 +30,23 @@ from kelp.bands import DEM
 from kelp.data_prep import folds, places, survey
 from kelp.errors import InputError, TableError
 from kelp.files import input_folder, output_folder
-from kelp.manifest import FACTS, IMAGE_SUFFIX, IMAGES_TABLE, MASK_SUFFIX, TEST, TRAIN, VAL
+from kelp.manifest import (
+    FACTS,
+    IMAGE_SUFFIX,
+    IMAGES_TABLE,
+    LEFT_OUT,
+    MASK_SUFFIX,
+    TEST,
+    TRAIN,
+    VAL,
+)
 from kelp.progress import Progress, silent
 from kelp.raster import read_mask
-from kelp.scene import read_scene
+from kelp.scene import Scene
 from kelp.workers import spread
 
 if TYPE_CHECKING:
     from kelp.config import MetadataConfig
-
-LEFT_OUT: Final = "left_out"
-"""In a fold's column: a training image that is neither trained nor validated on."""
 
 _NULLABLE: Final = {
     "kelp_pixels": "Int64",
@@ -102,7 +109,8 @@ def build_metadata(config: MetadataConfig, progress: Progress = silent) -> Metad
     workers.
 
     Raises:
-        InputError: missing or empty folders, unreadable files, bad masks, fewer than two places.
+        InputError: missing or empty folders, unreadable files, images without NIR or three
+            optical bands, bad masks, fewer than two places.
         TableError: the CSV lacks a column or names absent files.
     """
     sources = (
@@ -112,7 +120,8 @@ def build_metadata(config: MetadataConfig, progress: Progress = silent) -> Metad
     )
     output_folder(config.output_dir)
     surveyed: list[_Surveyed] = []
-    with closing(spread(_survey, sources, config.workers)) as results:
+    work = spread(partial(_survey, config.band_order), sources, config.workers)
+    with closing(work) as results:
         for one in results:
             surveyed.append(one)
             progress("reading images", len(surveyed), len(sources))
@@ -193,8 +202,10 @@ def _unique(sources: Sequence[_Source], origin: Path) -> list[_Source]:
     return ordered
 
 
-def _survey(source: _Source) -> _Surveyed:
-    pixels = read_scene(source.image)
+def _survey(band_order: Sequence[str], source: _Source) -> _Surveyed:
+    with Scene(source.image, band_order) as scene:
+        scene.check()
+        pixels = scene.read()
     mask = None if source.mask is None else read_mask(source.mask)
     try:
         facts = survey.facts(pixels, mask)

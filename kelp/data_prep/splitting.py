@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import shutil
 from dataclasses import dataclass
@@ -17,8 +16,6 @@ from kelp.progress import Progress, silent
 
 if TYPE_CHECKING:
     from kelp.config import SplitConfig
-
-log = logging.getLogger("kelp")
 
 
 @dataclass(frozen=True)
@@ -47,7 +44,8 @@ def split_fold(config: SplitConfig, progress: Progress = silent) -> SplitResult:
 
     Raises:
         TableError: no such fold, a fold without validation images, or absent files.
-        ConfigError: the output would be `data_dir`'s own folder of training images.
+        ConfigError: the output would be `data_dir`'s own folder of training images, or holds
+            files of another fold.
     """
     path = config.metadata_fp
     source, target = config.data_dir / TRAIN, config.output_dir
@@ -60,7 +58,8 @@ def split_fold(config: SplitConfig, progress: Progress = silent) -> SplitResult:
         raise TableError(f"{path}: fold {config.cv_split} has no row with {fold} = {VAL}")
     names = [f"images/{i}{IMAGE_SUFFIX}" for i in ids] + [f"masks/{i}{MASK_SUFFIX}" for i in ids]
     manifest.require_files([source / name for name in names], path)
-    _tell_strangers(output_folder(target), set(names))
+    _refuse_strangers(target, set(names))
+    output_folder(target)
     for done, name in enumerate(names, start=1):
         _link(source / name, target / name)
         progress("splitting", done, len(names))
@@ -79,10 +78,12 @@ def _link(source: Path, target: Path) -> None:
             shutil.copyfile(source, partial)
 
 
-def _tell_strangers(folder: Path, names: set[str]) -> None:
-    """Say so when images of another fold lie in the folder: they would be predicted too."""
-    found = {path.relative_to(folder).as_posix() for path in folder.glob("images/*.tif")}
-    if strangers := sorted(found - names):
-        log.warning(
-            "%s: %d images are not of this fold, %s for one", folder, len(strangers), strangers[0]
-        )
+def _refuse_strangers(folder: Path, names: set[str]) -> None:
+    """Images of another fold in the folder would be predicted and scored with this one's."""
+    found = (path for kind in ("images", "masks") for path in folder.glob(f"{kind}/[!.]*"))
+    for path in sorted(found):
+        if path.suffix.lower() == ".tif" and path.relative_to(folder).as_posix() not in names:
+            raise ConfigError(
+                f"--output_dir {folder}: holds {path.relative_to(folder)}, which is not of this "
+                "fold; choose another folder, or empty it"
+            )

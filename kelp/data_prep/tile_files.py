@@ -56,23 +56,25 @@ def image_format(scene: Scene, named: bool) -> TileFormat:
     """The format of tiles of a scene: its own type where that holds its nodata value.
 
     Without a usable nodata tag that value is -32768, and 8 and 16 bit unsigned values are widened
-    to int32. Such files have 0 for missing (contract of `kelp.raster`); as the tiles say -32768,
-    so must their pixels. With `named` (`--band_order` was given) the bands are described.
+    to int32. A tag of 0 is not usable: padding of 0 would be good pixels at sea level in QA and
+    DEM. Where 0 means missing (so tagged, or unsigned without a tag; see `kelp.scene`) the tiles
+    say -32768, and so must their optical pixels. With `named` (`--band_order` was given) the
+    bands are described.
     """
     descriptions = tuple(name or None for name in scene.names) if named else scene.descriptions
     dtype, tag = scene.dtype, scene.nodata
-    if tag is not None and in_dtype_range(tag, dtype):
+    if tag not in (None, 0) and in_dtype_range(tag, dtype):
         return TileFormat(dtype, tag, descriptions)
+    zero_is_missing = tag == 0 or (tag is None and dtype.startswith("uint"))
+    zeros = tuple(i for i, name in enumerate(scene.names) if zero_is_missing and name in OPTICAL)
     if in_dtype_range(NODATA, dtype):
-        return TileFormat(dtype, NODATA, descriptions)
+        return TileFormat(dtype, NODATA, descriptions, zeros)
     if np.dtype(dtype).itemsize > 2:
         raise InputError(
             f"{scene.path}: {dtype} has no room for the nodata value {NODATA}; "
-            "give the file a nodata tag, or convert it to int32"
+            "give the file a nodata tag other than 0, or convert it to int32"
         )
-    unsigned = tag is None and dtype.startswith("uint")
-    zeros = [i for i, name in enumerate(scene.names) if unsigned and name in OPTICAL]
-    return TileFormat("int32", NODATA, descriptions, tuple(zeros))
+    return TileFormat("int32", NODATA, descriptions, zeros)
 
 
 def cut(stored: NDArray[Any], tile: Tile, form: TileFormat) -> NDArray[Any]:

@@ -18,8 +18,10 @@ from kelp import manifest
 from kelp.config import TrainConfig
 from kelp.errors import ConfigError, TableError
 from kelp.grid import Shape
+from kelp.indices import IndexSettings, needed_bands, parse_indices
 from kelp.nn.dataset import Sample, Source, TileDataset, collate, sources_of
 from kelp.raster import raster_shape
+from kelp.scene import Scene
 
 _TILE_COLUMNS: Final = (*manifest.TILE_KEY, "tile_height", "tile_width")
 _SOURCE_COLUMNS: Final = ("source_image_path", "source_mask_path")
@@ -95,6 +97,30 @@ def training_shape(fold: Fold, config: TrainConfig) -> Shape:
         return int(fold.train["tile_height"].max()), int(fold.train["tile_width"].max())
     shapes = [raster_shape(source.image) for source in fold.train_sources]
     return max(height for height, _ in shapes), max(width for _, width in shapes)
+
+
+def require_bands(fold: Fold, config: TrainConfig) -> None:
+    """Open each image of a fold (of tiles, the first) and look for the bands that a run needs.
+
+    What is missing would otherwise be filled in everywhere, and trained on, without a word.
+
+    Raises:
+        InputError: a file lacks a band. A missing DEM is one line of notice.
+    """
+    settings = IndexSettings(config.index_input, config.mask_using_qa, config.mask_using_water_mask)
+    needed = needed_bands(config.bands, parse_indices(config.spectral_indices), settings)
+    first: dict[str, Source] = {}
+    for rows, sources in ((fold.train, fold.train_sources), (fold.val, fold.val_sources)):
+        for tile_id, source in zip(rows["tile_id"], sources, strict=True):
+            first.setdefault(tile_id, source)
+    told = False
+    for source in first.values():
+        with Scene(source.image, config.band_order) as scene:
+            if told:
+                scene.check(needed)
+            else:
+                scene.require(needed)
+            told = told or "DEM" not in scene.present
 
 
 def sampling_weights(rows: pd.DataFrame, config: TrainConfig, table: Path) -> NDArray[np.float64]:
@@ -177,12 +203,16 @@ class EpochSampler(Sampler[int]):
 
 
 class FoldData(LightningDataModule):
-    """The loaders of a fold. Their samples do not depend on the number of workers."""
+    """The loaders of a fold. Their samples do not depend on the number of workers.
+
+    Whole images are reflected up to `shape`, the `training_shape`.
+    """
 
     def __init__(self, fold: Fold, config: TrainConfig, first_epoch: int, pin: bool) -> None:
         super().__init__()
         self.fold = fold
         self.config = config
+        self.shape = training_shape(fold, config)
         self.pin = pin
         weights = (
             sampling_weights(fold.train, config, config.metadata_fp)
@@ -209,7 +239,7 @@ class FoldData(LightningDataModule):
     ) -> DataLoader[Sample]:
         config = self.config
         return DataLoader(
-            TileDataset(sources, config.band_order),
+            TileDataset(sources, config.band_order, None if config.sahi else self.shape),
             batch_size=config.batch_size,
             sampler=sampler,
             num_workers=config.num_workers,

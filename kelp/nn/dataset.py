@@ -72,11 +72,18 @@ class TileDataset(Dataset[Sample]):
     Args:
         sources: the files, see `sources_of`.
         band_order: names of the files' bands; empty: as `kelp.scene.Scene` finds them.
+        shape: whole images smaller than this are reflected up to it, as prediction does.
     """
 
-    def __init__(self, sources: Sequence[Source], band_order: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        band_order: Sequence[str] = (),
+        shape: Shape | None = None,
+    ) -> None:
         self.sources = list(sources)
         self.band_order = tuple(band_order)
+        self.shape = shape
 
     def __len__(self) -> int:
         return len(self.sources)
@@ -94,7 +101,9 @@ class TileDataset(Dataset[Sample]):
         target = np.where(bands.observed(raw, qa_as_nodata=False), mask, np.uint8(MASK_NODATA))
         observed = bands.observed(raw, qa_as_nodata=True) & (target != MASK_NODATA)
         sample = Sample(torch.from_numpy(raw), torch.from_numpy(target), torch.from_numpy(observed))
-        return pad(sample, (source.tile.height, source.tile.width)) if source.tile else sample
+        if source.tile:
+            return pad(sample, (source.tile.height, source.tile.width))
+        return reflect(sample, self.shape) if self.shape else sample
 
 
 def pad(sample: Sample, shape: Shape) -> Sample:
@@ -105,6 +114,18 @@ def pad(sample: Sample, shape: Shape) -> Sample:
         return sample
     raw = functional.pad(sample.raw, extra, value=torch.nan)
     raw[bands.QA].nan_to_num_(nan=1.0)  # as in the padding of a tile's file: unknown is bad
+    return _masked(sample, raw)
+
+
+def reflect(sample: Sample, shape: Shape) -> Sample:
+    """Grow a sample to at least `shape` by its mirror image, where neither loss nor scores look."""
+    return _masked(sample, torch.from_numpy(bands.reflected(sample.raw.numpy(), *shape)))
+
+
+def _masked(sample: Sample, raw: Tensor) -> Sample:
+    """A sample grown to `raw` at its right and lower edge, without a target there."""
+    height, width = sample.target.shape
+    extra = (0, raw.shape[-1] - width, 0, raw.shape[-2] - height)
     return Sample(
         raw,
         functional.pad(sample.target, extra, value=MASK_NODATA),
@@ -113,7 +134,10 @@ def pad(sample: Sample, shape: Shape) -> Sample:
 
 
 def collate(samples: Sequence[Sample]) -> Sample:
-    """A batch; samples of different sizes are padded to the largest height and width."""
+    """A batch; samples of different sizes are padded to the largest height and width.
+
+    Only a validation image that is larger than every training image makes them differ.
+    """
     shape = (
         max(sample.target.shape[0] for sample in samples),
         max(sample.target.shape[1] for sample in samples),

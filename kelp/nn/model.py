@@ -15,7 +15,7 @@ from kelp.bands import MASK_NODATA
 from kelp.errors import ConfigError
 from kelp.grid import Shape
 from kelp.nn.preprocess import Preprocess
-from kelp.nn.resize import to_network, to_scene
+from kelp.nn.resize import pick, to_network, to_scene
 from kelp.nn.spec import NetworkSpec
 
 _SMP_NAMES: Final = {"unet++": "unetplusplus", "deeplabv3+": "deeplabv3plus"}
@@ -71,10 +71,7 @@ class KelpNet(nn.Module):
         """A mask `(n, h, w)` uint8 at network resolution; padding is 255 (ignored)."""
         if self.spec.resize_strategy == "pad":
             return F.pad(target, self._padding(target.shape[-2:]), value=MASK_NODATA)
-        # The label must sample the same pixel as the image did.
-        mode = "nearest" if self.spec.interpolation == "nearest" else "nearest-exact"
-        side = self.spec.image_size
-        return F.interpolate(target[:, None], size=(side, side), mode=mode)[:, 0]
+        return pick(target, self.spec.image_size, self.spec.interpolation)
 
     def _padding(self, shape: Shape | torch.Size) -> tuple[int, int, int, int]:
         """Left, right, top and bottom padding of an input of `shape`."""

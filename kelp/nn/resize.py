@@ -15,10 +15,33 @@ from kelp.grid import Shape
 def to_network(x: Tensor, side: int, interpolation: Interpolation) -> Tensor:
     """Channels `(n, c, h, w)` resampled to `(n, c, side, side)`."""
     if interpolation in ("nearest", "nearest-exact"):
-        return F.interpolate(x, size=(side, side), mode=interpolation)
+        return pick(x, side, interpolation)
     # Shrinking without antialiasing would drop specks.
     shrinks = side < max(x.shape[-2:])
     return F.interpolate(x, size=(side, side), mode=interpolation, antialias=shrinks)
+
+
+def pick(x: Tensor, side: int, interpolation: Interpolation) -> Tensor:
+    """The last two axes of `x` at `side` x `side` by copying pixels, also of whole numbers.
+
+    Any interpolation but `nearest` copies by the rule of `nearest-exact`, pixel centres on
+    pixel centres: what a mask needs beside an image that was interpolated.
+    """
+    rows = _origins(x.shape[-2], side, interpolation).to(x.device)
+    columns = _origins(x.shape[-1], side, interpolation).to(x.device)
+    return x.index_select(-2, rows).index_select(-1, columns)
+
+
+@lru_cache(maxsize=64)
+def _origins(size: int, side: int, interpolation: Interpolation) -> Tensor:
+    """From which of `size` pixels each of `side` is copied: torch's rules, in whole numbers.
+
+    torch computes them in float32, and its kernels round differently.
+    """
+    j = torch.arange(side)
+    if interpolation == "nearest":
+        return j * size // side
+    return (2 * j + 1) * size // (2 * side)
 
 
 def to_scene(p: Tensor, shape: Shape, interpolation: Interpolation) -> Tensor:
@@ -43,10 +66,7 @@ def _back(size: int, side: int, interpolation: Interpolation) -> Tensor:
         eye = torch.eye(side)[:, None]
         return F.interpolate(eye, size=size, mode="linear")[:, 0].T.contiguous()
     if interpolation in ("nearest", "nearest-exact"):
-        # torch's own rule says which pixel each copy came from.
-        index = torch.arange(size, dtype=torch.float32)[None, None]
-        source = F.interpolate(index, size=side, mode=interpolation)[0, 0].long()
-        weights = F.one_hot(source, size).T.float()
+        weights = F.one_hot(_origins(size, side, interpolation), size).T.float()
     else:
         edges = torch.arange(side + 1, dtype=torch.float64) * (size / side)
         pixel = torch.arange(size, dtype=torch.float64)[:, None]

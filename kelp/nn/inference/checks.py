@@ -9,9 +9,9 @@ from typing import Final
 
 import numpy as np
 
+from kelp import indices
 from kelp.bands import BANDS, OPTICAL, observed
 from kelp.errors import BundleError, InputError
-from kelp.indices import INDICES
 from kelp.nn.spec import BundleSpec
 from kelp.scene import Scene
 from kelp.stats import StatsFile
@@ -26,12 +26,8 @@ _SLACK_ABOVE: Final = 1.0
 
 
 def needed_bands(spec: BundleSpec) -> tuple[str, ...]:
-    """The bands a scene must hold: the network's own and those of its indices."""
-    wanted = {*spec.bands, *(b for name in spec.spectral_indices for b in INDICES[name].bands)}
-    if spec.spectral_indices:
-        wanted |= {"QA"} if spec.mask_using_qa else set()
-        wanted |= {"DEM"} if spec.mask_using_water_mask else set()
-    return tuple(name for name in BANDS if name in wanted)
+    """The bands a scene must hold: the network's own, and those of its indices and masks."""
+    return indices.needed_bands(spec.bands, spec.spectral_indices, spec.index_settings)
 
 
 def check_statistics(spec: BundleSpec, folder: Path) -> None:

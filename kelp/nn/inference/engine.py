@@ -16,7 +16,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from kelp.bands import BANDS, DEM, observed
+from kelp.bands import BANDS, DEM, observed, reflected
 from kelp.errors import KelpError
 from kelp.grid import Shape, Tile, TileGrid
 from kelp.merge import Blend, StripMerger
@@ -232,8 +232,5 @@ class _Strip:
         new = self._source.read(Tile(first, 0, bottom - first, width))
         self._pixels = np.concatenate([kept, new], axis=1)
         self._top = y
-        short = [
-            max(0, want - have) for want, have in zip(self._tile, (height, width), strict=True)
-        ]
-        pixels = np.pad(self._pixels, ((0, 0), (0, short[0]), (0, short[1])), mode="reflect")
+        pixels = reflected(self._pixels, *self._tile)
         return pixels, slice(first - y, bottom - y)

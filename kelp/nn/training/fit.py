@@ -136,14 +136,15 @@ def train(config: TrainConfig, progress: Progress = silent) -> TrainResult:
 
 def _prepare(config: TrainConfig, progress: Progress) -> _Setup:
     """Check everything that can be checked, and build the network; what takes long comes last."""
-    from kelp.nn.datamodule import FoldData, read_fold, training_shape
+    from kelp.nn.datamodule import FoldData, read_fold, require_bands
 
     device = resolve_device(config.device)
     precision = resolve_precision(config.precision, device)
     fold = read_fold(config)
+    require_bands(fold, config)
     checkpoint, first_epoch = _resume_point(config)
     data = FoldData(fold, config, first_epoch, pin=device.type == "cuda")
-    spec = network_spec(config, training_shape(fold, config))
+    spec = network_spec(config, data.shape)
     net = _build_network(spec, config, resumed=checkpoint is not None)
     net.body.to(weights_dtype(precision))
     statistics = run_statistics(config, fold.train_sources, progress)
@@ -189,9 +190,10 @@ def _run(setup: _Setup, tracking: Tracking, progress: Progress) -> EpochKeeper:
 
     config = setup.config
     recorded = config.model_copy(update={"resume_from": None})
-    write_text(tracking.artifacts / CONFIG_FILE, recorded.to_yaml())
-    recorded.record(tracking.run_dir)
     stats_file = setup.statistics.write(tracking.artifacts)
+    recorded.record(tracking.run_dir)
+    # Last: it makes the folder one that can be resumed, for which the statistics must be there.
+    write_text(tracking.artifacts / CONFIG_FILE, recorded.to_yaml())
     tracking.log_files(CONFIG_FILE, STATS_FOLDER)
 
     def save(folder: Path, epoch: int, scores: Mapping[str, float]) -> None:

@@ -28,7 +28,7 @@ def draw_samples(
 
     Of each of the first `--plot_n_batches` batches, the eight samples with the most kelp.
     """
-    data = TileDataset(sources, config.band_order)
+    data = TileDataset(sources, config.band_order, None if config.sahi else net.spec.tile_size)
     pictures = []
     for first in range(0, config.plot_n_batches * config.batch_size, config.batch_size):
         batch = [(i, data[i]) for i in range(first, min(first + config.batch_size, len(data)))]
