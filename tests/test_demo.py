@@ -1,0 +1,24 @@
+"""The demo, as small as it goes: every step of the road once."""
+
+import json
+
+import pytest
+
+from kelp.config import DemoConfig
+from kelp.demo import demo
+
+
+@pytest.mark.slow
+def test_the_demo_leaves_what_it_promises(tmp_path):
+    config = DemoConfig(
+        output_dir=tmp_path, places=3, dates=1, test=2, size=350, epochs=1, samples_per_epoch=8
+    )
+    result = demo(config)
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert scores["pooled_dice"] == result.pooled_dice
+    assert scores["test"]["images"] == 2
+    report = result.report.read_text()
+    assert "simulated" in report.lower()
+    assert report.count("data:image/png;base64,") == 4  # curves, two scenes, the real one
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {"submission.tar", "mlruns", "data", "predictions", "kelp-demo.yaml"} <= names
