@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -53,17 +54,16 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """`atomic` for a folder: a new, empty one that becomes `path` when the block succeeds.
 
     A folder cannot be replaced in one step: for an instant there is none under the name, never
-    an incomplete one.
+    an incomplete one. What stops there leaves the older one to `recover_folder`.
     """
-    partial, old = (path.with_name(f".{path.name}.{kind}") for kind in ("partial", "old"))
+    partial, old = path.with_name(f".{path.name}.partial"), _older(path)
+    recover_folder(path)
     shutil.rmtree(partial, ignore_errors=True)
     output_folder(partial)
     try:
         yield partial
         shutil.rmtree(old, ignore_errors=True)
-        if path.exists():
-            path.rename(old)
-        partial.rename(path)
+        _replace_folder(partial, path)
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         raise InputError(
@@ -71,7 +71,38 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             "check the folder's permissions and the free space"
         ) from error
     finally:
+        recover_folder(path)
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def recover_folder(path: Path, holding: str = "") -> None:
+    """Give the older folder its name back, if `atomic_folder` was stopped while it replaced it.
+
+    For readers too: a killed process leaves no folder under the name until somebody does this.
+    They say what file it must be `holding`, so that nobody else's hidden folder is renamed.
+    """
+    with suppress(OSError):
+        if not path.exists() and (_older(path) / holding).exists():
+            _older(path).rename(path)
+
+
+def _older(path: Path) -> Path:
+    """Where the folder `path` waits while another takes its place."""
+    return path.with_name(f".{path.name}.old")
+
+
+def _replace_folder(new: Path, path: Path) -> None:
+    while True:
+        if path.exists():
+            path.rename(_older(path))
+        try:
+            new.rename(path)
+        except OSError as error:
+            # Unless a reader came in between and recovered the older one: then once more.
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
+        else:
+            return
 
 
 def write_text(path: Path, text: str) -> None:

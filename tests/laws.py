@@ -1,4 +1,4 @@
-"""What the tests of the laws share: a network that no symmetry spares, scenes, short commands."""
+"""What the tests of the laws share: a network that no symmetry spares, scenes, arrays as scenes."""
 
 import numpy as np
 import torch
@@ -56,3 +56,20 @@ def predict(data_dir, bundles, output_dir, **options):
 def rasters(folder):
     """Name and bytes of what lies under a final name."""
     return {path.name: path.read_bytes() for path in folder.glob("[!.]*.tif")}
+
+
+class Memory:
+    """An array as source and sink of the engine."""
+
+    def __init__(self, pixels):
+        self.pixels, self.shape = pixels, pixels.shape[1:]
+        self.result = np.full(self.shape, -1, np.float32)
+
+    def read(self, tile):
+        return self.pixels[:, *tile.slices]
+
+    def write(self, y, rows):
+        self.result[y : y + len(rows)] = rows
+
+    def close(self):
+        pass
