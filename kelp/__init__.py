@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from kelp.ensembling import ensemble
     from kelp.errors import KelpError
     from kelp.nn.bundle import load_bundle
+    from kelp.nn.export import export
     from kelp.nn.inference.arrays import predict, predict_array
     from kelp.nn.inference.predict import predict_scenes
     from kelp.nn.training.fit import train
@@ -38,6 +39,7 @@ _HOMES = {
     "compute_stats": "kelp.stats",
     "ensemble": "kelp.ensembling",
     "evaluate": "kelp.scoring",
+    "export": "kelp.nn.export",
     "load_bundle": "kelp.nn.bundle",
     "predict": "kelp.nn.inference.arrays",
     "predict_array": "kelp.nn.inference.arrays",
@@ -56,6 +58,7 @@ __all__ = [
     "compute_stats",
     "ensemble",
     "evaluate",
+    "export",
     "load_bundle",
     "predict",
     "predict_array",

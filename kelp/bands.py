@@ -110,8 +110,12 @@ def observed(pixels: NDArray[np.float32], qa_as_nodata: bool = True) -> NDArray[
     """
     import numpy as np
 
-    present = np.isfinite(pixels[: len(OPTICAL)])
-    seen: NDArray[np.bool_] = present[_NIR] & (present.sum(axis=0) >= FEWEST_OPTICAL)
+    # Bytes added band by band: several times faster than one sum over the bands.
+    count = np.zeros(pixels.shape[1:], dtype=np.uint8)
+    for band in pixels[: len(OPTICAL)]:
+        count += np.isfinite(band)
+    seen: NDArray[np.bool_] = np.isfinite(pixels[_NIR])
+    seen &= count >= FEWEST_OPTICAL
     if qa_as_nodata:
         seen &= pixels[QA] != 1
     return seen

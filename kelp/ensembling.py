@@ -20,14 +20,8 @@ from kelp.grid import Shape, Tile
 from kelp.manifest import MASK_SUFFIX, PROBABILITY_SUFFIX, tile_id_of
 from kelp.merge import to_mask
 from kelp.progress import Progress, silent
-from kelp.raster import (
-    Georeference,
-    RasterWriter,
-    georeference_of,
-    raster_shape,
-    read_mask,
-    read_probability,
-)
+from kelp.raster import Georeference, georeference_of, raster_shape, read_mask, read_probability
+from kelp.writer import RasterWriter
 
 log = logging.getLogger("kelp")
 

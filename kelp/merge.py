@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Final, Literal
 
 import numpy as np
@@ -13,11 +14,12 @@ from kelp.grid import Shape, Tile
 
 Blend = Literal["mean", "hann"]
 
-# Votes are summed as integers: integer addition is exact, so the sum does not depend on the
-# order of tiles, and a constant stays that constant. 2^-32 is finer than float32 near 1.
-_VALUE_UNIT: Final = 2.0**32
+# Votes are whole multiples of 2^-42 (value unit x weight unit), summed as float64: whole numbers
+# below 2^53 add up exactly there, so the sum does not depend on the order of tiles, and a
+# constant stays that constant. 2^10 tiles may lie on a pixel. 2^-30 is finer than float32 near 1.
+_VALUE_UNIT: Final = np.float32(2.0**30)
 _WEIGHT_UNIT: Final = 2.0**12
-_LARGEST_VALUE: Final = 2.0**7  # 2^7 x 2^32 x 2^12 x up to 2^11 tiles on a pixel fit in int64
+_LARGEST_VALUE: Final = 2.0  # probabilities, give or take the last bits of a resampling
 
 
 def window(blend: Blend, height: int, width: int) -> NDArray[np.float64]:
@@ -39,8 +41,20 @@ def to_mask(probabilities: NDArray[np.float32], threshold: float) -> NDArray[np.
     The only place where kelp decides, after tiles, symmetries and networks are averaged. The
     threshold is compared in float32, so that a stored 0.48 counts as at least 0.48.
     """
-    kelp = probabilities >= np.float32(threshold)
-    return np.where(np.isnan(probabilities), MASK_NODATA, kelp).astype(np.uint8)
+    mask = (probabilities >= np.float32(threshold)).view(np.uint8)
+    mask[np.isnan(probabilities)] = MASK_NODATA
+    return mask
+
+
+@dataclass(frozen=True)
+class MergerState:
+    """What a `StripMerger` still holds: enough for another process to go on with the scene."""
+
+    top: int
+    """First row not yet taken."""
+    sums: NDArray[np.float64]
+    weights: NDArray[np.float32]
+    left_out: NDArray[np.bool_]
 
 
 class StripMerger:
@@ -48,44 +62,51 @@ class StripMerger:
 
     `add` a tile's values (or `leave_out` the tile), `take` rows that no later tile touches.
 
-    Laws: merging the tiles of an array gives the array back (within 2^-32), for every window,
+    Laws: merging the tiles of an array gives the array back (within 2^-30), for every window,
     validity and order of tiles; a pixel covered by no tile raises `CoverageError`, one covered
     only by tiles left out on purpose is NaN.
 
     Args:
         shape: `(height, width)` of the scene; parts of tiles outside it are dropped.
         blend: the window of a tile's vote.
+        state: what another merger of the same scene held.
     """
 
-    def __init__(self, shape: Shape, blend: Blend = "mean") -> None:
+    def __init__(
+        self, shape: Shape, blend: Blend = "mean", state: MergerState | None = None
+    ) -> None:
         self.shape = shape
         self.blend: Blend = blend
         self.top = 0  # first row not yet taken
-        self._sums = np.zeros((0, shape[1]), dtype=np.int64)
-        self._weights = np.zeros((0, shape[1]), dtype=np.int64)
+        self._sums = np.zeros((0, shape[1]))
+        self._weights = np.zeros((0, shape[1]), dtype=np.float32)
         self._left_out = np.zeros((0, shape[1]), dtype=np.bool_)
         self._window: NDArray[np.float64] = np.zeros((0, 0))
+        self._vote = (0.0, np.zeros((0, 0), dtype=np.float32))  # validity, its rounded weights
+        if state:
+            self.top = state.top
+            self._sums, self._weights = state.sums.copy(), state.weights.copy()
+            self._left_out = state.left_out.copy()
 
     def add(self, tile: Tile, values: NDArray[np.floating], validity: float = 1.0) -> None:
         """Add a tile's vote.
 
         Args:
             tile: where the tile lies.
-            values: finite numbers (probabilities), shape `(tile.height, tile.width)`.
+            values: probabilities (numbers within ±2), shape `(tile.height, tile.width)`.
             validity: the share of observed input the tile had, in (0, 1].
         """
         if values.shape != (tile.height, tile.width):
             raise ValueError(f"values of shape {values.shape} for {tile}")
-        if not np.all(np.abs(values) <= _LARGEST_VALUE):  # also false for NaN
-            raise ValueError(f"values of {tile} are not finite numbers within ±{_LARGEST_VALUE}")
-        if self._window.shape != values.shape:
-            self._window = window(self.blend, tile.height, tile.width)
+        if not max(-values.min(), values.max()) <= _LARGEST_VALUE:  # NaN is caught, too
+            raise ValueError(f"values of {tile} are not numbers within ±{_LARGEST_VALUE:g}")
         rows, columns = self._slices(tile)
-        height, width = rows.stop - rows.start, columns.stop - columns.start
-        weights = np.rint(self._window[:height, :width] * (validity * _WEIGHT_UNIT))
-        weights = np.maximum(weights, 1).astype(np.int64)
-        votes = np.rint(values[:height, :width].astype(np.float64) * _VALUE_UNIT).astype(np.int64)
-        self._sums[rows, columns] += votes * weights
+        inside = slice(rows.stop - rows.start), slice(columns.stop - columns.start)
+        votes = np.multiply(values[inside], _VALUE_UNIT, dtype=np.float32)
+        votes = np.rint(votes, out=votes).astype(np.float64)
+        weights = self._weigh(values.shape, validity)[inside]
+        votes *= weights
+        self._sums[rows, columns] += votes
         self._weights[rows, columns] += weights
 
     def leave_out(self, tile: Tile) -> None:
@@ -101,19 +122,33 @@ class StripMerger:
         end = min(end, self.shape[0])
         self._reach(end)
         count = end - self.top
-        sums, weights = self._sums[:count], self._weights[:count]
-        empty = weights == 0
-        holes = empty & ~self._left_out[:count]
+        weights = self._weights[:count]
+        holes = (weights == 0) & ~self._left_out[:count]
         if holes.any():
             y, x = np.argwhere(holes)[0]
             raise CoverageError(f"no tile covers the pixel at row {self.top + y}, column {x}")
-        merged = sums / np.where(empty, 1, weights) / _VALUE_UNIT
-        merged[empty] = np.nan
+        with np.errstate(invalid="ignore"):  # 0 / 0 where all tiles were left out
+            merged = np.divide(self._sums[:count], weights)
+        merged /= _VALUE_UNIT
         self._sums = self._sums[count:].copy()
         self._weights = self._weights[count:].copy()
         self._left_out = self._left_out[count:].copy()
         self.top = end
         return merged.astype(np.float32)
+
+    def state(self) -> MergerState:
+        """What was added to rows that are not yet taken."""
+        return MergerState(self.top, self._sums.copy(), self._weights.copy(), self._left_out.copy())
+
+    def _weigh(self, shape: tuple[int, ...], validity: float) -> NDArray[np.float32]:
+        """Weights of a vote: whole numbers, at least 1."""
+        if self._window.shape != shape:
+            self._window = window(self.blend, *shape)
+            self._vote = (0.0, self._vote[1])
+        if self._vote[0] != validity:
+            weights = np.rint(self._window * (validity * _WEIGHT_UNIT))
+            self._vote = (validity, np.maximum(weights, 1).astype(np.float32))
+        return self._vote[1]
 
     def _slices(self, tile: Tile) -> tuple[slice, slice]:
         """Where the part of a tile inside the scene lies in the buffers."""

@@ -15,7 +15,7 @@ from scipy import ndimage
 
 from kelp import bands
 from kelp.bands import MASK_NODATA
-from kelp.raster import MASK_COLORS
+from kelp.writer import MASK_COLORS
 
 Picture = NDArray[np.uint8]
 Mask = NDArray[np.uint8]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -23,6 +24,23 @@ from kelp.grid import Shape, Tile
 from kelp.raster import georeference_from, open_dataset, quietly
 
 log = logging.getLogger("kelp")
+
+
+@dataclass(frozen=True)
+class SceneSize:
+    """What reading a scene will take."""
+
+    shape: Shape
+    block: Shape
+    """Height and width of the blocks in which the file is stored."""
+    stored: int
+    """Bytes of a pixel as stored, all bands."""
+
+    @property
+    def row_of_blocks(self) -> int:
+        """Bytes of the blocks side by side that a row of pixels lies in."""
+        across = -(-self.shape[1] // self.block[1]) * self.block[1]
+        return self.block[0] * across * self.stored
 
 
 class Scene:
@@ -81,6 +99,24 @@ class Scene:
         """The nodata tag of the file, if it has one."""
         tag: float | None = self._dataset.nodata
         return tag
+
+    @property
+    def size(self) -> SceneSize:
+        """What reading it will take."""
+        height, width = self._dataset.block_shapes[0]
+        stored = sum(np.dtype(kind).itemsize for kind in self._dataset.dtypes)
+        return SceneSize(self.shape, (height, width), stored)
+
+    @property
+    def reading(self) -> dict[str, object]:
+        """How the stored values are understood; other files than the scene's own may tell it."""
+        place = self.georeference
+        return {
+            "bands": self.names,
+            "nodata": [[str(value) for value in values] for values in self._nodata],
+            "crs": place.crs.to_wkt() if place.crs else None,
+            "transform": list(place.transform) if place.transform else None,
+        }
 
     @property
     def descriptions(self) -> tuple[str | None, ...]:

@@ -21,7 +21,8 @@ from kelp.nn.datamodule import (
     training_shape,
 )
 from kelp.nn.dataset import Sample, Source, TileDataset, collate
-from kelp.nn.inference.engine import Engine, Slicing
+from kelp.nn.inference.engine import Engine, Job
+from kelp.nn.inference.strip import Slicing
 from kelp.scene import Scene, read_scene
 from kelp.stats import Source as StatsSource
 from kelp.stats import file_statistics
@@ -185,8 +186,7 @@ def test_whole_images_are_reflected_up_to_the_training_shape(tmp_path):
         height, width = scene.shape
         seen.add(scene.shape)
         engine = Engine(scene.predict, Slicing(tile=(30, 37), overlap=(0, 0), batch_size=1))
-        engine.run(scene, scene)
-        engine.finish()
+        engine.run([Job(scene, scene)])
         np.testing.assert_array_equal(batch.raw.numpy(), scene.predicted)
         outside = torch.ones((30, 37), dtype=torch.bool)
         outside[:height, :width] = False

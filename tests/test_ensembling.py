@@ -18,14 +18,8 @@ from kelp.config import EnsembleConfig
 from kelp.ensembling import ensemble, weighted_mean
 from kelp.errors import InputError
 from kelp.merge import to_mask
-from kelp.raster import (
-    Georeference,
-    RasterWriter,
-    georeference_of,
-    read_mask,
-    read_probability,
-    write_mask,
-)
+from kelp.raster import Georeference, georeference_of, read_mask, read_probability
+from kelp.writer import RasterWriter, write_mask
 
 UTM = Georeference(CRS.from_epsg(32621), Affine(30, 0, 500_000, 0, -30, -5_700_000))
 ELSEWHERE = Georeference(CRS.from_epsg(32621), Affine(30, 0, 500_030, 0, -30, -5_700_000))

@@ -14,7 +14,8 @@ from laws import LAWS, Memory
 
 from kelp.bands import BANDS, QA, canonical, observed
 from kelp.grid import TileGrid
-from kelp.nn.inference.engine import Engine, Slicing
+from kelp.nn.inference.engine import Engine, Job
+from kelp.nn.inference.strip import Slicing
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 NIR = BANDS.index("NIR")
@@ -23,8 +24,7 @@ NIR = BANDS.index("NIR")
 def run_engine(network, pixels, tile, overlap, **options):
     job = Memory(pixels)
     engine = Engine(network, Slicing(tile, overlap, **options))
-    engine.run(job, job)
-    engine.finish()
+    engine.run([Job(job, job)])
     return job.result
 
 
@@ -120,8 +120,7 @@ def peak_memory(height):
     gc.collect()
     tracemalloc.start()
     try:
-        engine.run(scene, scene)
-        engine.finish()
+        engine.run([Job(scene, scene)])
         return tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()

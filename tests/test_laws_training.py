@@ -21,15 +21,16 @@ from kelp.nn import symmetry
 from kelp.nn.bundle import Bundle
 from kelp.nn.datamodule import read_fold
 from kelp.nn.dataset import Source, TileDataset, collate
-from kelp.nn.inference.engine import Engine, Slicing
+from kelp.nn.inference.engine import Engine, Job
 from kelp.nn.inference.network import Network
+from kelp.nn.inference.strip import Slicing
 from kelp.nn.model import KelpNet
 from kelp.nn.training.plan import run_statistics
 from kelp.nn.training.task import KelpTask
 from kelp.progress import silent
-from kelp.raster import write_mask
 from kelp.scene import Scene
 from kelp.stats import ChannelStats, StatsFile, compute_stats
+from kelp.writer import write_mask
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
@@ -142,10 +143,12 @@ def test_training_sees_what_prediction_sees(tmp_path_factory, seed, tile, augmen
 
     def predicted():
         engine = Engine(network, Slicing(tile, (0, 0), batch_size=len(paths)))
+        engine.run(jobs())
+
+    def jobs():
         for path in paths:
             with Scene(path) as scene:
-                engine.run(scene, Memory(np.empty((7, *tile))))
-        engine.finish()
+                yield Job(scene, Memory(np.empty((7, *tile))))
 
     seen = body_inputs(net, predicted)
     assert torch.equal(validated, seen)

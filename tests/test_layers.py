@@ -24,6 +24,7 @@ FLOORS = {
     "kelp.summary": 0,
     "kelp.config": 1,
     "kelp.raster": 1,
+    "kelp.writer": 1,
     "kelp.scene": 1,
     "kelp.manifest": 1,
     "kelp.workers": 1,

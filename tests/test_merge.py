@@ -67,7 +67,7 @@ def test_the_order_of_tiles_does_not_change_a_bit(scene, blend, data):
 def test_a_constant_stays_that_constant(scene, blend, constant):
     grid, values = scene
     result = merged(grid, np.full_like(values, constant), blend)
-    np.testing.assert_allclose(result, constant, rtol=0, atol=2**-32)
+    np.testing.assert_allclose(result, constant, rtol=0, atol=2**-30)
 
 
 @given(scene=scenes(), blend=blends)
@@ -127,7 +127,7 @@ def test_rows_once_taken_are_closed():
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 1e6])
 def test_values_that_cannot_be_probabilities_are_refused(value):
-    with pytest.raises(ValueError, match="finite"):
+    with pytest.raises(ValueError, match="not numbers within"):
         StripMerger((2, 2)).add(Tile(0, 0, 2, 2), np.full((2, 2), value))
 
 

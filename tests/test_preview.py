@@ -21,8 +21,8 @@ from kelp.bands import BANDS
 from kelp.config import PreviewConfig
 from kelp.errors import InputError
 from kelp.preview import panels, picture_of, write_previews
-from kelp.raster import MASK_COLORS, write_mask
 from kelp.scene import read_scene
+from kelp.writer import MASK_COLORS, write_mask
 
 KELP, NO_KELP = MASK_COLORS[1][:3], MASK_COLORS[0][:3]
 HATCH = {rendering.HATCH_LIGHT, rendering.HATCH_DARK}

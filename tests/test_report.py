@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from kelp.raster import MASK_COLORS
 from kelp.report import Report, confusion, curves
+from kelp.writer import MASK_COLORS
 
 VOID = {"meta", "img"}
 

@@ -18,8 +18,9 @@ from kelp import agreement
 from kelp.agreement import PATCH_SIZES, Counts, Figures, PatchCounts, count, count_patches
 from kelp.config import EvaluateConfig
 from kelp.errors import InputError, TableError
-from kelp.raster import Georeference, write_mask
+from kelp.raster import Georeference
 from kelp.scoring import evaluate
+from kelp.writer import write_mask
 
 masks = st.tuples(st.integers(1, 9), st.integers(1, 7)).flatmap(
     lambda shape: st.tuples(

@@ -20,8 +20,9 @@ from rasterio.io import MemoryFile
 
 from kelp.config import SubmitConfig
 from kelp.errors import InputError
-from kelp.raster import Georeference, write_mask
+from kelp.raster import Georeference
 from kelp.submission import mask_bytes, submit, write_submission
+from kelp.writer import write_mask
 
 SIDE = 350
 

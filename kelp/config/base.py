@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Final, Self
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -47,10 +48,28 @@ def _split(value: Any) -> Any:
     return (value,) if isinstance(value, Path | int | float) else value
 
 
+_UNITS: Final = {"": 1, "B": 1} | {
+    f"{prefix}{kind}": base**power
+    for power, prefix in enumerate("KMGT", 1)
+    for kind, base in (("", 1000), ("B", 1000), ("IB", 1024))
+}
+
+
+def parse_bytes(value: int | str) -> int:
+    """`2GB`, `1.5GiB`, `800M` or a plain number of bytes as a number of bytes."""
+    if not isinstance(value, str):
+        return value
+    parts = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", value.strip())
+    if parts is None or parts[2].upper() not in _UNITS:
+        raise ValueError("a size is a number with a unit, as in 2GB, 800MB or 1.5GiB")
+    return int(float(parts[1]) * _UNITS[parts[2].upper()])
+
+
 Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
 Paths = Annotated[tuple[Path, ...], BeforeValidator(_split)]
 Integers = Annotated[tuple[int, ...], BeforeValidator(_split)]
 Floats = Annotated[tuple[float, ...], BeforeValidator(_split)]
+Bytes = Annotated[int, BeforeValidator(parse_bytes)]
 
 
 class Config(BaseModel):

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import model_validator
 
-from kelp.config.base import Config, Floats, Names, Paths, option
+from kelp.config.base import Bytes, Config, Floats, Names, Paths, option
 from kelp.config.train import Precision
 from kelp.errors import ConfigError
 
@@ -23,7 +23,9 @@ class PredictConfig(Config):
 
     command: ClassVar[str] = "predict"
 
-    data_dir: Path = option(help="Folder of .tif scenes, or one file")
+    data_dir: Path = option(
+        help="Folder of .tif scenes, one file, or a .txt list of files, one a line"
+    )
     output_dir: Path = option(help="Folder for <name>_kelp.tif")
     run_dir: Paths = option(
         help="Run folder, its artifacts/, or a bundle; several, comma-separated: an ensemble"
@@ -50,6 +52,9 @@ class PredictConfig(Config):
     save_probabilities: bool = option(
         False, help="Also write <name>_kelp_prob.tif", aliases=("soft_labels",)
     )
+    probability_dtype: Literal["float32", "uint8"] = option(
+        "float32", help="Type of the saved probabilities; uint8: steps of 0.004, a quarter the size"
+    )
     batch_size: int = option(8, help="Crops in a batch", unit="crops", ge=1)
     device: Literal["auto", "cpu", "cuda"] = option("auto", help="Where the network runs")
     band_order: Names = option(
@@ -60,6 +65,12 @@ class PredictConfig(Config):
     )
     land: Literal["keep", "skip"] = option(
         "keep", help="Whether tiles that are all land (DEM > 0) are run; skip: they are 0"
+    )
+    land_tolerance: int = option(
+        3, help="--land skip: with water this near, a tile counts as water", unit="px", ge=0
+    )
+    max_memory: Bytes | None = option(
+        None, help="Memory the process may take, as in 2GB; default: no limit", unit="bytes", gt=0
     )
     overwrite: bool = option(False, help="Make finished outputs anew")
     preview_submission: bool = option(
@@ -82,6 +93,17 @@ class PredictConfig(Config):
                 f"--sahi_tile_size {self.sahi_tile_size} px"
             )
         return self
+
+
+class ExportConfig(Config):
+    """The network of a bundle as one file for other programs."""
+
+    command: ClassVar[str] = "export"
+
+    run_dir: Path = option(help="Run folder, its artifacts/, or a bundle")
+    output_path: Path = option(help="The file to write, FILE.onnx")
+    format: Literal["onnx"] = option("onnx", help="Format of the file")
+    use_checkpoint: Literal["best", "latest"] = option("best", help="Which bundle of a run")
 
 
 class SubmitConfig(Config):

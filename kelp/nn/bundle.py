@@ -1,6 +1,7 @@
 """A trained model as a folder of plain files: no pickle, checked by hash, movable anywhere.
 
 `bundle.json` (everything but the weights), `weights.safetensors`, `README.md` (model card).
+The ONNX file that `kelp export` makes of it loads alike.
 """
 
 from __future__ import annotations
@@ -13,17 +14,21 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final, Literal, Protocol
 
 import safetensors.torch
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
+from torch import Tensor
 
 import kelp
+from kelp.config.train import Precision
 from kelp.errors import BundleError
-from kelp.files import atomic_folder
+from kelp.files import atomic_folder, recover_folder
+from kelp.nn.folding import folded
 from kelp.nn.model import KelpNet
+from kelp.nn.onnxfile import SPEC_KEY, SUFFIX, OnnxFile
 from kelp.nn.spec import SCHEMA_VERSION, BundleSpec
 
 log = logging.getLogger("kelp")
@@ -36,13 +41,23 @@ Which = Literal["best", "latest"]
 _FOLDERS: Final[dict[Which, str]] = {"best": "bundle", "latest": "bundle-latest"}
 
 
+class Net(Protocol):
+    """What gives probabilities, whichever runtime computes them: all that prediction asks for."""
+
+    def probabilities(self, raw: Tensor) -> Tensor:
+        """Raw DN `(n, 7, h, w)` to float32 probabilities `(n, h, w)`."""
+
+    def on(self, device: torch.device, precision: Precision) -> Net:
+        """The network ready to run there; what it cannot do it says in one line."""
+
+
 @dataclass(frozen=True)
 class Bundle:
-    """A loaded bundle: its folder, its description, and the network in evaluation mode."""
+    """A loaded bundle: its folder or file, its description, and the network, ready to predict."""
 
     path: Path
     spec: BundleSpec
-    net: KelpNet
+    net: Net
 
 
 def save_bundle(
@@ -71,11 +86,14 @@ def save_bundle(
 def find_bundle(path: Path, which: Which = "best") -> Path:
     """The bundle folder of a run folder, its `artifacts/`, or a bundle itself."""
     name = _FOLDERS[which]
+    candidates = (path / "artifacts" / name, path / name)
+    for folder in (path, *candidates):
+        recover_folder(folder, SPEC_FILE)
     if (path / SPEC_FILE).is_file():
         if path.name != name and which != "best":
             log.info("%s: is a bundle itself; --use_checkpoint %s changes nothing", path, which)
         return path
-    for candidate in (path / "artifacts" / name, path / name):
+    for candidate in candidates:
         if (candidate / SPEC_FILE).is_file():
             return candidate
     if not path.is_dir():
@@ -90,14 +108,28 @@ def load_bundle(path: Path | str, which: Which = "best") -> Bundle:
     """Load a bundle for prediction. Nothing in it is executed or unpickled.
 
     Args:
-        path: a run folder, its `artifacts/`, or a bundle.
+        path: a run folder, its `artifacts/`, a bundle, or an ONNX file of `kelp export`.
         which: the bundle of the best epoch, or of the latest, where `path` is a run.
 
     Raises:
         BundleError: a file is missing, the schema is unknown, or the weights were altered.
     """
-    folder = find_bundle(Path(path), which)
+    path = Path(path)
+    if path.suffix.lower() == SUFFIX and not path.is_dir():
+        return _load_onnx(path)
+    folder = find_bundle(path, which)
     spec = read_spec(folder)
+    net = load_network(folder, spec)
+    example = torch.randn(
+        1, len(spec.channels), *spec.network_shape(spec.tile_size),
+        generator=torch.Generator().manual_seed(0),
+    )  # fmt: skip
+    net.body = folded(net.body, example.to(memory_format=torch.channels_last))
+    return Bundle(folder, spec, net)
+
+
+def load_network(folder: Path, spec: BundleSpec) -> KelpNet:
+    """The network of a bundle in evaluation mode, its weights checked by hash."""
     weights = folder / WEIGHTS_FILE
     if not weights.is_file():
         raise BundleError(f"{weights}: missing; copy the whole bundle folder")
@@ -111,15 +143,34 @@ def load_bundle(path: Path | str, which: Which = "best") -> Bundle:
         net.load_state_dict(safetensors.torch.load_file(weights))
     except (RuntimeError, SafetensorError) as error:
         raise BundleError(f"{weights}: does not fit the network of {SPEC_FILE}") from error
-    return Bundle(folder, spec, net.eval().to(memory_format=torch.channels_last))
+    return net.eval().to(memory_format=torch.channels_last)
+
+
+def _load_onnx(path: Path) -> Bundle:
+    file = OnnxFile.read(path)
+    spec = _parse_spec(file.metadata[SPEC_KEY], f"{path} ({SPEC_KEY})")
+    if file.net.tile != spec.tile_size:
+        raise BundleError(f"{path}: tiles of its graph and its {SPEC_KEY} differ; export it again")
+    # Another runtime's probabilities differ in the last digits: outputs made with it are told
+    # from those of the bundle itself.
+    versions = spec.versions | {"runtime": f"ONNX Runtime {file.net.version}"}
+    return Bundle(path, spec.model_copy(update={"versions": versions}), file.net)
 
 
 def read_spec(folder: Path) -> BundleSpec:
     """Read and check `bundle.json`."""
     path = folder / SPEC_FILE
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
+        raise BundleError(f"{path}: not readable as JSON; copy the bundle again") from error
+    return _parse_spec(text, str(path))
+
+
+def _parse_spec(text: str, path: str) -> BundleSpec:
+    try:
+        values = json.loads(text)
+    except ValueError as error:
         raise BundleError(f"{path}: not readable as JSON; copy the bundle again") from error
     version = values.get("schema_version") if isinstance(values, dict) else None
     if version != SCHEMA_VERSION:

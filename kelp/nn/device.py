@@ -85,6 +85,11 @@ def autocast(precision: Precision, device: torch.device) -> AbstractContextManag
     return nullcontext()
 
 
+def compute_dtype(precision: Precision) -> torch.dtype:
+    """Type in which convolutions are computed."""
+    return _DTYPES[precision.partition("-")[0]]
+
+
 def weights_dtype(precision: Precision) -> torch.dtype:
     """Type in which the network's weights are kept."""
     return _DTYPES[precision.partition("-")[0]] if precision.endswith("-true") else torch.float32

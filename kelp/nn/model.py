@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import segmentation_models_pytorch as smp
 import timm
@@ -12,8 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kelp.bands import MASK_NODATA
+from kelp.config.train import Precision
 from kelp.errors import ConfigError
 from kelp.grid import Shape
+from kelp.nn.device import compute_dtype
 from kelp.nn.preprocess import Preprocess
 from kelp.nn.resize import pick, to_network, to_scene
 from kelp.nn.spec import NetworkSpec
@@ -56,6 +59,20 @@ class KelpNet(nn.Module):
         """Raw DN `(n, 7, h, w)` to float32 probabilities `(n, h, w)` at input resolution."""
         return self.to_input(torch.sigmoid(self(raw)), raw.shape[-2:])
 
+    def on(self, device: torch.device, precision: Precision) -> Self:
+        """The network on `device`, its weights in that precision; the caller's keeps its type."""
+        dtype = compute_dtype(precision)
+        if dtype == torch.float32:
+            return self.to(device)
+        net = copy.deepcopy(self)
+        if precision.endswith("-true"):
+            net.body.to(dtype)
+        else:  # autocast would convert these weights anew for every batch
+            for module in net.body.modules():
+                if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
+                    module.to(dtype)
+        return net.to(device)
+
     def to_input(self, p: Tensor, shape: Shape | torch.Size) -> Tensor:
         """Probabilities `(n, H, W)` at network resolution back at that of an input of `shape`.
 
@@ -76,9 +93,8 @@ class KelpNet(nn.Module):
     def _padding(self, shape: Shape | torch.Size) -> tuple[int, int, int, int]:
         """Left, right, top and bottom padding of an input of `shape`."""
         height, width = shape
-        side = self.spec.image_size if (height, width) == self.spec.tile_size else 0
-        extra_y = max(side, -(-height // 32) * 32) - height
-        extra_x = max(side, -(-width // 32) * 32) - width
+        padded = self.spec.network_shape((height, width))
+        extra_y, extra_x = padded[0] - height, padded[1] - width
         return extra_x // 2, extra_x - extra_x // 2, extra_y // 2, extra_y - extra_y // 2
 
 

@@ -49,6 +49,13 @@ class NetworkSpec(BaseModel):
         """Index input and masks."""
         return IndexSettings(self.index_input, self.mask_using_qa, self.mask_using_water_mask)
 
+    def network_shape(self, tile: Shape) -> Shape:
+        """What the network sees of a tile, `(height, width)` in its own pixels."""
+        if self.resize_strategy == "resize":
+            return self.image_size, self.image_size
+        side = self.image_size if tile == self.tile_size else 0
+        return max(side, -(-tile[0] // 32) * 32), max(side, -(-tile[1] // 32) * 32)
+
     @property
     def channels(self) -> tuple[str, ...]:
         """The network's input channels: bands, then indices."""

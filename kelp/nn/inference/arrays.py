@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -11,19 +12,22 @@ from numpy.typing import NDArray
 
 from kelp import bands
 from kelp.bands import BANDS
+from kelp.config.base import parse_bytes
 from kelp.config.train import Precision
 from kelp.errors import BundleError, ConfigError
-from kelp.grid import Shape, Tile, TileGrid
+from kelp.grid import Shape, Tile
 from kelp.merge import Blend
 from kelp.nn.bundle import Bundle
 from kelp.nn.device import resolve_device, resolve_precision
 from kelp.nn.inference.checks import needed_bands
-from kelp.nn.inference.engine import Counts, Engine, Sink, Slicing, Source
+from kelp.nn.inference.engine import Counts, Engine, Job, Sink
 from kelp.nn.inference.network import Network
 from kelp.nn.inference.outputs import Outputs
+from kelp.nn.inference.plan import NetworkMemory, fit_memory, make_plan
+from kelp.nn.inference.strip import Slicing, Source
 from kelp.progress import Progress, silent
-from kelp.raster import Georeference
-from kelp.scene import Scene
+from kelp.raster import Georeference, decoding
+from kelp.scene import Scene, SceneSize
 
 
 def predict(
@@ -38,7 +42,9 @@ def predict(
     precision: Precision | None = None,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     qa_as_nodata: bool = True,
+    skip_land: bool = False,
     threshold: float | None = None,
+    max_memory: int | str | None = None,
     progress: Progress = silent,
 ) -> Counts:
     """Predict one scene, streaming from `source` to `sink`.
@@ -54,7 +60,9 @@ def predict(
         precision: number format; default: bf16-mixed where the device has it.
         device: where the network runs.
         qa_as_nodata: whether QA = 1 means not observed.
+        skip_land: leave tiles out that are all land, as `--land skip` does.
         threshold: kelp where p is at least this, for a mask file; default: the bundle's.
+        max_memory: bytes, or a size as in "2GB", that the process may take.
         progress: told of tiles.
 
     Raises:
@@ -65,7 +73,8 @@ def predict(
             return predict(
                 bundle, scene, sink, tile=tile, overlap=overlap, blend=blend,
                 batch_size=batch_size, precision=precision, device=device,
-                qa_as_nodata=qa_as_nodata, threshold=threshold, progress=progress,
+                qa_as_nodata=qa_as_nodata, skip_land=skip_land, threshold=threshold,
+                max_memory=max_memory, progress=progress,
             )  # fmt: skip
     bundles = [bundle] if isinstance(bundle, Bundle) else list(bundle)
     if isinstance(source, Scene):
@@ -73,23 +82,35 @@ def predict(
             source.require(needed_bands(one.spec))
     where = resolve_device(device)
     network = Network(bundles, where, resolve_precision(precision, where))
-    shape, shared = tile_shape(bundles, tile, overlap)
-    total, done = len(TileGrid(source.shape, shape, shared)), 0
+    slicing = Slicing(
+        *tile_shape(bundles, tile, overlap), blend, batch_size, qa_as_nodata, skip_land
+    )
+    size = source.size if isinstance(source, Scene) else SceneSize(source.shape, (1, 1), 0)
+    plan = make_plan([size], slicing, 0, 0)
+    if max_memory is not None:
+        try:
+            budget = parse_bytes(max_memory)
+        except ValueError as wrong:
+            raise ConfigError(f"max_memory={max_memory!r}: {wrong}") from None
+        measured = NetworkMemory.measure(network, slicing.tile, budget)
+        plan = fit_memory(plan, budget, [size], slicing, measured)
+    done = 0
 
     def advance(tiles: int) -> None:
         nonlocal done
         done += tiles
-        progress("predicting", done, total)
+        progress("predicting", done, plan.tiles)
 
-    engine = Engine(network, Slicing(shape, shared, blend, batch_size, qa_as_nodata), advance)
+    slicing = replace(slicing, batch_size=plan.batch_size)
+    engine = Engine(network, slicing, advance, network.allocate)
     outputs = None
     if isinstance(sink, Path | str):
         place = source.georeference if isinstance(source, Scene) else Georeference()
         cut = joint_threshold(bundles, threshold)
-        sink = outputs = Outputs.of(source.shape, place, Path(sink), cut, {})
+        sink = outputs = Outputs(source.shape, place, Path(sink), cut, {})
     try:
-        engine.run(source, sink)
-        engine.finish()
+        with decoding(plan.cache):
+            engine.run([Job(source, sink)])
         for _, error in engine.failures:
             raise error
     finally:

@@ -4,38 +4,36 @@ It knows no torch: the network is a callable on arrays. Scenes are read strip by
 finished rows leave at once, so memory grows with width x tile, not with height x width. Batches
 have one fixed shape and run across strips and scenes, so that many small images keep the network
 as busy as one large scene, and a pixel's value does not depend on what else is predicted.
+
+Three things happen at a time: one thread reads the next batches, the caller's thread runs the
+network, and one thread merges and writes.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kelp.bands import BANDS, DEM, observed, reflected
+from kelp.bands import BANDS
 from kelp.errors import KelpError
-from kelp.grid import Shape, Tile, TileGrid
-from kelp.merge import Blend, StripMerger
+from kelp.grid import Tile, TileGrid
+from kelp.merge import MergerState, StripMerger
+from kelp.nn.inference.strip import Slicing, Source, Strip
 
 Pixels = NDArray[np.float32]
 
 Predict = Callable[[Pixels], Pixels]
 """Raw DN `(n, 7, h, w)` (canonical, NaN = missing) to probabilities `(n, h, w)`."""
 
-
-class Source(Protocol):
-    """Where a scene's pixels come from."""
-
-    @property
-    def shape(self) -> Shape:
-        """Height and width."""
-
-    def read(self, tile: Tile, /) -> Pixels:
-        """A window inside the scene as a canonical array `(7, height, width)`."""
+AHEAD: Final = 2
+"""Batches that are read before the network wants them, and that wait to be merged."""
 
 
 class Sink(Protocol):
@@ -48,17 +46,24 @@ class Sink(Protocol):
         """The scene is complete."""
 
 
-@dataclass(frozen=True)
-class Slicing:
-    """How scenes are cut and merged."""
+class Journal(Protocol):
+    """What lets another process go on with a scene."""
 
-    tile: Shape
-    overlap: Shape
-    blend: Blend = "mean"
-    batch_size: int = 8
-    qa_as_nodata: bool = True
-    skip_land: bool = False
-    """Do not run tiles that are all land (DEM > 0); their pixels are 0."""
+    @property
+    def start(self) -> MergerState | None:
+        """What an earlier process left, whose sink holds the rows above it; None = nothing."""
+
+    def commit(self, state: Callable[[], MergerState]) -> None:
+        """All rows above `state().top` were written; called after each row of tiles."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A scene to predict."""
+
+    source: Source
+    sink: Sink
+    journal: Journal | None = None
 
 
 @dataclass
@@ -73,6 +78,8 @@ class Counts:
     """Tiles without one observed pixel, not run."""
     land: int = 0
     """Tiles that are all land, not run on request."""
+    resumed: int = 0
+    """Tiles that an earlier process had finished."""
     batches: int = 0
 
 
@@ -80,39 +87,94 @@ class Counts:
 class _Scene:
     """A scene on its way: what is read but not yet written."""
 
-    sink: Sink
+    job: Job
     grid: TileGrid
     merger: StripMerger
-    outstanding: dict[int, int] = field(default_factory=dict)
-    """Tiles of each begun row of tiles that are not yet merged."""
+    row: int = 0
+    """The row of tiles that is being merged."""
+    merged: int = 0
+    """Its tiles that are merged."""
     seen: deque[NDArray[np.bool_]] = field(default_factory=deque)
     """Observed planes, one row each, from the merger's top on."""
     failed: bool = False
     """It could not be read or written; what remains of it is left out."""
 
-    def settle(self) -> None:
-        """Hand on the rows that no later tile touches."""
-        rows = self.grid.rows
-        while self.outstanding and next(iter(self.outstanding.values())) == 0:
-            y = next(iter(self.outstanding))
-            del self.outstanding[y]
-            done = rows.index(y) + 1
-            if done < len(rows):
-                self._write(rows[done])
-            else:
-                self._write(self.grid.shape[0])
-                self.sink.close()
+    @classmethod
+    def of(cls, job: Job, slicing: Slicing) -> _Scene:
+        grid = TileGrid(job.source.shape, slicing.tile, slicing.overlap)
+        state = job.journal.start if job.journal else None
+        row = grid.rows.index(state.top) if state else 0
+        return cls(job, grid, StripMerger(grid.shape, slicing.blend, state), row)
 
-    def _write(self, end: int) -> None:
+    def merge(self, tile: Tile, validity: float, values: Pixels | None) -> None:
+        """Merge one tile; they come in the order of the grid."""
+        if values is None:
+            self.merger.leave_out(tile)
+        else:
+            self.merger.add(tile, values, validity)
+        self.merged += 1
+        if self.merged == len(self.grid.columns):
+            self._finish_row()
+
+    def _finish_row(self) -> None:
+        """Hand on the rows that no later tile touches."""
+        self.merged = 0
+        self.row += 1
+        rows = self.grid.rows
+        last = self.row == len(rows)
         top = self.merger.top
-        merged = self.merger.take(end)
-        seen = np.array([self.seen.popleft() for _ in range(len(merged))])
-        # Observed pixels without a vote lie in tiles left out as land: certainly no kelp.
-        self.sink.write(top, np.where(seen, np.nan_to_num(merged, nan=0.0), np.float32(np.nan)))
+        probabilities = self.merger.take(self.grid.shape[0] if last else rows[self.row])
+        for values in probabilities:
+            seen = self.seen.popleft()
+            # Observed pixels without a vote lie in tiles left out as land: certainly no kelp.
+            values[np.isnan(values)] = 0.0
+            values[~seen] = np.nan
+        self.job.sink.write(top, probabilities)
+        if last:
+            self.job.sink.close()
+        elif self.job.journal:
+            self.job.journal.commit(self.merger.state)
+
+
+class _Batch:
+    """Tiles on their way through the network, with those around them that are left out."""
+
+    def __init__(self, pixels: Pixels) -> None:
+        self.pixels = pixels
+        self.entries: list[tuple[_Scene, Tile, float, int | None]] = []
+        """Scene, tile, share of observed pixels, and place in the batch; None = left out."""
+        self.count = 0
+        self.resumed = 0
+        """Tiles that an earlier process had finished."""
+
+    @property
+    def full(self) -> bool:
+        return self.count == len(self.pixels)
+
+    def add(self, scene: _Scene, tile: Tile, validity: float, pixels: Pixels) -> None:
+        self.pixels[self.count] = pixels
+        self.entries.append((scene, tile, validity, self.count))
+        self.count += 1
+
+    def leave_out(self, scene: _Scene, tile: Tile) -> None:
+        self.entries.append((scene, tile, 0.0, None))
+
+    def is_late(self, scene: _Scene, row: int) -> bool:
+        """Whether, at the end of a row of tiles, it must not wait for more.
+
+        Without tiles left out it fills up every few rows. Where most are left out, those that
+        wait would hold back all the rows below them, in memory.
+        """
+        if not self.count:
+            return bool(self.entries or self.resumed)
+        columns = len(scene.grid.columns)
+        patience = -(-len(self.pixels) // columns)
+        oldest = next((tile.y for other, tile, _, _ in self.entries if other is scene), None)
+        return oldest is not None and scene.grid.rows.index(oldest) <= row - patience
 
 
 class Engine:
-    """Runs scenes through a network. `run` each scene, then `finish`.
+    """Runs scenes through a network.
 
     A tile's vote is weighted by its window and by the share of observed input it had; tiles
     without an observed pixel are not run. A scene smaller than a tile is reflected up to it.
@@ -120,117 +182,118 @@ class Engine:
     Args:
         predict: the network.
         slicing: how scenes are cut and merged.
-        tiles_done: called with the number of tiles that each batch finished.
+        tiles_done: called, in the caller's thread, with the number of tiles just finished.
+        allocate: makes the array of a batch (pinned memory, where the network wants it).
     """
 
     def __init__(
-        self, predict: Predict, slicing: Slicing, tiles_done: Callable[[int], None] | None = None
+        self,
+        predict: Predict,
+        slicing: Slicing,
+        tiles_done: Callable[[int], None] | None = None,
+        allocate: Callable[[tuple[int, ...]], Pixels] | None = None,
     ) -> None:
         self.counts = Counts()
         self.failures: list[tuple[Sink, KelpError]] = []
         self._predict = predict
         self._slicing = slicing
         self._tiles_done = tiles_done
-        self._batch = np.zeros((slicing.batch_size, len(BANDS), *slicing.tile), dtype=np.float32)
-        self._waiting: list[tuple[_Scene, Tile, float]] = []
+        shape = (slicing.batch_size, len(BANDS), *slicing.tile)
+        make = allocate or (lambda shape: np.zeros(shape, dtype=np.float32))
+        # One is in the network, the others are being read.
+        self._buffers = deque(make(shape) for _ in range(AHEAD + 1))
 
-    def run(self, source: Source, sink: Sink) -> None:
-        """Read a scene and predict its tiles; the last ones may wait for the next scene's.
+    def run(self, jobs: Iterable[Job]) -> None:
+        """Predict scenes. `jobs` is drawn from in the reading thread, a scene at a time.
 
         A scene that cannot be read or written ends up in `failures`; the others go on.
         """
-        grid = TileGrid(source.shape, self._slicing.tile, self._slicing.overlap)
-        scene = _Scene(sink, grid, StripMerger(source.shape, self._slicing.blend))
-        try:
-            self._read(scene, source)
-        except KelpError as error:
-            self._fail(scene, error)
+        with ExitStack() as stack:
+            batches = stack.enter_context(closing(self._batches(jobs)))
+            # After Ctrl-C no further batch is read, but what the network has done is not lost.
+            reading = ThreadPoolExecutor(1, thread_name_prefix="kelp-read")
+            stack.callback(reading.shutdown, cancel_futures=True)
+            merging = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="kelp-merge"))
+            ahead = deque(reading.submit(next, batches, None) for _ in range(AHEAD))
+            merged: deque[Future[int]] = deque()
+            while batch := ahead.popleft().result():
+                ahead.append(reading.submit(next, batches, None))
+                if len(merged) == AHEAD:
+                    self._advance(merged.popleft().result())
+                probabilities = self._run_network(batch)
+                merged.append(merging.submit(self._merge, batch, probabilities))
+            for done in merged:
+                self._advance(done.result())
 
-    def finish(self) -> None:
-        """Predict the tiles that still wait; the batch is filled up with the last one."""
-        if self._waiting:
-            self._flush()
-
-    def _read(self, scene: _Scene, source: Source) -> None:
-        strip = _Strip(source, self._slicing.tile)
-        for y in scene.grid.rows:
-            pixels, fresh = strip.at(y)
-            seen = observed(pixels, self._slicing.qa_as_nodata)
-            scene.seen.extend(seen[fresh, : source.shape[1]])
-            tiles = scene.grid.row(y)
-            scene.outstanding[y] = len(tiles)
-            for tile in tiles:
-                columns = slice(tile.x, tile.right)
-                self._take(scene, tile, pixels[:, :, columns], seen[:, columns])
+    def _batches(self, jobs: Iterable[Job]) -> Generator[_Batch, None, None]:
+        """All tiles of all scenes, in batches; runs in the reading thread."""
+        batch = self._new_batch()
+        for job in jobs:
+            scene = _Scene.of(job, self._slicing)
+            resumed = scene.row * len(scene.grid.columns)
+            batch.resumed += resumed
+            self.counts.tiles += resumed
+            self.counts.resumed += resumed
+            strip = Strip(job.source, self._slicing, scene.merger.top)
+            for row, y in enumerate(scene.grid.rows[scene.row :], scene.row):
                 if scene.failed:
-                    return
-            self._settle(scene)
+                    break
+                try:
+                    scene.seen.extend(strip.advance(y))
+                except KelpError as error:
+                    self._fail(scene, error)
+                    break
+                for tile in scene.grid.row(y):
+                    self._take(scene, strip, tile, batch)
+                    if batch.full:
+                        yield batch
+                        batch = self._new_batch()
+                if batch.is_late(scene, row):
+                    yield batch
+                    batch = self._new_batch()
+        yield batch
 
-    def _take(self, scene: _Scene, tile: Tile, pixels: Pixels, seen: NDArray[np.bool_]) -> None:
+    def _new_batch(self) -> _Batch:
+        self._buffers.rotate()
+        return _Batch(self._buffers[0])
+
+    def _take(self, scene: _Scene, strip: Strip, tile: Tile, batch: _Batch) -> None:
         self.counts.tiles += 1
-        unobserved = not seen.any()
-        land = not unobserved and self._slicing.skip_land and bool((pixels[DEM] > 0).all())
-        if unobserved or land:
-            self.counts.unobserved += unobserved
+        validity = strip.validity(tile)
+        land = validity > 0 and self._slicing.skip_land and strip.is_land(tile)
+        if validity > 0 and not land:
+            batch.add(scene, tile, validity, strip.pixels(tile))
+        else:
+            batch.leave_out(scene, tile)
             self.counts.land += land
-            scene.merger.leave_out(tile)
-            scene.outstanding[tile.y] -= 1
-            if self._tiles_done:
-                self._tiles_done(1)
-            return
-        self._batch[len(self._waiting)] = pixels
-        self._waiting.append((scene, tile, float(seen.mean())))
-        if len(self._waiting) == len(self._batch):
-            self._flush()
+            self.counts.unobserved += not land
 
-    def _flush(self) -> None:
-        waiting, self._waiting = self._waiting, []
-        count = len(waiting)
+    def _run_network(self, batch: _Batch) -> Pixels | None:
+        if not batch.count:
+            return None
         # One fixed shape: kernels, and so the last bits of a result, depend on it.
-        self._batch[count:] = self._batch[count - 1]
-        probabilities = self._predict(self._batch)
+        batch.pixels[batch.count :] = batch.pixels[batch.count - 1]
         self.counts.batches += 1
-        self.counts.predicted += count
-        for (scene, tile, validity), values in zip(waiting, probabilities, strict=False):
-            scene.merger.add(tile, values, validity)
-            scene.outstanding[tile.y] -= 1
-        for scene in dict.fromkeys(scene for scene, _, _ in waiting):
-            self._settle(scene)
-        if self._tiles_done:
-            self._tiles_done(count)
+        self.counts.predicted += batch.count
+        return self._predict(batch.pixels)
 
-    def _settle(self, scene: _Scene) -> None:
-        try:
-            scene.settle()
-        except KelpError as error:
-            self._fail(scene, error)
+    def _merge(self, batch: _Batch, probabilities: Pixels | None) -> int:
+        """Merge and write what a batch finished; runs in the merging thread."""
+        for scene, tile, validity, slot in batch.entries:
+            if scene.failed:
+                continue
+            values = None if slot is None or probabilities is None else probabilities[slot]
+            try:
+                scene.merge(tile, validity, values)
+            except KelpError as error:
+                self._fail(scene, error)
+        return len(batch.entries) + batch.resumed
+
+    def _advance(self, tiles: int) -> None:
+        if self._tiles_done and tiles:
+            self._tiles_done(tiles)
 
     def _fail(self, scene: _Scene, error: KelpError) -> None:
-        """Give a scene up: its waiting tiles leave the batch, the others close the gap."""
+        """Give a scene up; its tiles that are under way are dropped."""
         scene.failed = True
-        self.failures.append((scene.sink, error))
-        kept = [slot for slot, entry in enumerate(self._waiting) if entry[0] is not scene]
-        self._batch[: len(kept)] = self._batch[kept]
-        self._waiting = [self._waiting[slot] for slot in kept]
-
-
-class _Strip:
-    """A row of tiles of a scene, read so that each row of pixels is fetched once."""
-
-    def __init__(self, source: Source, tile: Shape) -> None:
-        self._source = source
-        self._tile = tile
-        self._pixels = np.zeros((len(BANDS), 0, source.shape[1]), dtype=np.float32)
-        self._top = 0
-
-    def at(self, y: int) -> tuple[Pixels, slice]:
-        """Pixels of the tiles that begin at row `y`, and which of their rows are new."""
-        height, width = self._source.shape
-        bottom = min(y + self._tile[0], height)
-        kept = self._pixels[:, y - self._top :]
-        first = y + kept.shape[1]
-        new = self._source.read(Tile(first, 0, bottom - first, width))
-        self._pixels = np.concatenate([kept, new], axis=1)
-        self._top = y
-        pixels = reflected(self._pixels, *self._tile)
-        return pixels, slice(first - y, bottom - y)
+        self.failures.append((scene.job.sink, error))

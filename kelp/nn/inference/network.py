@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from typing import Final
 
@@ -13,10 +12,11 @@ from torch import Tensor
 
 from kelp.config.predict import MergeMode
 from kelp.config.train import Precision
+from kelp.errors import BundleError
+from kelp.grid import Shape
 from kelp.nn import symmetry
 from kelp.nn.bundle import Bundle
-from kelp.nn.device import autocast, weights_dtype
-from kelp.nn.model import KelpNet
+from kelp.nn.device import autocast
 
 _MERGES: Final[dict[MergeMode, Callable[[Tensor], Tensor]]] = {
     "mean": lambda p: p.mean(dim=0),
@@ -40,33 +40,40 @@ class Network:
         precision: Precision,
         tta: MergeMode | None = None,
     ) -> None:
-        self._nets = [_on(bundle.net, device, weights_dtype(precision)) for bundle in bundles]
+        self._nets = [bundle.net.on(device, precision) for bundle in bundles]
         self._device = device
         self._precision = precision
         self._tta = tta
 
+    def allocate(self, shape: tuple[int, ...]) -> NDArray[np.float32]:
+        """Room for a batch; pinned for a GPU, which then fetches it by itself."""
+        pinned = self._device.type == "cuda"
+        array: NDArray[np.float32] = torch.zeros(shape, pin_memory=pinned).numpy()
+        return array
+
     def __call__(self, raw: NDArray[np.float32]) -> NDArray[np.float32]:
         """Predict one batch."""
-        batch = torch.from_numpy(raw).to(self._device)
+        batch = torch.from_numpy(raw).to(self._device, non_blocking=True)
         with torch.inference_mode(), autocast(self._precision, self._device):
             p = torch.stack([self._views(net.probabilities, batch) for net in self._nets]).mean(0)
         merged: NDArray[np.float32] = p.float().cpu().numpy()
+        if not np.isfinite(merged).all():
+            raise BundleError("the network answers with NaN; its training diverged, train it anew")
         return merged
+
+    def passes(self, tile: Shape) -> int:
+        """How often a tile is run through each network."""
+        return 1 if self._tta is None else len(_symmetries(tile))
 
     def _views(self, probabilities: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
         if self._tta is None:
             return probabilities(batch)
-        square = batch.shape[-1] == batch.shape[-2]
         views = [
             symmetry.invert(probabilities(symmetry.apply(batch, k)), k)
-            for k in (symmetry.SYMMETRIES if square else symmetry.SHAPE_KEEPING)
+            for k in _symmetries(batch.shape[-2:])
         ]
         return _MERGES[self._tta](torch.stack(views))
 
 
-def _on(net: KelpNet, device: torch.device, dtype: torch.dtype) -> KelpNet:
-    """The network on `device`, its weights in `dtype`; the caller's own keeps its type."""
-    if next(net.body.parameters()).dtype != dtype:
-        net = copy.deepcopy(net)
-        net.body.to(dtype)
-    return net.to(device)
+def _symmetries(shape: Sequence[int]) -> tuple[int, ...]:
+    return symmetry.SYMMETRIES if shape[0] == shape[1] else symmetry.SHAPE_KEEPING

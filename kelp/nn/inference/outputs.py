@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import logging
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kelp.bands import MASK_NODATA
-from kelp.errors import KelpError
 from kelp.grid import Shape
 from kelp.manifest import MASK_SUFFIX, PROBABILITY_SUFFIX
-from kelp.merge import to_mask
-from kelp.raster import Georeference, RasterWriter
+from kelp.merge import MergerState, to_mask
+from kelp.nn.inference.journal import JournalFile, journal_path
+from kelp.raster import Georeference
+from kelp.writer import COG_SIDE, RasterWriter, rows_path
+
+log = logging.getLogger("kelp")
+
+ProbabilityType = Literal["float32", "uint8"]
+
+_STEPS: Final = 250
+"""A stored unit of `uint8` probabilities is 1/250 = 0.004, which decimal scale factors can say."""
 
 
 def probability_path(mask: Path) -> Path:
@@ -22,49 +31,123 @@ def probability_path(mask: Path) -> Path:
     return mask.with_name(mask.name.removesuffix(MASK_SUFFIX) + PROBABILITY_SUFFIX)
 
 
-@dataclass
 class Outputs:
-    """Sink of one scene: its mask and, on request, its probabilities."""
+    """Sink of one scene: its mask and, on request, its probabilities.
 
-    writers: list[RasterWriter]
-    threshold: float
-    _open: list[RasterWriter] = field(default_factory=list, init=False)
+    A large scene with a fingerprint keeps a journal: what a killed process left of the same
+    inputs and settings is gone on with.
 
-    @classmethod
-    def of(
-        cls,
+    Args:
+        shape: `(height, width)` of the scene.
+        place: its georeference.
+        mask: the file of the mask.
+        threshold: kelp where p is at least this.
+        tags: metadata of the files.
+        probabilities: type of the probabilities to write beside the mask; None = none.
+        fingerprint: stands for inputs and settings.
+    """
+
+    def __init__(
+        self,
         shape: Shape,
         place: Georeference,
         mask: Path,
         threshold: float,
         tags: Mapping[str, str],
-        with_probabilities: bool = False,
-    ) -> Outputs:
-        """The mask, and on request the probabilities beside it, of a scene."""
-        writers = [RasterWriter(mask, shape, "uint8", place, MASK_NODATA, tags)]
-        if with_probabilities:
-            path = probability_path(mask)
-            writers.append(RasterWriter(path, shape, "float32", place, float("nan"), tags))
-        return cls(writers, threshold)
+        probabilities: ProbabilityType | None = None,
+        fingerprint: str | None = None,
+    ) -> None:
+        self.threshold = threshold
+        self._writers = [RasterWriter(mask, shape, "uint8", place, MASK_NODATA, tags)]
+        path = probability_path(mask)
+        if probabilities == "uint8":
+            scaled = RasterWriter(path, shape, "uint8", place, MASK_NODATA, tags, 1 / _STEPS)
+            self._writers.append(scaled)
+        elif probabilities == "float32":
+            self._writers.append(RasterWriter(path, shape, "float32", place, float("nan"), tags))
+        self._scaled = probabilities == "uint8"
+        self._mask = mask
+        self._begun = False
+        self._journal: JournalFile | None = None
+        self.start: MergerState | None = None
+        if fingerprint and max(shape) > COG_SIDE:
+            self._journal = JournalFile(mask, fingerprint)
+            self.start = self._recover(self._journal, shape[0])
+
+    def _recover(self, journal: JournalFile, height: int) -> MergerState | None:
+        """Take over what an earlier process left, if it fits to the last bit."""
+        entry = journal.load()
+        if entry is None:
+            return None
+        if entry.fingerprint == journal.fingerprint:
+            self._begin(entry.state.top)
+            if entry.checksums == tuple(writer.checksum for writer in self._writers):
+                log.info("%s: going on from row %d of %d", self._mask, entry.state.top, height)
+                return entry.state
+            reason = "what an earlier run left of it is damaged"
+        else:
+            reason = "an earlier run began it with other inputs or settings"
+        log.info("%s: %s; starting over", self._mask, reason)
+        journal.discard()
+        self._end(keep=False)
+        return None
+
+    def _begin(self, kept: int = 0) -> None:
+        self._begun = True
+        for writer in self._writers:
+            writer.begin(kept)
+
+    def _end(self, keep: bool) -> None:
+        self._begun = False
+        for writer in self._writers:
+            if keep:
+                writer.suspend()
+            else:
+                writer.discard()
 
     def write(self, y: int, rows: NDArray[np.float32]) -> None:
         """Write rows `(n, width)` of probabilities from row `y` on."""
-        if not self._open:
-            for writer in self.writers:
-                self._open.append(writer.__enter__())
-        self._open[0].write(y, to_mask(rows, self.threshold))
-        for writer in self._open[1:]:
-            writer.write(y, rows)
+        if not self._begun:
+            self._begin()
+        mask, *probabilities = self._writers
+        mask.write(y, to_mask(rows, self.threshold))
+        for writer in probabilities:
+            writer.write(y, _scaled(rows) if self._scaled else rows)
+
+    def commit(self, state: Callable[[], MergerState]) -> None:
+        """Save what is needed to go on from here, unless that was done a moment ago."""
+        if self._journal and self._journal.is_due:
+            self._journal.save(state(), self._sync)
+
+    def _sync(self) -> list[int]:
+        for writer in self._writers:
+            writer.sync()
+        return [writer.checksum for writer in self._writers]
 
     def close(self) -> None:
         """Finish the files; the mask last: it is what marks a scene as finished."""
-        if len(self.writers) == 1:  # probabilities of an earlier run would not belong to it
-            probability_path(self.writers[0].path).unlink(missing_ok=True)
-        while self._open:
-            self._open.pop().__exit__(None, None, None)
+        for writer in reversed(self._writers):
+            writer.finish()
+        if len(self._writers) == 1:  # probabilities of an earlier run would not belong to it
+            probability_path(self._mask).unlink(missing_ok=True)
+        if self._journal:
+            self._journal.discard()
+        self._end(keep=False)
 
     def abandon(self) -> None:
-        """Remove what was begun and not closed."""
-        given_up = KelpError("given up")
-        while self._open:
-            self._open.pop().__exit__(KelpError, given_up, None)
+        """Stop, if not closed. What a journal speaks of stays for the next process."""
+        if self._begun:
+            self._end(keep=self._journal is not None and self._journal.exists)
+
+
+def forget(mask: Path) -> None:
+    """Remove what a process left that was killed just after it had finished a scene."""
+    for path in (mask, probability_path(mask)):
+        rows_path(path).unlink(missing_ok=True)
+    journal_path(mask).unlink(missing_ok=True)
+
+
+def _scaled(rows: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Probabilities in steps of 0.004, 255 = not observed."""
+    steps = np.rint(rows * _STEPS)
+    return np.where(np.isnan(rows), MASK_NODATA, steps).astype(np.uint8)

@@ -5,30 +5,35 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import torch
 
 import kelp
 from kelp import manifest
 from kelp.config import PredictConfig
 from kelp.errors import InputError, KelpError
-from kelp.files import discard_partials, input_folder, output_folder
+from kelp.files import discard_partials, input_folder, output_folder, write_json
 from kelp.grid import TileGrid
 from kelp.nn.bundle import Bundle, load_bundle
 from kelp.nn.device import resolve_device, resolve_precision
+from kelp.nn.inference import memory
 from kelp.nn.inference.arrays import joint_threshold, tile_shape
 from kelp.nn.inference.checks import check_scale, check_statistics, needed_bands
-from kelp.nn.inference.engine import Engine, Slicing
+from kelp.nn.inference.engine import Counts, Engine, Job
 from kelp.nn.inference.network import Network
-from kelp.nn.inference.outputs import Outputs, probability_path
+from kelp.nn.inference.outputs import Outputs, forget, probability_path
+from kelp.nn.inference.plan import NetworkMemory, Plan, amount, check_disk, fit_memory, make_plan
+from kelp.nn.inference.strip import Slicing
 from kelp.preview import write_previews
 from kelp.progress import Progress, silent
-from kelp.raster import read_tags
-from kelp.scene import Scene
+from kelp.raster import decoding, read_tags
+from kelp.scene import Scene, SceneSize
 from kelp.submission import ARCHIVE, write_submission
 
 log = logging.getLogger("kelp")
@@ -48,20 +53,31 @@ class PredictResult:
     """Scenes predicted now."""
     skipped: int
     """Scenes that were already finished."""
-    tiles: int
-    """Tiles that the network saw."""
+    counts: Counts
+    """Tiles that were run, left out, or done by an earlier process."""
+    peak_memory: int
+    """The most bytes that the process held."""
 
     def summary(self) -> str:
         """One line for the terminal."""
+        counts = self.counts
+        run = [f"{counts.predicted:,} tiles"]
+        for number, what in (
+            (counts.unobserved, "without an observed pixel left out"),
+            (counts.land, "all land left out (0 in the maps)"),
+            (counts.resumed, "done earlier"),
+        ):
+            if number:
+                run.append(f"{number:,} {what}")
         extra = f"; submission in {self.submission}" if self.submission else ""
         return (
-            f"{self.made} scenes predicted ({self.tiles} tiles), {self.skipped} already finished; "
-            f"masks in {self.masks[0].parent}{extra}"
+            f"{self.made} scenes predicted ({', '.join(run)}), {self.skipped} already finished; "
+            f"masks in {self.masks[0].parent}; peak memory {amount(self.peak_memory)}{extra}"
         )
 
 
 def predict_scenes(config: PredictConfig, progress: Progress = silent) -> PredictResult:
-    """Predict every scene of a folder (or one file); see `PredictConfig`.
+    """Predict every scene of a folder (or one file, or a list); see `PredictConfig`.
 
     Raises:
         KelpError: bad input. Of several scenes the good ones are done before bad ones are named.
@@ -72,11 +88,11 @@ def predict_scenes(config: PredictConfig, progress: Progress = silent) -> Predic
         for bundle in bundles:
             check_statistics(bundle.spec, config.dataset_stats_dir)
     discard_partials(output_folder(config.output_dir))
-    run = _Run(config, bundles)
     outputs = {path: config.output_dir / manifest.output_name(path) for path in scenes}
-    failures, todo = run.plan(outputs)
-    failures |= run.predict(todo, progress)
-    run.record(config.output_dir)
+    run = _Run(config, bundles)
+    failures = run.survey(outputs)
+    failures |= run.predict(progress)
+    run.record()
     if failures:
         named = "; ".join(failures.values())
         raise InputError(
@@ -102,10 +118,22 @@ def predict_scenes(config: PredictConfig, progress: Progress = silent) -> Predic
         probabilities=tuple(map(probability_path, masks)) if config.save_probabilities else (),
         submission=submission,
         previews=tuple(previews),
-        made=len(todo),
-        skipped=len(scenes) - len(todo),
-        tiles=run.engine.counts.predicted,
+        made=len(run.todo),
+        skipped=len(scenes) - len(run.todo),
+        counts=run.counts,
+        peak_memory=memory.peak(),
     )
+
+
+@dataclass(frozen=True)
+class _Task:
+    """A scene that is to be predicted."""
+
+    path: Path
+    output: Path
+    size: SceneSize
+    reading: dict[str, object]
+    """How its stored values are understood."""
 
 
 class _Run:
@@ -119,12 +147,100 @@ class _Run:
         self.device = resolve_device(config.device)
         self.precision = resolve_precision(config.precision, self.device)
         tta = config.tta_merge_mode if config.tta else None
-        network = Network(bundles, self.device, self.precision, tta)
-        self._total = self._done = 0
-        self._progress: Progress = silent
-        self.engine = Engine(network, self.slicing, self._advance)
+        self.network = Network(bundles, self.device, self.precision, tta)
+        self.counts = Counts()
+        self.todo: list[_Task] = []
+        self._found: list[_Task] = []
 
-    def record(self, output_dir: Path) -> None:
+    def survey(self, outputs: dict[Path, Path]) -> dict[Path, str]:
+        """Open and check the scenes; returns what is wrong with each bad one."""
+        failures: dict[Path, str] = {}
+        for path, output in outputs.items():
+            try:
+                with Scene(path, self.config.band_order) as scene:
+                    for bundle in self.bundles:
+                        scene.require(needed_bands(bundle.spec))
+                        check_scale(scene, bundle.spec)
+                    self._found.append(_Task(path, output, scene.size, scene.reading))
+            except KelpError as error:
+                failures[path] = str(error)
+        return failures
+
+    def predict(self, progress: Progress) -> dict[Path, str]:
+        """Predict what is not finished yet; returns the error of each scene that failed."""
+        plan = self._plan()
+        self.slicing = replace(self.slicing, batch_size=plan.batch_size)
+        prints = {task.path: self._fingerprint(task) for task in self._found}
+        self.todo = [task for task in self._found if not self._finished(task, prints[task.path])]
+        if not self.todo:
+            return {}
+        total, done = sum(self._tiles(task) for task in self.todo), 0
+
+        def advance(tiles: int) -> None:
+            nonlocal done
+            done += tiles
+            progress("predicting", done, total)
+
+        failures: dict[Path, str] = {}
+        sinks: list[tuple[Outputs, Path]] = []
+
+        def jobs() -> Iterator[Job]:
+            for task in self.todo:
+                try:
+                    with Scene(task.path, self.config.band_order) as scene:
+                        sink = self._sink(scene, task, prints[task.path])
+                        sinks.append((sink, task.path))
+                        yield Job(scene, sink, sink)
+                except KelpError as error:  # it was readable when the run was planned
+                    failures[task.path] = str(error)
+
+        engine = Engine(self.network, self.slicing, advance, self.network.allocate)
+        self.counts = engine.counts
+        try:
+            with decoding(plan.cache):
+                engine.run(jobs())
+        finally:
+            # Whatever ended this: a failed scene, Ctrl-C, a bug. Closed outputs stay.
+            for sink, _ in sinks:
+                sink.abandon()
+        wrong = {id(sink): str(error) for sink, error in engine.failures}
+        return failures | {path: wrong[id(sink)] for sink, path in sinks if id(sink) in wrong}
+
+    def _plan(self) -> Plan:
+        """What the prediction takes, said in one line."""
+        sizes = [task.size for task in self._found]
+        config, tile = self.config, self.slicing.tile
+        pixel_bytes = 1
+        if config.save_probabilities:
+            pixel_bytes += np.dtype(config.probability_dtype).itemsize
+        shapes = [bundle.spec.network_shape(tile) for bundle in self.bundles]
+        pixels = self.network.passes(tile) * sum(height * width for height, width in shapes)
+        plan = make_plan(sizes, self.slicing, pixels, pixel_bytes)
+        if config.max_memory is not None and sizes:
+            measured = self._measured(config.max_memory)
+            plan = fit_memory(plan, config.max_memory, sizes, self.slicing, measured)
+        check_disk(plan, config.output_dir)
+        log.info("%s", plan)
+        return plan
+
+    def _measured(self, budget: int) -> NetworkMemory:
+        """The network's memory, measured once for an output folder.
+
+        It varies a little from run to run: measured again, a killed run might go on with
+        another batch size, and so with other last bits.
+        """
+        path = self.config.output_dir / "kelp-memory.json"
+        settings = json.dumps([self._settings(), budget], sort_keys=True)
+        key = hashlib.sha256(settings.encode()).hexdigest()
+        with suppress(OSError, ValueError, TypeError):
+            known = json.loads(path.read_text(encoding="utf-8"))
+            if known.pop("settings") == key:
+                return NetworkMemory(**known)
+        measured = NetworkMemory.measure(self.network, self.slicing.tile, budget)
+        write_json(path, {"settings": key, **asdict(measured)})
+        return measured
+
+    def record(self) -> None:
         """Write down the settings of the run, what was left to kelp resolved."""
         resolved: dict[str, Any] = {
             "decision_threshold": self.threshold,
@@ -134,109 +250,77 @@ class _Run:
         tile, overlap = self.slicing.tile, self.slicing.overlap
         if tile[0] == tile[1]:  # what one number can say
             resolved |= {"sahi_tile_size": tile[0], "sahi_overlap": overlap[0]}
-        self.config.model_copy(update=resolved).record(output_dir)
+        self.config.model_copy(update=resolved).record(self.config.output_dir)
 
-    def plan(self, outputs: dict[Path, Path]) -> tuple[dict[Path, str], dict[Path, Path]]:
-        """Check the scenes and leave out the finished ones: (failures, scenes to predict)."""
-        failures: dict[Path, str] = {}
-        todo: dict[Path, Path] = {}
-        for path, output in outputs.items():
-            try:
-                with Scene(path, self.config.band_order) as scene:
-                    for bundle in self.bundles:
-                        scene.require(needed_bands(bundle.spec))
-                        check_scale(scene, bundle.spec)
-                    tiles = len(TileGrid(scene.shape, self.slicing.tile, self.slicing.overlap))
-            except KelpError as error:
-                failures[path] = str(error)
-                continue
-            if not self._finished(path, output):
-                todo[path] = output
-                self._total += tiles
-        return failures, todo
-
-    def predict(self, todo: dict[Path, Path], progress: Progress) -> dict[Path, str]:
-        """Predict scenes; returns the error of each that failed."""
-        self._progress = progress
-        failures: dict[Path, str] = {}
-        sinks: dict[int, tuple[Path, Outputs]] = {}
-        try:
-            for path, output in todo.items():
-                try:
-                    with Scene(path, self.config.band_order) as scene:
-                        sink = self._sink(scene, output)
-                        sinks[id(sink)] = path, sink
-                        self.engine.run(scene, sink)
-                except KelpError as error:  # it was readable when the run was planned
-                    failures[path] = str(error)
-            self.engine.finish()
-        finally:
-            # Whatever ended this: a failed scene, Ctrl-C, a bug. Closed outputs stay.
-            for _, sink in sinks.values():
-                sink.abandon()
-        return failures | {sinks[id(s)][0]: str(error) for s, error in self.engine.failures}
-
-    def fingerprint(self, path: Path) -> str:
-        """SHA-256 of everything that the output of a scene depends on."""
-        settings: dict[str, Any] = {
+    def _settings(self) -> dict[str, Any]:
+        """Everything that the output of a scene depends on, but the scene."""
+        return {
             "versions": [kelp.__version__, torch.__version__],
             "threads": torch.get_num_threads(),
             "bundles": [bundle.spec.model_dump(mode="json") for bundle in self.bundles],
-            "slicing": [*self.slicing.tile, *self.slicing.overlap, self.slicing.blend],
-            "batch_size": self.slicing.batch_size,
-            "qa_as_nodata": self.slicing.qa_as_nodata,
-            "skip_land": self.slicing.skip_land,
+            "slicing": asdict(self.slicing),
             "threshold": self.threshold,
             "precision": self.precision,
             "device": self.device.type,
             "tta": self.config.tta_merge_mode if self.config.tta else None,
-            "band_order": self.config.band_order,
+            "probabilities": self.config.save_probabilities and self.config.probability_dtype,
         }
+
+    def _fingerprint(self, task: _Task) -> str:
+        """SHA-256 of everything that the output of a scene depends on."""
+        settings = {**self._settings(), "reading": task.reading}
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-        with path.open("rb") as file:
+        with task.path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
         return digest.hexdigest()
 
-    def _finished(self, path: Path, output: Path) -> bool:
-        wanted = [output]
+    def _finished(self, task: _Task, fingerprint: str) -> bool:
+        wanted = [task.output]
         if self.config.save_probabilities:
-            wanted.append(probability_path(output))
-        if self.config.overwrite or not output.is_file():
+            wanted.append(probability_path(task.output))
+        if self.config.overwrite:
+            forget(task.output)
             return False
-        expected = self.fingerprint(path)
-        if all(read_tags(file).get(_FINGERPRINT) == expected for file in wanted):
+        if not task.output.is_file():
+            return False
+        if all(read_tags(file).get(_FINGERPRINT) == fingerprint for file in wanted):
+            forget(task.output)
             return True
-        log.info("%s: made with other inputs or settings; making it anew", output)
+        log.info("%s: made with other inputs or settings; making it anew", task.output)
         return False
 
-    def _sink(self, scene: Scene, output: Path) -> Outputs:
-        tags = {_FINGERPRINT: self.fingerprint(scene.path), "KELP_VERSION": kelp.__version__}
-        return Outputs.of(
+    def _sink(self, scene: Scene, task: _Task, fingerprint: str) -> Outputs:
+        return Outputs(
             scene.shape,
             scene.georeference,
-            output,
+            task.output,
             self.threshold,
-            tags,
-            self.config.save_probabilities,
+            {_FINGERPRINT: fingerprint, "KELP_VERSION": kelp.__version__},
+            self.config.probability_dtype if self.config.save_probabilities else None,
+            fingerprint,
         )
 
-    def _advance(self, tiles: int) -> None:
-        self._done += tiles
-        self._progress("predicting", self._done, self._total)
+    def _tiles(self, task: _Task) -> int:
+        return len(TileGrid(task.size.shape, self.slicing.tile, self.slicing.overlap))
 
 
-def _find_scenes(data_dir: Path) -> list[Path]:
-    if data_dir.is_file():
-        return [data_dir]
-    products = (manifest.MASK_SUFFIX, manifest.PROBABILITY_SUFFIX)
-    found = [p for p in input_folder(data_dir) if p.suffix.lower() in (".tif", ".tiff")]
-    scenes = [p for p in found if not p.name.endswith(products)]
+def _find_scenes(data: Path) -> list[Path]:
+    """The scenes of a folder, of a list, or the one that is named."""
+    if data.is_file() and data.suffix.lower() != ".txt":
+        return [data]
+    if data.is_file():
+        lines = data.read_text(encoding="utf-8").splitlines()
+        scenes = [Path(line.strip()) for line in lines if line.strip()]
+    else:
+        products = (manifest.MASK_SUFFIX, manifest.PROBABILITY_SUFFIX)
+        found = [p for p in input_folder(data) if p.suffix.lower() in (".tif", ".tiff")]
+        scenes = [p for p in found if not p.name.endswith(products)]
     if not scenes:
-        raise InputError(f"{data_dir}: the folder holds no .tif scene")
+        raise InputError(f"{data}: holds no .tif scene")
     names = [manifest.output_name(path) for path in scenes]
     for path, name in zip(scenes, names, strict=True):
         if names.count(name) > 1:
-            raise InputError(f"{path}: another scene of the folder would also become {name}")
+            raise InputError(f"{path}: another of these scenes would also become {name}")
     return scenes
 
 
@@ -249,4 +333,5 @@ def _slicing(bundles: Sequence[Bundle], config: PredictConfig) -> Slicing:
         config.batch_size,
         config.qa_as_nodata,
         config.land == "skip",
+        config.land_tolerance,
     )

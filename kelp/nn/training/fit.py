@@ -18,7 +18,7 @@ from kelp.config import TrainConfig
 from kelp.config.train import Precision
 from kelp.errors import ConfigError, KelpError
 from kelp.files import write_text
-from kelp.nn.bundle import load_bundle, save_bundle
+from kelp.nn.bundle import load_network, read_spec, save_bundle
 from kelp.nn.device import resolve_device, resolve_precision, weights_dtype
 from kelp.nn.model import KelpNet
 from kelp.nn.preprocess import Preprocess
@@ -276,9 +276,9 @@ def _finish(setup: _Setup, tracking: Tracking, keeper: EpochKeeper) -> Path:
     from kelp.nn.training.epochs import HISTORY
     from kelp.nn.training.pictures import MATRIX, SAMPLES, draw_confusion, draw_samples
 
-    best = load_bundle(keeper.best_folder)
-    draw_confusion(tracking.artifacts, keeper.confusions[best.spec.epoch - 1])
-    net = best.net.to(setup.device)
+    spec = read_spec(keeper.best_folder)
+    draw_confusion(tracking.artifacts, keeper.confusions[spec.epoch - 1])
+    net = load_network(keeper.best_folder, spec).to(setup.device)
     draw_samples(tracking.artifacts, setup.data.fold.val_sources, net, setup.config)
     bundle = keeper.publish()
     names = [path.name for path in tracking.artifacts.glob("bundle*")]
