@@ -153,10 +153,20 @@ class Scene:
         return self._canonical(self._read(self._indexes, tile))
 
     def sample(self, side: int) -> NDArray[np.float32]:
-        """The whole scene thinned (by picking pixels) to at most `side` pixels a side."""
-        step = max(1, -(-max(self.shape) // side))
-        thinned = (-(-self.shape[0] // step), -(-self.shape[1] // step))
-        return self._canonical(self._read(self._indexes, None, thinned))
+        """At most `side` x `side` pixels spread over the scene, as a canonical array.
+
+        Small windows on a regular grid: a large file is not decoded as a whole for them.
+        """
+        rows, columns = (_spread(length, side) for length in self.shape)
+        return np.concatenate(
+            [
+                np.concatenate(
+                    [self.read(Tile(y, x, bottom - y, right - x)) for x, right in columns], axis=2
+                )
+                for y, bottom in rows
+            ],
+            axis=1,
+        )
 
     def read_stored(self) -> tuple[NDArray[Any], NDArray[np.float32]]:
         """The whole scene twice, decoded once: as stored, and as a canonical array.
@@ -166,13 +176,10 @@ class Scene:
         stored = self._read(list(self._dataset.indexes), None)
         return stored, self._canonical([stored[index - 1] for index in self._indexes])
 
-    def _read(
-        self, indexes: list[int], tile: Tile | None, thinned: Shape | None = None
-    ) -> NDArray[Any]:
+    def _read(self, indexes: list[int], tile: Tile | None) -> NDArray[Any]:
         window = Window(tile.x, tile.y, tile.width, tile.height) if tile else None
-        out_shape = (len(indexes), *thinned) if thinned else None
         with quietly(self.path):
-            raw: NDArray[Any] = self._dataset.read(indexes, window=window, out_shape=out_shape)
+            raw: NDArray[Any] = self._dataset.read(indexes, window=window)
         return raw
 
     def _canonical(self, raw: Sequence[NDArray[Any]] | NDArray[Any]) -> NDArray[np.float32]:
@@ -188,6 +195,16 @@ class Scene:
         if "QA" in self.names:
             out[bands.QA] = bands.decode_qa(out[bands.QA])
         return out
+
+
+def _spread(length: int, count: int) -> list[tuple[int, int]]:
+    """Begins and ends of pieces with `count` pixels in all, spread over an axis; or all of it."""
+    if length <= count:
+        return [(0, length)]
+    pieces = min(8, count)
+    piece = count // pieces
+    starts = np.linspace(0, length - piece, pieces).astype(int).tolist()
+    return [(start, start + piece) for start in starts]
 
 
 def read_scene(path: Path, band_order: Sequence[str] = ()) -> NDArray[np.float32]:

@@ -23,7 +23,7 @@ _CANONICAL: Final = 4 * len(BANDS)
 """Bytes of a pixel inside kelp."""
 _MERGING: Final = 8 + 4 + 1
 """Bytes of a pixel that waits for tiles: sum, weight, whether it was left out."""
-_SMALLEST_CACHE: Final = 16 << 20
+SMALLEST_CACHE: Final = 16 << 20
 _LARGEST_CACHE: Final = 512 << 20  # without a budget
 _SLACK: Final = 1.1
 """Allocators round up."""
@@ -181,7 +181,7 @@ def _scene_bytes(scene: SceneSize, slicing: Slicing) -> int:
 def _cache(scenes: Sequence[SceneSize], slicing: Slicing) -> int:
     """Bytes of decoded blocks to keep so that none is decoded twice."""
     stride = slicing.tile[0] - slicing.overlap[0]
-    needs = [_SMALLEST_CACHE]
+    needs = [SMALLEST_CACHE]
     for scene in scenes:
         if scene.block[0] > 1:  # of single rows none is needed again
             # Where a read ends inside a row of blocks, two of them are in use at a time.

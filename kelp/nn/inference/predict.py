@@ -18,22 +18,30 @@ import kelp
 from kelp import manifest
 from kelp.config import PredictConfig
 from kelp.errors import InputError, KelpError
-from kelp.files import discard_partials, input_folder, output_folder, write_json
+from kelp.files import discard_partials, output_folder, write_json
 from kelp.grid import TileGrid
 from kelp.nn.bundle import Bundle, load_bundle
 from kelp.nn.device import resolve_device, resolve_precision
 from kelp.nn.inference import memory
 from kelp.nn.inference.arrays import joint_threshold, tile_shape
-from kelp.nn.inference.checks import check_scale, check_statistics, needed_bands
+from kelp.nn.inference.checks import check_statistics
 from kelp.nn.inference.engine import Counts, Engine, Job
+from kelp.nn.inference.inputs import Task, find_scenes, survey
 from kelp.nn.inference.network import Network
 from kelp.nn.inference.outputs import Outputs, forget, probability_path
-from kelp.nn.inference.plan import NetworkMemory, Plan, amount, check_disk, fit_memory, make_plan
+from kelp.nn.inference.plan import (
+    NetworkMemory,
+    Plan,
+    amount,
+    check_disk,
+    fit_memory,
+    make_plan,
+)
 from kelp.nn.inference.strip import Slicing
 from kelp.preview import write_previews
 from kelp.progress import Progress, silent
 from kelp.raster import decoding, read_tags
-from kelp.scene import Scene, SceneSize
+from kelp.scene import Scene
 from kelp.submission import ARCHIVE, write_submission
 
 log = logging.getLogger("kelp")
@@ -82,15 +90,15 @@ def predict_scenes(config: PredictConfig, progress: Progress = silent) -> Predic
     Raises:
         KelpError: bad input. Of several scenes the good ones are done before bad ones are named.
     """
-    scenes = _find_scenes(config.data_dir)
+    scenes = find_scenes(config.data_dir)
     bundles = [load_bundle(path, config.use_checkpoint) for path in config.run_dir]
     if config.dataset_stats_dir:
         for bundle in bundles:
             check_statistics(bundle.spec, config.dataset_stats_dir)
     discard_partials(output_folder(config.output_dir))
     outputs = {path: config.output_dir / manifest.output_name(path) for path in scenes}
-    run = _Run(config, bundles)
-    failures = run.survey(outputs)
+    tasks, failures = survey(outputs, config.band_order, [bundle.spec for bundle in bundles])
+    run = _Run(config, bundles, tasks)
     failures |= run.predict(progress)
     run.record()
     if failures:
@@ -125,21 +133,12 @@ def predict_scenes(config: PredictConfig, progress: Progress = silent) -> Predic
     )
 
 
-@dataclass(frozen=True)
-class _Task:
-    """A scene that is to be predicted."""
-
-    path: Path
-    output: Path
-    size: SceneSize
-    reading: dict[str, object]
-    """How its stored values are understood."""
-
-
 class _Run:
     """The engine, set up for one configuration and applied to scenes."""
 
-    def __init__(self, config: PredictConfig, bundles: Sequence[Bundle]) -> None:
+    def __init__(
+        self, config: PredictConfig, bundles: Sequence[Bundle], tasks: Sequence[Task]
+    ) -> None:
         self.config = config
         self.bundles = bundles
         self.threshold = joint_threshold(bundles, config.decision_threshold)
@@ -149,22 +148,8 @@ class _Run:
         tta = config.tta_merge_mode if config.tta else None
         self.network = Network(bundles, self.device, self.precision, tta)
         self.counts = Counts()
-        self.todo: list[_Task] = []
-        self._found: list[_Task] = []
-
-    def survey(self, outputs: dict[Path, Path]) -> dict[Path, str]:
-        """Open and check the scenes; returns what is wrong with each bad one."""
-        failures: dict[Path, str] = {}
-        for path, output in outputs.items():
-            try:
-                with Scene(path, self.config.band_order) as scene:
-                    for bundle in self.bundles:
-                        scene.require(needed_bands(bundle.spec))
-                        check_scale(scene, bundle.spec)
-                    self._found.append(_Task(path, output, scene.size, scene.reading))
-            except KelpError as error:
-                failures[path] = str(error)
-        return failures
+        self.todo: list[Task] = []
+        self._found = tasks
 
     def predict(self, progress: Progress) -> dict[Path, str]:
         """Predict what is not finished yet; returns the error of each scene that failed."""
@@ -266,7 +251,7 @@ class _Run:
             "probabilities": self.config.save_probabilities and self.config.probability_dtype,
         }
 
-    def _fingerprint(self, task: _Task) -> str:
+    def _fingerprint(self, task: Task) -> str:
         """SHA-256 of everything that the output of a scene depends on."""
         settings = {**self._settings(), "reading": task.reading}
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
@@ -274,7 +259,7 @@ class _Run:
             digest.update(hashlib.file_digest(file, "sha256").digest())
         return digest.hexdigest()
 
-    def _finished(self, task: _Task, fingerprint: str) -> bool:
+    def _finished(self, task: Task, fingerprint: str) -> bool:
         wanted = [task.output]
         if self.config.save_probabilities:
             wanted.append(probability_path(task.output))
@@ -289,7 +274,7 @@ class _Run:
         log.info("%s: made with other inputs or settings; making it anew", task.output)
         return False
 
-    def _sink(self, scene: Scene, task: _Task, fingerprint: str) -> Outputs:
+    def _sink(self, scene: Scene, task: Task, fingerprint: str) -> Outputs:
         return Outputs(
             scene.shape,
             scene.georeference,
@@ -300,28 +285,8 @@ class _Run:
             fingerprint,
         )
 
-    def _tiles(self, task: _Task) -> int:
+    def _tiles(self, task: Task) -> int:
         return len(TileGrid(task.size.shape, self.slicing.tile, self.slicing.overlap))
-
-
-def _find_scenes(data: Path) -> list[Path]:
-    """The scenes of a folder, of a list, or the one that is named."""
-    if data.is_file() and data.suffix.lower() != ".txt":
-        return [data]
-    if data.is_file():
-        lines = data.read_text(encoding="utf-8").splitlines()
-        scenes = [Path(line.strip()) for line in lines if line.strip()]
-    else:
-        products = (manifest.MASK_SUFFIX, manifest.PROBABILITY_SUFFIX)
-        found = [p for p in input_folder(data) if p.suffix.lower() in (".tif", ".tiff")]
-        scenes = [p for p in found if not p.name.endswith(products)]
-    if not scenes:
-        raise InputError(f"{data}: holds no .tif scene")
-    names = [manifest.output_name(path) for path in scenes]
-    for path, name in zip(scenes, names, strict=True):
-        if names.count(name) > 1:
-            raise InputError(f"{path}: another of these scenes would also become {name}")
-    return scenes
 
 
 def _slicing(bundles: Sequence[Bundle], config: PredictConfig) -> Slicing:
