@@ -70,7 +70,10 @@ class PredictConfig(Config):
         3, help="--land skip: with water this near, a tile counts as water", unit="px", ge=0
     )
     max_memory: Bytes | None = option(
-        None, help="Memory the process may take, as in 2GB; default: no limit", unit="bytes", gt=0
+        None,
+        help="Memory that the process may fill, as in 2GB; default: no limit",
+        unit="bytes",
+        gt=0,
     )
     overwrite: bool = option(False, help="Make finished outputs anew")
     preview_submission: bool = option(

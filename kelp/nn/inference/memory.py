@@ -1,8 +1,12 @@
-"""Memory of this process, as the system counts it (resident set)."""
+"""Memory of this process: what it fills itself, without the program code mapped from files.
+
+Pages of libraries are shared and can be dropped by the system at any time; with a CUDA build of
+torch they are hundreds of megabytes that no limit on a job has to hold. Where the system does not
+tell them apart (not Linux), they count as well.
+"""
 
 from __future__ import annotations
 
-import os
 import resource
 import sys
 from collections.abc import Callable
@@ -13,32 +17,41 @@ _highest = 0
 
 
 def resident() -> int:
-    """Bytes that the process holds now; where the system does not tell, the most it ever held."""
+    """Bytes that the process fills now; where the system does not tell, the most it ever did."""
     try:
-        pages = int((_PROC / "statm").read_text().split()[1])
+        return _status("RssAnon") + _status("RssShmem")
     except OSError:
         return peak()
-    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def peak() -> int:
-    """The most bytes that the process ever held."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return max(_highest, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+    """The most bytes that the process ever filled."""
+    try:
+        now = _status("VmHWM") - _status("RssFile")
+    except OSError:
+        unit = 1 if sys.platform == "darwin" else 1024
+        now = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return max(_highest, now)
 
 
 def growth(work: Callable[[], object]) -> int:
-    """How many bytes more than before the process holds, at most, while `work` runs."""
+    """How many bytes more than before the process fills, at most, while `work` runs."""
     global _highest
     _highest = peak()
     try:
         (_PROC / "clear_refs").write_text("5")  # Linux: the peak begins anew, from here
-        before = resident()
-        work()
-        status = (_PROC / "status").read_text()
     except OSError:
-        before = peak()
+        before = _highest
         work()
         return peak() - before
-    high = next(line for line in status.splitlines() if line.startswith("VmHWM"))
-    return int(high.split()[1]) * 1024 - before
+    before = resident()
+    work()
+    return max(0, _status("VmHWM") - _status("RssFile") - before)
+
+
+def _status(name: str) -> int:
+    """A line of /proc/self/status, in bytes (man 5 proc)."""
+    for line in (_PROC / "status").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {name}")
