@@ -1,46 +1,59 @@
-"""Sliced prediction of one 350 x 350 image: kelp against the seed's algorithm and the bare network.
+"""Seconds per 350 x 350 image, sliced: kelp against the seed's algorithm, the network and peers.
 
-    python benchmarks/inference.py [--encoder tu-efficientnet_b5] [--repeats 5]
+    python benchmarks/inference.py [--images 4] [--encoder tu-efficientnet_b5] [--repeats 3]
 
 The seed's algorithm is restated plainly: 36 zero-padded tiles of 128 px with overlap 64, resized
-to 320 px, all in one float32 batch, a hard vote for each tile, votes averaged and cut again.
-kelp runs its 25 clamped tiles from a file to a mask file, reading and writing included. The bare
-network is the time of the same 25 crops through the network alone, in batches of 8. All three
-are timed in turn, repeatedly, in one process; ratios are medians of paired runs. Weights are
-random: time does not depend on them.
+to 320 px, all in one batch, float32 in torch's own memory format, a hard vote for each tile, votes
+averaged and cut again. kelp predicts a folder, files to mask files, its network loaded before. The
+network alone runs the 25 crops an image that must be run, resized already, in batches of 4, 8
+and 16, of which the quickest counts. Peers run those 25 tiles of an image in memory with kelp's
+float32 network. `--device cuda` measures on a GPU. All are timed in turn, repeatedly, in one
+process; ratios are medians of paired runs. Weights are random: time does not depend on them.
 """
 
 from __future__ import annotations
 
-import argparse
+import copy
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from importlib import resources
 from pathlib import Path
+from unittest import mock
 
+import measuring
 import numpy as np
+import peers
+import rasterio
 import torch
 import torch.nn.functional as F
+from measuring import Row
 from numpy.typing import NDArray
 
-import kelp
-from kelp.bands import BANDS
+from kelp.bands import BANDS, DEM
+from kelp.config import PredictConfig
+from kelp.config.train import Precision
 from kelp.indices import IndexSettings
 from kelp.nn.bundle import Bundle, load_bundle, save_bundle
-from kelp.nn.device import autocast, resolve_precision
+from kelp.nn.device import autocast, resolve_device, resolve_precision
+from kelp.nn.inference import predict
+from kelp.nn.inference.engine import Counts
+from kelp.nn.inference.network import Network
 from kelp.nn.model import KelpNet
 from kelp.nn.spec import BundleSpec
 from kelp.scene import read_scene
 from kelp.stats import channel_statistics
 
-TILE, OVERLAP, CROP = 128, 64, 320
-CROPS, BATCH = 25, 8
-CPU = torch.device("cpu")
+TILE, OVERLAP, CROP, SIDE = 128, 64, 320, 350
+CROPS = 25
+BATCHES = (4, 8, 16)
+
+Pixels = NDArray[np.float32]
 
 
-def make_bundle(folder: Path, encoder: str, scene: NDArray[np.float32]) -> Bundle:
+def make_bundle(folder: Path, encoder: str, scene: Pixels) -> Bundle:
     spec = BundleSpec(
         bands=BANDS,
         statistics=channel_statistics([scene], BANDS, IndexSettings()),
@@ -54,10 +67,39 @@ def make_bundle(folder: Path, encoder: str, scene: NDArray[np.float32]) -> Bundl
     return load_bundle(save_bundle(folder, KelpNet(spec), spec))
 
 
-def seeds_way(bundle: Bundle, scene: NDArray[np.float32], threshold: float = 0.5) -> NDArray:
+def write_images(folder: Path, images: list[NDArray[np.int16]]) -> Path:
+    folder.mkdir()
+    for number, image in enumerate(images):
+        count, height, width = image.shape
+        with rasterio.open(
+            folder / f"B{number:06d}_satellite.tif", "w", driver="GTiff", count=count,
+            height=height, width=width, dtype="int16", compress="deflate",
+        ) as out:  # fmt: skip
+            out.write(image)
+    return folder
+
+
+def turned(image: NDArray[np.int16], count: int) -> list[NDArray[np.int16]]:
+    """An image and its symmetries: one amount of work, different pixels."""
+    kinds = [np.rot90(image, k, axes=(1, 2)) for k in range(4)]
+    return [np.ascontiguousarray(kinds[number % 4]) for number in range(count)]
+
+
+def coastal(image: NDArray[np.int16], count: int, share: float) -> list[NDArray[np.int16]]:
+    """An image whose left part is land by its DEM: a straight coast.
+
+    Only tiles that are land all over are skipped. At half land that is one column in five; on
+    simulated, broken coasts with 40 to 60 % of land it is none.
+    """
+    image = image.copy()
+    image[DEM] = np.where(np.arange(SIDE) < share * SIDE, 10, -32768)
+    return turned(image, count)
+
+
+def seeds_way(net: KelpNet, scene: Pixels, device: torch.device) -> NDArray[np.uint8]:
     """The original algorithm: 6 x 6 tiles, zero-padded, one float32 batch, hard votes."""
-    net, (_, height, width) = bundle.net, scene.shape
-    x = net.preprocess(torch.from_numpy(scene)[None])[0]
+    _, height, width = scene.shape
+    x = net.preprocess(torch.from_numpy(scene)[None].to(device))[0]
     places = [(y, x0) for y in range(0, height, OVERLAP) for x0 in range(0, width, OVERLAP)]
     tiles = []
     for y, x0 in places:
@@ -66,68 +108,149 @@ def seeds_way(bundle: Bundle, scene: NDArray[np.float32], threshold: float = 0.5
     with torch.inference_mode():
         crops = F.interpolate(torch.stack(tiles), size=(CROP, CROP), mode="nearest")
         p = torch.sigmoid(net.body(crops)[:, 0])
-        votes = F.interpolate((p >= threshold).float()[:, None], size=(TILE, TILE))[:, 0]
+        votes = F.interpolate((p >= 0.5).float()[:, None], size=(TILE, TILE))[:, 0].cpu()
     total, count = np.zeros((height, width)), np.zeros((height, width))
     for (y, x0), vote in zip(places, votes.numpy(), strict=True):
         rows, columns = min(TILE, height - y), min(TILE, width - x0)
         total[y : y + rows, x0 : x0 + columns] += vote[:rows, :columns]
         count[y : y + rows, x0 : x0 + columns] += 1
-    return (total / count > threshold).astype(np.uint8)
+    return (total / count > 0.5).astype(np.uint8)
 
 
-def bare_network(bundle: Bundle) -> None:
-    """The network alone on as many crops as kelp needs, in its number format."""
-    x = torch.zeros(BATCH, len(BANDS), CROP, CROP).to(memory_format=torch.channels_last)
-    with torch.inference_mode(), autocast(resolve_precision(None, CPU), CPU):
-        for start in range(0, CROPS, BATCH):
-            bundle.net.body(x[: min(BATCH, CROPS - start)])
+@dataclass
+class Kelp:
+    """`kelp predict` on a folder, with a network that is loaded already."""
+
+    bundle: Bundle
+    target: Path
+    device: str
+
+    def __call__(
+        self, folder: Path, precision: Precision, land: str = "keep", batch: int = 8
+    ) -> Counts:
+        """Predict a folder."""
+        config = PredictConfig.model_validate(
+            {
+                "data_dir": folder,
+                "output_dir": self.target,
+                "run_dir": [self.bundle.path],
+                "sahi_overlap": OVERLAP,
+                "precision": precision,
+                "land": land,
+                "batch_size": batch,
+                "band_order": BANDS,
+                "device": self.device,
+                "overwrite": True,
+            }
+        )
+        with mock.patch.object(predict, "load_bundle", return_value=self.bundle):
+            return predict.predict_scenes(config).counts
 
 
-def seconds(work: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
+def network_alone(
+    bundle: Bundle, device: torch.device, precision: Precision, crops: int, batch: int
+) -> None:
+    """The network that kelp runs, on crops that are preprocessed and resized already."""
+    net = bundle.net.on(device, precision)
+    assert isinstance(net, KelpNet)
+    x = torch.rand(batch, len(BANDS), CROP, CROP, device=device)
+    x = x.to(memory_format=torch.channels_last)
+    with torch.inference_mode(), autocast(precision, device):
+        for start in range(0, crops, batch):
+            net.body(x[: min(batch, crops - start)])
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def peers_way(peer: peers.Peer, scene: Pixels, network: Network) -> None:
+    peer.run(peer.prepare(scene), lambda x: torch.from_numpy(network(x.contiguous().numpy())))
+
+
+def verdicts(runs: dict[str, list[float]], shares: dict[str, float]) -> list[str]:
+    """The lines of the Reach table; `shares` are crops run in kelp's and the network's runs."""
+    seed = runs["seed"]
+    lines = []
+    for name, target in (("kelp, bf16", 8), ("kelp, coast, land skipped, bf16", 12),
+                         ("kelp, float32", 4.5)):  # fmt: skip
+        if name in runs:
+            faster = measuring.ratio(seed, runs[name])
+            lines.append(f"{name}: {faster:.2f} times faster than the seed (target: {target})")
+    for kind in ("bf16", "float32"):
+        alone = [name for name in runs if name.startswith(f"network alone, {kind}")]
+        if not alone:
+            continue
+        best = min(alone, key=lambda name: statistics.median(runs[name]))
+        ours = runs[f"kelp, {kind}"]
+        over = measuring.ratio(ours, runs[best])
+        share = shares[f"kelp, {kind}"]
+        lines.append(
+            f"kelp, {kind}: {over:.3f} times the {best} (target: 1.08); the last batch is filled "
+            f"up, per crop run {over / share:.3f} times"
+        )
+    for name, times in runs.items():
+        if name.startswith(("MONAI", "toolbelt", "tiler")):
+            over = measuring.ratio(times, runs["kelp, float32"])
+            lines.append(f"{name}: {over:.2f} times as long as kelp, float32, files included")
+    return lines
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = measuring.parser(__doc__)
     parser.add_argument("--encoder", default="tu-efficientnet_b5")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--images", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--land_share", type=float, default=0.5, help="of the coastal images")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    device, count = resolve_device(options.device), options.images
     with (
-        resources.as_file(resources.files("kelp") / "data" / "LS000001_satellite.tif") as path,
+        resources.as_file(resources.files("kelp.data") / "LS000001_satellite.tif") as path,
         tempfile.TemporaryDirectory() as temporary,
     ):
         scene = read_scene(path)
+        with rasterio.open(path) as dataset:
+            stored = dataset.read()
+        folder = write_images(Path(temporary) / "images", turned(stored, count))
+        coast = write_images(Path(temporary) / "coast", coastal(stored, count, options.land_share))
         bundle = make_bundle(Path(temporary) / "bundle", options.encoder, scene)
-        mask = Path(temporary) / "mask.tif"
-        ways: dict[str, Callable[[], object]] = {
-            "seed: 36 tiles, float32, hard votes": lambda: seeds_way(bundle, scene),
-            "kelp, default precision": lambda: kelp.predict(bundle, path, mask, overlap=OVERLAP),
-            "kelp, float32": lambda: kelp.predict(
-                bundle, path, mask, overlap=OVERLAP, precision="32-true"
-            ),
-            "bare network, 25 crops": lambda: bare_network(bundle),
-        }
-        for way in ways.values():
-            way()  # warm up
-        runs = {name: [] for name in ways}
-        for _ in range(options.repeats):
-            for name, way in ways.items():
-                runs[name].append(seconds(way))
-    print(f"{options.encoder}, {torch.get_num_threads()} threads, medians of {options.repeats}")
-    first = next(iter(runs))
+        assert isinstance(bundle.net, KelpNet)
+        bundle.net.to(device)
+        kelp = Kelp(bundle, Path(temporary) / "out", options.device)
+        plain = copy.deepcopy(bundle.net).to(memory_format=torch.contiguous_format)
+        ways: dict[str, Callable[[], object]] = {"seed": lambda: seeds_way(plain, scene, device)}
+        images = {"seed": 1}
+        kinds: dict[str, Precision] = {"float32": "32-true"}
+        if resolve_precision(None, device) == "bf16-mixed":
+            kinds = {"bf16": "bf16-mixed"} | kinds
+        for kind, precision in kinds.items():
+            ways[f"kelp, {kind}"] = partial(kelp, folder, precision)
+            ways[f"kelp, coast, land skipped, {kind}"] = partial(kelp, coast, precision, "skip")
+            for batch in BATCHES:
+                ways[f"network alone, {kind}, batch {batch}"] = partial(
+                    network_alone, bundle, device, precision, CROPS * count, batch
+                )
+        network = Network([bundle], device, "32-true")
+        for peer in peers.installed(TILE, OVERLAP, (8,)):
+            if "buffered" not in peer.name:
+                ways[peer.name] = partial(peers_way, peer, scene, network)
+                images[peer.name] = 1
+        notes = {name: way() for name, way in ways.items()}  # warms up, too
+        runs = measuring.interleaved(ways, options.repeats, warm=False)
+    runs = {name: [t / images.get(name, count) for t in times] for name, times in runs.items()}
+    rows: list[Row] = []
+    shares = {}
     for name, times in runs.items():
-        ratio = statistics.median(a / b for a, b in zip(runs[first], times, strict=True))
-        print(f"{name:38s} {statistics.median(times):7.2f} s   {ratio:5.2f} x the seed's speed")
-    ours, bare = runs["kelp, default precision"], runs["bare network, 25 crops"]
-    overhead = statistics.median(a / b for a, b in zip(ours, bare, strict=True))
-    run = -(-CROPS // BATCH) * BATCH
-    print(
-        f"kelp takes {overhead:.2f} times the bare network's time, reading and writing included; "
-        f"{overhead * CROPS / run:.2f} times for each crop, as one image alone runs {run} crops "
-        f"for {CROPS} (the last batch is filled up; in a folder the next image fills it)"
-    )
+        row: Row = {"way": name, "s per image": statistics.median(times)}
+        row["times the seed's speed"] = measuring.ratio(runs["seed"], times)
+        made = notes[name]
+        if isinstance(made, Counts):
+            row["crops per image"] = made.predicted / count
+            row["crops run"] = made.batches * 8
+            shares[name] = made.batches * 8 / (CROPS * count)
+        rows.append(row)
+    title = f"Sliced prediction of 350 x 350 images, {options.encoder}, {count} in a folder"
+    measuring.report(title, rows, verdicts(runs, shares), options.json)
 
 
 if __name__ == "__main__":
