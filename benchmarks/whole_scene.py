@@ -64,6 +64,7 @@ def command(options: argparse.Namespace, scene: Path, out: Path, blend: str) -> 
         sys.executable, "-m", "kelp", "predict", "--data_dir", str(scene), "--output_dir", str(out),
         "--run_dir", str(options.run_dir), "--max_memory", options.max_memory, "--blend", blend,
         "--sahi_tile_size", str(TILE), "--sahi_overlap", str(OVERLAP), "--save_probabilities",
+        "--land", "skip",
     ]  # fmt: skip
 
 
@@ -125,7 +126,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run_dir", type=Path, required=True)
     parser.add_argument("--side", type=int, default=7800)
-    parser.add_argument("--seed", type=int, default=5)
+    parser.add_argument("--seed", type=int, default=6)
     parser.add_argument("--max_memory", default="1GB")
     parser.add_argument("--blends", default="hann,mean")
     parser.add_argument("--work_dir", type=Path)

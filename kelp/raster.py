@@ -15,6 +15,7 @@ import rasterio
 import rasterio.shutil
 from affine import Affine
 from numpy.typing import NDArray
+from rasterio._err import CPLE_BaseError
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.windows import Window
 
@@ -55,7 +56,7 @@ def quietly(path: Path, writing: bool = False) -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", NotGeoreferencedWarning)
             yield
-    except RasterioError as error:  # RasterioIOError is one, too
+    except (RasterioError, CPLE_BaseError) as error:  # copying lets GDAL's own errors through
         reason = " ".join(str(error).split()) or "no reason given"
         if writing:
             raise InputError(

@@ -112,18 +112,16 @@ class RasterWriter:
         size = kept * self._shape[1] * self._dtype.itemsize
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            rows = self._path_of_rows.open("a+b")
-            with ExitStack() as stack:
-                stack.callback(rows.close)
-                _lock(rows, self.path)
-                stack.pop_all()
-            self._rows = rows
+            if self._rows is None:
+                self._rows = _open_locked(self._path_of_rows)
             self._rows.truncate(size)
             self._rows.seek(0)
             self.checksum = 0
             for start in range(0, size, 1 << 24):
                 piece = self._rows.read(min(1 << 24, size - start))
                 self.checksum = zlib.crc32(piece, self.checksum)
+        except BlockingIOError as error:
+            raise InputError(f"{self.path}: another process is writing it; wait for it") from error
         except OSError as error:
             raise self._unwritable(error) from error
 
@@ -256,13 +254,31 @@ def write_mask(
         out.write(0, mask)
 
 
-def _lock(file: IO[bytes], path: Path) -> None:
-    """Two processes that wrote the same rows would spoil them. A killed one holds no lock."""
-    if sys.platform == "win32":  # no advisory locks of this kind there
-        return
-    import fcntl
+def remove_rows(path: Path) -> bool:
+    """Remove the rows that a killed writer of `path` left; False where one is still writing."""
+    rows = rows_path(path)
+    if rows.is_file():
+        try:
+            with _open_locked(rows):
+                rows.unlink()
+        except BlockingIOError:
+            return False
+    return True
 
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise InputError(f"{path}: another process is writing it; wait for it") from error
+
+def _open_locked(path: Path) -> IO[bytes]:
+    """Open a file of rows for this process alone. A killed process holds no lock.
+
+    Raises `BlockingIOError` while another process holds it.
+    """
+    while True:
+        with ExitStack() as stack:
+            file = stack.enter_context(path.open("a+b"))
+            if sys.platform != "win32":  # no advisory locks of this kind there
+                import fcntl
+
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with suppress(FileNotFoundError):  # else another process removed it just now
+                if path.stat().st_ino == os.fstat(file.fileno()).st_ino:
+                    stack.pop_all()
+                    return file

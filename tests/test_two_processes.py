@@ -11,7 +11,8 @@ from laws import predict, rasters
 from world import coast, write_tif
 
 from kelp.errors import InputError
-from kelp.nn.inference.journal import journal_path
+from kelp.merge import MergerState
+from kelp.nn.inference.journal import JournalFile, journal_path
 from kelp.raster import Georeference, read_mask
 from kelp.writer import RasterWriter, rows_path
 
@@ -58,7 +59,9 @@ def test_a_second_writer_is_refused_in_one_line(tmp_path):
     with writing(mask):
         second = RasterWriter(mask, (30, 1040), "uint8", Georeference(), 255, {})
         for kept in (0, 20):
-            with pytest.raises(InputError, match=r"X_kelp\.tif: another process is writing it") as e:
+            with pytest.raises(
+                InputError, match=r"X_kelp\.tif: another process is writing it"
+            ) as e:
                 second.begin(kept)
             assert "\n" not in str(e.value)
             second.discard()
@@ -115,13 +118,8 @@ def test_a_second_prediction_that_finds_it_finished_does_no_harm(scene):
 def test_a_refused_prediction_leaves_the_journal_of_the_first(scene):
     """Else a kill of the first would cost all that it has done."""
     mask = scene[2] / "X_kelp.tif"
-    predict(*scene, decision_threshold=0.9)
-    mask.unlink()
     with writing(mask):
         journal = journal_path(mask)
-        from kelp.merge import MergerState
-        from kelp.nn.inference.journal import JournalFile
-
         empty = MergerState(16, *(np.zeros((0, 1040), t) for t in ("f8", "f4", "?")))
         JournalFile(mask, "of the first").save(empty, lambda: [0])
         before = journal.read_bytes()

@@ -62,7 +62,8 @@ def parse_bytes(value: int | str) -> int:
     parts = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", value.strip())
     if parts is None or parts[2].upper() not in _UNITS:
         raise ValueError("a size is a number with a unit, as in 2GB, 800MB or 1.5GiB")
-    return int(float(parts[1]) * _UNITS[parts[2].upper()])
+    size: float = float(parts[1]) * _UNITS[parts[2].upper()]
+    return round(size)
 
 
 Names = Annotated[tuple[str, ...], BeforeValidator(_split)]

@@ -19,6 +19,7 @@ from kelp.grid import Shape, Tile
 from kelp.merge import Blend
 from kelp.nn.bundle import Bundle
 from kelp.nn.device import resolve_device, resolve_precision
+from kelp.nn.inference import memory
 from kelp.nn.inference.checks import needed_bands
 from kelp.nn.inference.engine import Counts, Engine, Job, Sink
 from kelp.nn.inference.network import Network
@@ -88,6 +89,7 @@ def predict(
     size = source.size if isinstance(source, Scene) else SceneSize(source.shape, (1, 1), 0)
     plan = make_plan([size], slicing, 0, 0)
     if max_memory is not None:
+        memory.give_back()
         try:
             budget = parse_bytes(max_memory)
         except ValueError as wrong:

@@ -167,6 +167,8 @@ class _Batch:
         """
         if not self.count:
             return bool(self.entries or self.resumed)
+        if len({id(other) for other, _, _, _ in self.entries}) > len(self.pixels):
+            return True  # or scenes that are all left out would stay open without end
         columns = len(scene.grid.columns)
         patience = -(-len(self.pixels) // columns)
         oldest = next((tile.y for other, tile, _, _ in self.entries if other is scene), None)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import time
-import zipfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -55,11 +55,12 @@ class JournalFile:
     def load(self) -> Entry | None:
         """The last entry; None where there is none, or none that can be read."""
         try:
-            with np.load(self._path, allow_pickle=False) as file:
+            with self._path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
                 header = json.loads(file["header"].tobytes())
                 state = MergerState(header["top"], file["sums"], file["weights"], file["left_out"])
                 return Entry(header["fingerprint"], tuple(header["checksums"]), state)
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        # What zip and numpy raise for damaged files.
+        except (OSError, ValueError, LookupError, TypeError, EOFError, RuntimeError, BadZipFile):
             return None
 
     @property

@@ -16,7 +16,7 @@ from kelp.manifest import MASK_SUFFIX, PROBABILITY_SUFFIX
 from kelp.merge import MergerState, to_mask
 from kelp.nn.inference.journal import JournalFile, journal_path
 from kelp.raster import Georeference
-from kelp.writer import COG_SIDE, RasterWriter, rows_path
+from kelp.writer import COG_SIDE, RasterWriter, remove_rows
 
 log = logging.getLogger("kelp")
 
@@ -45,6 +45,7 @@ class Outputs:
         tags: metadata of the files.
         probabilities: type of the probabilities to write beside the mask; None = none.
         fingerprint: stands for inputs and settings.
+        resume: whether what an earlier process left is gone on with.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Outputs:
         tags: Mapping[str, str],
         probabilities: ProbabilityType | None = None,
         fingerprint: str | None = None,
+        resume: bool = True,
     ) -> None:
         self.threshold = threshold
         self._writers = [RasterWriter(mask, shape, "uint8", place, MASK_NODATA, tags)]
@@ -72,24 +74,25 @@ class Outputs:
         self.start: MergerState | None = None
         if fingerprint and max(shape) > COG_SIDE:
             self._journal = JournalFile(mask, fingerprint)
-            self.start = self._recover(self._journal, shape[0])
+            self.start = self._recover(self._journal, shape[0], resume)
 
-    def _recover(self, journal: JournalFile, height: int) -> MergerState | None:
-        """Take over what an earlier process left, if it fits to the last bit."""
+    def _recover(self, journal: JournalFile, height: int, resume: bool) -> MergerState | None:
+        """Take over what an earlier process left, if it is wished and fits to the last bit."""
         entry = journal.load()
         if entry is None:
             return None
-        if entry.fingerprint == journal.fingerprint:
-            self._begin(entry.state.top)
-            if entry.checksums == tuple(writer.checksum for writer in self._writers):
-                log.info("%s: going on from row %d of %d", self._mask, entry.state.top, height)
-                return entry.state
-            reason = "what an earlier run left of it is damaged"
-        else:
+        self._begin(entry.state.top)  # from here on no other process touches them
+        reason = "what an earlier run left of it is damaged"
+        if entry.fingerprint != journal.fingerprint:
             reason = "an earlier run began it with other inputs or settings"
+        elif not resume:
+            reason = "an earlier run was stopped in it"
+        elif entry.checksums == tuple(writer.checksum for writer in self._writers):
+            log.info("%s: going on from row %d of %d", self._mask, entry.state.top, height)
+            return entry.state
         log.info("%s: %s; starting over", self._mask, reason)
         journal.discard()
-        self._end(keep=False)
+        self._begin()
         return None
 
     def _begin(self, kept: int = 0) -> None:
@@ -130,6 +133,7 @@ class Outputs:
             writer.finish()
         if len(self._writers) == 1:  # probabilities of an earlier run would not belong to it
             probability_path(self._mask).unlink(missing_ok=True)
+            remove_rows(probability_path(self._mask))
         if self._journal:
             self._journal.discard()
         self._end(keep=False)
@@ -142,9 +146,9 @@ class Outputs:
 
 def forget(mask: Path) -> None:
     """Remove what a process left that was killed just after it had finished a scene."""
-    for path in (mask, probability_path(mask)):
-        rows_path(path).unlink(missing_ok=True)
-    journal_path(mask).unlink(missing_ok=True)
+    free = [remove_rows(path) for path in (mask, probability_path(mask))]
+    if all(free):
+        journal_path(mask).unlink(missing_ok=True)
 
 
 def _scaled(rows: NDArray[np.float32]) -> NDArray[np.uint8]:

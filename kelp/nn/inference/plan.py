@@ -16,7 +16,7 @@ from kelp.errors import ConfigError, InputError
 from kelp.grid import Shape, TileGrid
 from kelp.nn.inference import memory
 from kelp.nn.inference.engine import AHEAD
-from kelp.nn.inference.strip import Slicing
+from kelp.nn.inference.strip import Slicing, strip_rows
 from kelp.scene import SceneSize
 
 _CANONICAL: Final = 4 * len(BANDS)
@@ -166,8 +166,7 @@ def _scene_bytes(scene: SceneSize, slicing: Slicing) -> int:
     """Bytes of a scene under way: its strip, rows being read, merged and written."""
     height, width = scene.shape
     tile, stride = slicing.tile[0], slicing.tile[0] - slicing.overlap[0]
-    margin = slicing.land_tolerance if slicing.skip_land else 0
-    strip = min(tile + 2 * margin, height) * (_CANONICAL + 1)
+    strip = min(strip_rows(slicing), height) * (_CANONICAL + 1)
     reading = min(stride, height) * (scene.stored + 2 * _CANONICAL)
     # Rows of tiles that are read but not yet merged: batches under way, and one to be filled.
     columns = len(TileGrid((1, width), (1, slicing.tile[1]), (0, slicing.overlap[1])))

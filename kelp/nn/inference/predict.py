@@ -202,6 +202,7 @@ class _Run:
         pixels = self.network.passes(tile) * sum(height * width for height, width in shapes)
         plan = make_plan(sizes, self.slicing, pixels, pixel_bytes)
         if config.max_memory is not None and sizes:
+            memory.give_back()
             measured = self._measured(config.max_memory)
             plan = fit_memory(plan, config.max_memory, sizes, self.slicing, measured)
         check_disk(plan, config.output_dir)
@@ -217,7 +218,7 @@ class _Run:
         path = self.config.output_dir / "kelp-memory.json"
         settings = json.dumps([self._settings(), budget], sort_keys=True)
         key = hashlib.sha256(settings.encode()).hexdigest()
-        with suppress(OSError, ValueError, TypeError):
+        with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
             known = json.loads(path.read_text(encoding="utf-8"))
             if known.pop("settings") == key:
                 return NetworkMemory(**known)
@@ -263,10 +264,7 @@ class _Run:
         wanted = [task.output]
         if self.config.save_probabilities:
             wanted.append(probability_path(task.output))
-        if self.config.overwrite:
-            forget(task.output)
-            return False
-        if not task.output.is_file():
+        if self.config.overwrite or not task.output.is_file():
             return False
         if all(read_tags(file).get(_FINGERPRINT) == fingerprint for file in wanted):
             forget(task.output)
@@ -283,6 +281,7 @@ class _Run:
             {_FINGERPRINT: fingerprint, "KELP_VERSION": kelp.__version__},
             self.config.probability_dtype if self.config.save_probabilities else None,
             fingerprint,
+            resume=not self.config.overwrite,
         )
 
     def _tiles(self, task: Task) -> int:

@@ -41,6 +41,14 @@ class Slicing:
     """Only where all is land this many pixels around them too: DEMs are misaligned."""
 
 
+def strip_rows(slicing: Slicing) -> int:
+    """Rows that a strip holds at most."""
+    tile, overlap = slicing.tile[0], slicing.overlap[0]
+    if not slicing.skip_land or not slicing.land_tolerance:
+        return tile
+    return tile + 2 * slicing.land_tolerance + (tile - overlap)
+
+
 class Strip:
     """A row of tiles of a scene, with the rows around it that decide what is land.
 
@@ -58,7 +66,7 @@ class Strip:
         self._skip_land = slicing.skip_land
         self._margin = slicing.land_tolerance if slicing.skip_land else 0
         height, width = source.shape
-        rows = min(self._tile[0] + 2 * self._margin, height)
+        rows = min(strip_rows(slicing), height)
         self._pixels = np.empty((len(BANDS), rows, width), dtype=np.float32)
         self._seen = np.empty((rows, width), dtype=np.bool_)
         self._top = self._bottom = self._fetched(top)
@@ -70,7 +78,10 @@ class Strip:
         """Go to the tiles that begin at row `y`; observed planes of rows not told of before."""
         height, width = self._source.shape
         top = self._fetched(y)
-        end = min(y + self._tile[0] + self._margin, height)
+        end = y + self._tile[0] + self._margin
+        if self._margin:  # on a multiple of the stride, as without: rows of blocks end there, too
+            end = -(-end // self._stride) * self._stride
+        end = min(end, height)
         kept = self._bottom - top
         if top > self._top:
             for plane in (*self._pixels, self._seen):  # one at a time: copied aside, they overlap
@@ -111,12 +122,13 @@ class Strip:
         `_seen_before[x]` counts the observed pixels left of column x, `_water_before[x]` those
         that are not land, margin included.
         """
-        held = slice(0, self._bottom - self._top)
-        rows = slice(y - self._top, min(y - self._top + self._tile[0], held.stop))
+        held = self._bottom - self._top
+        rows = slice(y - self._top, min(y - self._top + self._tile[0], held))
+        around = slice(0, min(rows.stop + self._margin, held))
         self._view = reflected(self._pixels[:, rows], *self._tile)
         self._seen_before = _running(reflected(self._seen[rows], *self._tile))
         if self._skip_land:
-            self._water_before = _running(~(self._pixels[DEM, held] > 0))
+            self._water_before = _running(~(self._pixels[DEM, around] > 0))
 
 
 def _running(plane: NDArray[np.bool_]) -> NDArray[np.int64]:
