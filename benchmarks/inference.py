@@ -9,11 +9,12 @@ network alone runs the 25 crops an image that must be run, resized already, in b
 and 16, of which the quickest counts. Peers run those 25 tiles of an image in memory with kelp's
 float32 network. `--device cuda` measures on a GPU. All are timed in turn, repeatedly, in one
 process; ratios are medians of paired runs. Weights are random: time does not depend on them.
+All have the huge pages that the program `kelp` asks for.
 """
 
 from __future__ import annotations
 
-import copy
+import os
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -22,6 +23,8 @@ from functools import partial
 from importlib import resources
 from pathlib import Path
 from unittest import mock
+
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # before torch is imported
 
 import measuring
 import numpy as np
@@ -36,7 +39,7 @@ from kelp.bands import BANDS, DEM
 from kelp.config import PredictConfig
 from kelp.config.train import Precision
 from kelp.indices import IndexSettings
-from kelp.nn.bundle import Bundle, load_bundle, save_bundle
+from kelp.nn.bundle import Bundle, load_bundle, load_network, save_bundle
 from kelp.nn.device import autocast, resolve_device, resolve_precision
 from kelp.nn.inference import predict
 from kelp.nn.inference.engine import Counts
@@ -217,7 +220,8 @@ def main() -> None:
         assert isinstance(bundle.net, KelpNet)
         bundle.net.to(device)
         kelp = Kelp(bundle, Path(temporary) / "out", options.device)
-        plain = copy.deepcopy(bundle.net).to(memory_format=torch.contiguous_format)
+        plain = load_network(bundle.path, bundle.spec)
+        plain.to(device, memory_format=torch.contiguous_format)
         ways: dict[str, Callable[[], object]] = {"seed": lambda: seeds_way(plain, scene, device)}
         images = {"seed": 1}
         kinds: dict[str, Precision] = {"float32": "32-true"}
