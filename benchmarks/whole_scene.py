@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import rasterio
+from numpy.typing import NDArray
 from PIL import Image
 from rasterio.enums import Resampling
 from rasterio.transform import from_origin
@@ -85,7 +86,12 @@ def predict(arguments: list[str], kill_at: int | None, rows: Path) -> tuple[floa
 
 
 def seam(path: Path, side: int) -> dict[str, float]:
-    """Mean step of the probabilities across borders of tiles / the mean step elsewhere."""
+    """Steps of the probabilities across borders of tiles / steps elsewhere.
+
+    A few edges of kelp hold most of the plain mean, so it differs between any two sets of columns:
+    `spread` is its standard deviation over the other columns of a stride, each taken as if borders
+    lay there. The geometric mean weighs all pixels alike.
+    """
     with rasterio.open(path) as dataset:
         p = dataset.read(1)
     stride = TILE - OVERLAP
@@ -93,13 +99,27 @@ def seam(path: Path, side: int) -> dict[str, float]:
     for name, axis in (("rows", 0), ("columns", 1)):
         steps = np.abs(np.diff(p, axis=axis))
         seen = np.isfinite(steps)
-        sums = np.where(seen, steps, 0).sum(axis=1 - axis, dtype=np.float64)
         counts = seen.sum(axis=1 - axis)
-        # Every border of a tile lies on a multiple of the stride, or of the last, moved back, tile.
-        at = np.arange(1, side)
-        border = (at % stride == 0) | ((at - (side - TILE)) % stride == 0) & (at >= side - TILE)
-        elsewhere = sums[~border].sum() / counts[~border].sum()
-        result[name] = float(sums[border].sum() / counts[border].sum() / elsewhere)
+        logs = np.log(np.where(seen, steps, 1) + np.float32(1e-7))
+        phase = np.arange(1, side) % stride  # borders lie on multiples of the stride
+
+        def ratio(
+            sums: NDArray[np.float64], k: int, counts: NDArray[np.int64] = counts,
+            phase: NDArray[np.int64] = phase,
+        ) -> tuple[float, float]:  # fmt: skip
+            at = phase == k
+            return (
+                float(sums[at].sum() / counts[at].sum()),
+                float(sums[~at].sum() / counts[~at].sum()),
+            )
+
+        plain = np.where(seen, steps, 0).sum(axis=1 - axis, dtype=np.float64)
+        means = [np.divide(*ratio(plain, k)) for k in range(stride)]
+        log = np.where(seen, logs, 0).sum(axis=1 - axis, dtype=np.float64)
+        border, elsewhere = ratio(log, 0)
+        result[f"{name}, mean"] = float(means[0])
+        result[f"{name}, spread"] = float(np.std(means[1:]))
+        result[f"{name}, geometric mean"] = float(np.exp(border - elsewhere))
     return result
 
 

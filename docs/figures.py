@@ -244,7 +244,7 @@ def left_out_figure() -> Figure:
     pixels[:, y + 0.55 * x < 150] = np.nan  # outside the satellite's path
     slicing = Slicing((tile, tile), (overlap, overlap), skip_land=True)
     told = fates(pixels, slicing)
-    figure = Figure(figsize=(8.6, 4.0), layout="constrained")
+    figure = Figure(figsize=(8.6, 4.2), layout="constrained")
     wide, near = figure.subplots(1, 2, width_ratios=(1.75, 1))
     picture = np.full((*shape, 3), (0.78, 0.88, 0.95))
     picture[pixels[DEM] > 0] = (0.85, 0.79, 0.64)
