@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import rasterio
@@ -49,12 +50,40 @@ class Georeference:
         }
 
 
+class _Silence:
+    """Ignores NotGeoreferencedWarning while at least one thread is inside.
+
+    Filters belong to the process: threads that each set and restored them would undo each other.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._filters = warnings.catch_warnings()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._inside += 1
+            if self._inside == 1:
+                self._filters = warnings.catch_warnings()
+                self._filters.__enter__()
+                warnings.simplefilter("ignore", NotGeoreferencedWarning)
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                self._filters.__exit__(None, None, None)
+
+
+_silence: Final = _Silence()
+
+
 @contextmanager
 def quietly(path: Path, writing: bool = False) -> Iterator[None]:
     """Competition files have no georeference, which is no news; errors name the file."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", NotGeoreferencedWarning)
+        with _silence:
             yield
     except (RasterioError, CPLE_BaseError) as error:  # copying lets GDAL's own errors through
         reason = " ".join(str(error).split()) or "no reason given"
@@ -67,9 +96,11 @@ def quietly(path: Path, writing: bool = False) -> Iterator[None]:
         ) from error
 
 
-def decoding(cache: int) -> Any:
-    """A context in which at most `cache` bytes of decoded blocks are kept (GDAL's block cache)."""
-    return rasterio.Env(GDAL_CACHEMAX=cache)
+@contextmanager
+def decoding(cache: int) -> Iterator[None]:
+    """Keep at most `cache` bytes of decoded blocks (GDAL's block cache), whatever threads read."""
+    with _silence, rasterio.Env(GDAL_CACHEMAX=cache):
+        yield
 
 
 def open_dataset(path: Path) -> Any:

@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -298,3 +299,16 @@ def test_a_sample_is_made_of_the_scenes_own_pixels(tmp_path_factory, height, wid
         sample = scene.sample(side)
     assert max(sample.shape[1:]) <= side
     assert np.isin(sample[0], data[0]).all()
+
+
+def test_threads_do_not_undo_each_others_silence(tmp_path):
+    """A warning is an error here; each thread opens files without a georeference."""
+    path = tmp_path / "a.tif"
+    write_mask(path, np.zeros(SHAPE, dtype=np.uint8))
+
+    def read(_):
+        for _ in range(60):
+            read_mask(path)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(read, range(8)))
