@@ -64,6 +64,11 @@ class Outcome:
     killed: bool
 
     @property
+    def finished(self) -> bool:
+        """Whether all was complete before the process began."""
+        return "1 already finished" in self.text
+
+    @property
     def done_earlier(self) -> int:
         """Tiles that the process took over from another."""
         found = re.search(r"([\d,]+) done earlier", self.text)
@@ -164,7 +169,7 @@ def main() -> None:
             if not killed.killed:  # it was quicker than usual
                 continue
             again = case.run(target)
-            redone = max(0, killed.tiles - again.done_earlier)
+            redone = 0 if again.finished else max(0, killed.tiles - again.done_earlier)
             left = [path.name for path in target.glob(".*")]
             rows.append(
                 {

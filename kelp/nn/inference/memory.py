@@ -60,7 +60,9 @@ def give_back() -> None:
     threads hundreds of megabytes that nobody uses.
     """
     with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+        library = ctypes.CDLL(None)
+        library.mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+        library.malloc_trim(0)
 
 
 def _status(name: str) -> int:

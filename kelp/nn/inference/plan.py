@@ -97,6 +97,7 @@ class NetworkMemory:
         cls, network: Callable[[NDArray[np.float32]], object], tile: Shape, budget: int
     ) -> NetworkMemory:
         """Run a batch of one crop, and one of two where `budget` bytes allow it."""
+        memory.give_back()
 
         def run(count: int) -> int:
             batch = np.zeros((count, len(BANDS), *tile), dtype=np.float32)
@@ -127,8 +128,10 @@ def fit_memory(
         return network.present + int(_SLACK * work)
 
     if total(1) > budget:
+        # Measured again, the program may take a little more: what is named must work then, too.
+        least = int(1.02 * total(1))
         raise ConfigError(
-            f"--max_memory {amount(budget)}: the smallest that works here is {amount(total(1))} "
+            f"--max_memory {amount(budget)}: the smallest that works here is {amount(least)} "
             f"({amount(network.present)} for the program and its network, the rest for tiles and "
             "rows); smaller tiles need less, and files stored in smaller blocks"
         )
@@ -149,10 +152,10 @@ def check_disk(plan: Plan, folder: Path) -> None:
 
 
 def amount(size: int) -> str:
-    """A number of bytes to read: 1.5 GB."""
-    for unit, name in ((10**9, "GB"), (10**6, "MB")):
+    """A number of bytes to read, rounded up: 1.54 GB."""
+    for unit, parts, name in ((10**9, 100, "GB"), (10**6, 10, "MB")):
         if size >= unit:
-            return f"{-(-size * 10 // unit) / 10:g} {name}"
+            return f"{-(-size * parts // unit) / parts:g} {name}"
     return f"{-(-size // 1000)} kB"
 
 
