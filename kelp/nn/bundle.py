@@ -12,7 +12,7 @@ import logging
 import platform
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal, Protocol
 
@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 import kelp
+from kelp.config.predict import Backend
 from kelp.config.train import Precision
 from kelp.errors import BundleError
 from kelp.files import atomic_folder, recover_folder
@@ -47,7 +48,7 @@ class Net(Protocol):
     def probabilities(self, raw: Tensor) -> Tensor:
         """Raw DN `(n, 7, h, w)` to float32 probabilities `(n, h, w)`."""
 
-    def on(self, device: torch.device, precision: Precision) -> Net:
+    def on(self, device: torch.device, precision: Precision, backend: Backend = "torch") -> Net:
         """The network ready to run there; what it cannot do it says in one line."""
 
 
@@ -58,6 +59,14 @@ class Bundle:
     path: Path
     spec: BundleSpec
     net: Net
+    _ready: dict[object, Net] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def on(self, device: torch.device, precision: Precision, backend: Backend = "torch") -> Net:
+        """The network ready to run there: made once, it is kept for the next scene."""
+        wish = device, precision, backend
+        if wish not in self._ready:
+            self._ready[wish] = self.net.on(*wish)
+        return self._ready[wish]
 
 
 def save_bundle(

@@ -13,10 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kelp.bands import MASK_NODATA
+from kelp.config.predict import Backend
 from kelp.config.train import Precision
 from kelp.errors import ConfigError
 from kelp.grid import Shape
 from kelp.nn.device import compute_dtype
+from kelp.nn.openvino_body import OpenVinoBody
 from kelp.nn.preprocess import Preprocess
 from kelp.nn.resize import pick, to_network, to_scene
 from kelp.nn.spec import NetworkSpec
@@ -59,9 +61,13 @@ class KelpNet(nn.Module):
         """Raw DN `(n, 7, h, w)` to float32 probabilities `(n, h, w)` at input resolution."""
         return self.to_input(torch.sigmoid(self(raw)), raw.shape[-2:])
 
-    def on(self, device: torch.device, precision: Precision) -> Self:
+    def on(self, device: torch.device, precision: Precision, backend: Backend = "torch") -> Self:
         """The network on `device`, its weights in that precision; the caller's keeps its type."""
         dtype = compute_dtype(precision)
+        if backend == "openvino":
+            net = copy.copy(self)
+            net._modules = self._modules | {"body": OpenVinoBody(self.body, device, precision)}
+            return net
         if dtype == torch.float32:
             return self.to(device)
         net = copy.deepcopy(self)
