@@ -23,13 +23,14 @@ from pathlib import Path
 
 import numpy as np
 import rasterio
-from numpy.typing import NDArray
 from PIL import Image
 from rasterio.enums import Resampling
 from rasterio.transform import from_origin
 from rasterio.windows import Window
 
 from kelp.bands import BANDS, NODATA
+from kelp.grid import TileGrid
+from kelp.seams import steps
 from kelp.simulation.scene import simulate_scene
 from kelp.writer import MASK_COLORS
 
@@ -85,41 +86,31 @@ def predict(arguments: list[str], kill_at: int | None, rows: Path) -> tuple[floa
     return time.perf_counter() - started, text
 
 
-def seam(path: Path, side: int) -> dict[str, float]:
-    """Steps of the probabilities across borders of tiles / steps elsewhere.
+def seam(path: Path, side: int) -> dict[str, float | None]:
+    """Whether borders of tiles show in a map of probabilities.
 
-    A few edges of kelp hold most of the plain mean, so it differs between any two sets of columns:
-    `spread` is its standard deviation over the other columns of a stride, each taken as if borders
-    lay there. The geometric mean weighs all pixels alike.
+    `score` is that of `kelp.seams`, `kelp compare`'s: geometric means. `mean` is the plain mean of
+    the steps across borders by that of all others: a few edges of kelp hold most of it, so it
+    differs between any two sets of lines; `spread` is its standard deviation over the other
+    phases of a stride, each taken as if borders lay there.
     """
     with rasterio.open(path) as dataset:
         p = dataset.read(1)
     stride = TILE - OVERLAP
-    result = {}
+    result: dict[str, float | None] = {"score": steps(p, TileGrid(p.shape, TILE, OVERLAP)).score}
     for name, axis in (("rows", 0), ("columns", 1)):
-        steps = np.abs(np.diff(p, axis=axis))
-        seen = np.isfinite(steps)
+        difference = np.abs(np.diff(p, axis=axis))
+        seen = np.isfinite(difference)
         counts = seen.sum(axis=1 - axis)
-        logs = np.log(np.where(seen, steps, 1) + np.float32(1e-7))
+        sums = np.where(seen, difference, 0).sum(axis=1 - axis, dtype=np.float64)
         phase = np.arange(1, side) % stride  # borders lie on multiples of the stride
-
-        def ratio(
-            sums: NDArray[np.float64], k: int, counts: NDArray[np.int64] = counts,
-            phase: NDArray[np.int64] = phase,
-        ) -> tuple[float, float]:  # fmt: skip
+        means = []
+        for k in range(stride):
             at = phase == k
-            return (
-                float(sums[at].sum() / counts[at].sum()),
-                float(sums[~at].sum() / counts[~at].sum()),
-            )
-
-        plain = np.where(seen, steps, 0).sum(axis=1 - axis, dtype=np.float64)
-        means = [np.divide(*ratio(plain, k)) for k in range(stride)]
-        log = np.where(seen, logs, 0).sum(axis=1 - axis, dtype=np.float64)
-        border, elsewhere = ratio(log, 0)
+            border, elsewhere = (sums[x].sum() / counts[x].sum() for x in (at, ~at))
+            means.append(border / elsewhere)
         result[f"{name}, mean"] = float(means[0])
         result[f"{name}, spread"] = float(np.std(means[1:]))
-        result[f"{name}, geometric mean"] = float(np.exp(border - elsewhere))
     return result
 
 
@@ -172,10 +163,10 @@ def main() -> None:
         for path in (mask, probability):
             told = subprocess.run([*check, path], capture_output=True, text=True, check=False)
             print(told.stdout.strip())
-        steps = seam(probability, options.side)
+        seams = seam(probability, options.side)
         peak = re.search(r"peak memory ([0-9.]+ \w+)", text)
-        figures[blend] = {"seconds": seconds, "seam": steps, "peak": peak and peak[1]}
-        print(f"{blend}: {seconds:.0f} s; step across tile borders / elsewhere: {steps}")
+        figures[blend] = {"seconds": seconds, "seam": seams, "peak": peak and peak[1]}
+        print(f"{blend}: {seconds:.0f} s; step across tile borders / elsewhere: {seams}")
         picture(scene, {"mask": mask, "probability": probability}, work / f"{blend}.png")
     if options.json:
         options.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")

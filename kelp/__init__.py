@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from kelp.ensembling import ensemble
     from kelp.errors import KelpError
     from kelp.nn.bundle import load_bundle
+    from kelp.nn.comparison.compare import compare
     from kelp.nn.export import export
     from kelp.nn.inference.arrays import predict, predict_array
     from kelp.nn.inference.predict import predict_scenes
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "KelpError": "kelp.errors",
     "build_metadata": "kelp.data_prep.metadata",
+    "compare": "kelp.nn.comparison.compare",
     "compute_stats": "kelp.stats",
     "ensemble": "kelp.ensembling",
     "evaluate": "kelp.scoring",
@@ -55,6 +57,7 @@ __all__ = [
     "KelpError",
     "__version__",
     "build_metadata",
+    "compare",
     "compute_stats",
     "ensemble",
     "evaluate",

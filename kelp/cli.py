@@ -63,6 +63,10 @@ COMMANDS: Final = {
     "evaluate": Command(
         "EvaluateConfig", "kelp.scoring:evaluate", "Scores of masks against truth.",
     ),
+    "compare": Command(
+        "CompareConfig", "kelp.nn.comparison.compare:compare",
+        "Should I slice? Ways of applying networks, side by side.",
+    ),
     "ensemble": Command(
         "EnsembleConfig", "kelp.ensembling:ensemble", "Weighted mean of prediction folders.",
     ),

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from kelp import manifest
 from kelp.config import (
+    CompareConfig,
     DemoConfig,
     EvaluateConfig,
     MetadataConfig,
@@ -36,6 +37,7 @@ from kelp.stats import compute_stats
 from kelp.submission import ARCHIVE, SIDE
 
 if TYPE_CHECKING:
+    from kelp.nn.comparison.compare import CompareResult
     from kelp.nn.inference.predict import PredictResult
     from kelp.nn.training.fit import TrainResult
 
@@ -95,6 +97,7 @@ class _Outcome:
     config: DemoConfig
     training: TrainResult
     scores: Scores
+    comparison: CompareResult
     real: PredictResult
     clock: _Clock
 
@@ -102,9 +105,11 @@ class _Outcome:
 def demo(config: DemoConfig, progress: Progress = silent) -> DemoResult:
     """Simulate, prepare, train, predict, score and report, all under `output_dir`.
 
-    Leaves `report.html`, `scores.json`, `submission.tar`, `mlruns/`, `data/`, `predictions/`.
+    Leaves `report.html`, `scores.json`, `submission.tar`, `mlruns/`, `data/`, `predictions/` and
+    `comparison/`.
     """
     # Known in kelp by its commands only: the demo does what a user would do.
+    from kelp.nn.comparison.compare import compare
     from kelp.nn.inference.predict import predict_scenes
     from kelp.nn.training.fit import train
 
@@ -126,6 +131,14 @@ def demo(config: DemoConfig, progress: Progress = silent) -> DemoResult:
             ),
             progress,
         )  # fmt: skip
+    with clock.step("compare whole images with slices"):
+        comparison = compare(
+            CompareConfig(
+                data_dir=raw / "test" / "images", gt_dir=raw / "test_truth",
+                run_dir=(training.run_dir,), sahi_tile_size=_TILE, output_dir=root / "comparison",
+            ),
+            progress,
+        )  # fmt: skip
     with clock.step("predict a real scene"), resources.as_file(_real_scene()) as scene:
         real = predict_scenes(
             PredictConfig(
@@ -136,7 +149,7 @@ def demo(config: DemoConfig, progress: Progress = silent) -> DemoResult:
         )  # fmt: skip
     if config.size == SIDE:
         (predictions / "test" / ARCHIVE).replace(root / ARCHIVE)
-    outcome = _Outcome(config, training, scores, real, clock)
+    outcome = _Outcome(config, training, scores, comparison, real, clock)
     figures = _write_scores(root / "scores.json", outcome)
     report = _write_report(root / "report.html", outcome, raw, predictions)
     config.record(root)
@@ -261,6 +274,7 @@ def _write_report(path: Path, outcome: _Outcome, raw: Path, predictions: Path) -
         name = manifest.output_name(scene)
         picture = picture_of(scene, predictions / "test" / name, raw / "test_truth" / name)
         report.figure(picture, f"`{scene.name}`: simulated scene, truth and prediction.")
+    _comparison_section(report, outcome.comparison)
     _real_section(report, outcome.real)
     report.text("## Where the time went").table(
         [("step", "seconds"), *((k, round(v, 1)) for k, v in clock.seconds.items())]
@@ -281,6 +295,20 @@ def _most_kelp(raw: Path) -> list[Path]:
     truths = [raw / "test_truth" / manifest.output_name(scene) for scene in scenes]
     kelp_pixels = {s: int((read_mask(t) == 1).sum()) for s, t in zip(scenes, truths, strict=True)}
     return sorted(scenes, key=lambda scene: -kelp_pixels[scene])
+
+
+def _comparison_section(report: Report, found: CompareResult) -> None:
+    from kelp.nn.comparison.page import dice_table
+
+    report.text(
+        f"## Should I slice?\n\n**{found.advice.text}** This network was trained on slices, so it "
+        "is no fair judge of whole images: compare it with one that was trained on them. The "
+        "thresholds here are fitted, each on other places; more is in "
+        "[the whole comparison](comparison/report.html)."
+    )
+    report.table(
+        dice_table(found.comparison, found.advice.whole), "Intervals: 95 %, over the test places"
+    )
 
 
 def _real_section(report: Report, real: PredictResult) -> None:

@@ -196,14 +196,60 @@ def _plot(axes: Axes, quantity: str, lines: Mapping[str, Series]) -> None:
     if all(float(step).is_integer() for series in lines.values() for step, _ in series):
         axes.locator_params(axis="x", integer=True)  # epochs come whole
     axes.grid(visible=True, color=_GRID, lw=0.8)
+    axes.margins(x=0.03)
+    _plain(axes)
+    if any(lines):
+        axes.legend(frameon=False, fontsize=9, labelcolor=_INK)
+
+
+def intervals(
+    values: Mapping[str, tuple[float | None, float | None, float | None]], quantity: str
+) -> bytes:
+    """A PNG of estimates with their intervals, one below the other.
+
+    Args:
+        values: value, low and high by name, `None` where undefined.
+        quantity: what they are, for the axis.
+    """
+    figure = _figure(8.4, 1.0 + 0.32 * max(len(values), 1))
+    axes = figure.add_subplot()
+    for k, (value, low, high) in enumerate(values.values()):
+        if low is not None and high is not None:
+            axes.plot([low, high], [k, k], color=_LINES[0], lw=2.4, solid_capstyle="butt")
+        axes.plot([math.nan if value is None else value], [k], "o", color=_INK, ms=5)
+    axes.set_yticks(range(len(values)), list(values))
+    axes.invert_yaxis()
+    axes.set_xlabel(quantity, color=_QUIET_INK, size=9)
+    axes.grid(visible=True, axis="x", color=_GRID, lw=0.8)
+    _plain(axes)
+    return _png(figure)
+
+
+def by_class(
+    values: Mapping[str, Sequence[float | None]], classes: Sequence[str], quantity: str
+) -> bytes:
+    """A PNG of shares by class, one line for each name; `None` is a gap."""
+    figure = _figure(7.2, 3.4)
+    axes = figure.add_subplot()
+    for color, (name, shares) in zip(_LINES * len(values), values.items(), strict=False):
+        heights = [math.nan if share is None else share for share in shares]
+        axes.plot(range(len(classes)), heights, color=color, lw=1.8, marker="o", ms=4, label=name)
+    axes.set_xticks(range(len(classes)), classes)
+    axes.set_ylim(-0.03, 1.03)
+    axes.set_ylabel(quantity, color=_QUIET_INK, size=9)
+    axes.grid(visible=True, color=_GRID, lw=0.8)
+    _plain(axes)
+    axes.legend(frameon=False, fontsize=8.5, labelcolor=_INK)
+    return _png(figure)
+
+
+def _plain(axes: Axes) -> None:
+    """No frame but the lower edge; quiet labels."""
     axes.set_axisbelow(True)
     axes.tick_params(colors=_QUIET_INK, labelsize=8.5, length=0)
-    axes.margins(x=0.03)
     for side, spine in axes.spines.items():
         spine.set_visible(side == "bottom")
         spine.set_color(_QUIET_INK)
-    if any(lines):
-        axes.legend(frameon=False, fontsize=9, labelcolor=_INK)
 
 
 def confusion(tp: int, fp: int, fn: int, tn: int) -> bytes:

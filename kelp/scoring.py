@@ -182,7 +182,7 @@ def evaluate(config: EvaluateConfig, progress: Progress = silent) -> Scores:
             f"{config.preds_dir}: no prediction for {_some(absent)} of {config.gt_dir}; "
             "predict these images too, or take their truth away"
         )
-    places = _places(config.metadata_fp, truths) if config.metadata_fp else {}
+    places = places_of(config.metadata_fp, truths) if config.metadata_fp else {}
     everything, seen = Figures(), Figures()
     areas = Areas(assumed_pixel_size_m=config.pixel_size)
     by_place: dict[str, Figures] = {}
@@ -218,7 +218,7 @@ def _pair(truth_path: Path, prediction_path: Path) -> tuple[NDArray[np.uint8], N
     return truth, prediction
 
 
-def _places(table_path: Path, tile_ids: Mapping[str, Path]) -> dict[str, str]:
+def places_of(table_path: Path, tile_ids: Mapping[str, Path]) -> dict[str, str]:
     """The place of each tile id, from a table of `kelp metadata`."""
     table = read_table(table_path, ["tile_id", "aoi_id"])
     places = dict(zip(table["tile_id"].astype(str), table["aoi_id"].astype(str), strict=True))

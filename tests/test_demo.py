@@ -22,3 +22,6 @@ def test_the_demo_leaves_what_it_promises(tmp_path):
     assert report.count("data:image/png;base64,") == 4  # curves, two scenes, the real one
     names = {path.name for path in tmp_path.iterdir()}
     assert {"submission.tar", "mlruns", "data", "predictions", "kelp-demo.yaml"} <= names
+    comparison = json.loads((tmp_path / "comparison" / "comparison.json").read_text())
+    assert comparison["advice"]["text"].split(":")[0] in report
+    assert 'href="comparison/report.html"' in report

@@ -21,6 +21,7 @@ FLOORS = {
     "kelp.indices": 0,
     "kelp.merge": 0,
     "kelp.agreement": 0,
+    "kelp.seams": 0,
     "kelp.summary": 0,
     "kelp.config": 1,
     "kelp.raster": 1,
@@ -42,12 +43,13 @@ FLOORS = {
     "kelp.nn": 3,
     "kelp.nn.training": 4,
     "kelp.nn.inference": 4,
-    "kelp.demo": 5,
-    "kelp.cli": 5,
-    "kelp.__main__": 6,
-    "kelp.data_prep.__main__": 6,
-    "kelp.nn.training.__main__": 6,
-    "kelp.nn.inference.__main__": 6,
+    "kelp.nn.comparison": 5,
+    "kelp.demo": 6,
+    "kelp.cli": 6,
+    "kelp.__main__": 7,
+    "kelp.data_prep.__main__": 7,
+    "kelp.nn.training.__main__": 7,
+    "kelp.nn.inference.__main__": 7,
 }
 PURE = [name for name, floor in FLOORS.items() if floor == 0]
 

@@ -5,6 +5,7 @@
 """
 
 from kelp.config.base import Config
+from kelp.config.comparison import CompareConfig
 from kelp.config.predict import (
     DemoConfig,
     EnsembleConfig,
@@ -24,6 +25,7 @@ from kelp.config.prep import (
 from kelp.config.train import TrainConfig
 
 __all__ = [
+    "CompareConfig",
     "Config",
     "DemoConfig",
     "EnsembleConfig",

@@ -40,7 +40,8 @@ def option(
     )
 
 
-def _split(value: Any) -> Any:
+def split(value: Any) -> Any:
+    """A list out of `a,b,c`, as flags give it."""
     if isinstance(value, str):
         return tuple(part.strip() for part in value.split(",") if part.strip())
     if isinstance(value, list):
@@ -66,10 +67,10 @@ def parse_bytes(value: int | str) -> int:
     return round(size)
 
 
-Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
-Paths = Annotated[tuple[Path, ...], BeforeValidator(_split)]
-Integers = Annotated[tuple[int, ...], BeforeValidator(_split)]
-Floats = Annotated[tuple[float, ...], BeforeValidator(_split)]
+Names = Annotated[tuple[str, ...], BeforeValidator(split)]
+Paths = Annotated[tuple[Path, ...], BeforeValidator(split)]
+Integers = Annotated[tuple[int, ...], BeforeValidator(split)]
+Floats = Annotated[tuple[float, ...], BeforeValidator(split)]
 Bytes = Annotated[int, BeforeValidator(parse_bytes)]
 
 

@@ -44,6 +44,7 @@ class KelpNet(nn.Module):
         self.spec = spec
         self.preprocess = Preprocess(spec)
         self.body = _build_body(spec)
+        self._layout = torch.channels_last
 
     def forward(self, raw: Tensor) -> Tensor:
         """Raw DN `(n, 7, h, w)` to float32 logits `(n, H, W)` at network resolution."""
@@ -53,7 +54,7 @@ class KelpNet(nn.Module):
             side, interpolation = self.spec.image_size, self.spec.interpolation
             x = to_network(self.preprocess(raw), side, interpolation)
         dtype = next(self.body.parameters()).dtype
-        x = x.to(dtype, memory_format=torch.channels_last)
+        x = x.to(dtype, memory_format=self._layout)
         logits: Tensor = self.body(x)[:, 0].float()
         return logits
 
@@ -67,6 +68,7 @@ class KelpNet(nn.Module):
         if backend == "openvino":
             net = copy.copy(self)
             net._modules = self._modules | {"body": OpenVinoBody(self.body, device, precision)}
+            net._layout = torch.contiguous_format
             return net
         if dtype == torch.float32:
             return self.to(device)
@@ -78,6 +80,12 @@ class KelpNet(nn.Module):
                 if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
                     module.to(dtype)
         return net.to(device)
+
+    def described(self, spec: NetworkSpec) -> Self:
+        """The same weights for another tile, size or interpolation."""
+        net = copy.copy(self)
+        net.spec = spec
+        return net
 
     def to_input(self, p: Tensor, shape: Shape | torch.Size) -> Tensor:
         """Probabilities `(n, H, W)` at network resolution back at that of an input of `shape`.

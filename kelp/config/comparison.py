@@ -1,0 +1,59 @@
+"""Options of `kelp compare`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import BeforeValidator
+
+from kelp.config.base import Config, Integers, Names, Paths, option, split
+from kelp.config.predict import Backend
+from kelp.config.train import Interpolation, Precision
+
+Interpolations = Annotated[tuple[Interpolation, ...], BeforeValidator(split)]
+
+
+class CompareConfig(Config):
+    """Should I slice? Ways of applying networks to labelled scenes, side by side."""
+
+    command: ClassVar[str] = "compare"
+
+    data_dir: Path = option(help="Folder of labelled scenes that no bundle was trained on")
+    gt_dir: Path = option(help="Folder of their true <tile_id>_kelp.tif masks")
+    run_dir: Paths = option(help="Runs or bundles, comma-separated: trained whole, or on tiles")
+    output_dir: Path = option(help="Folder for report.html, comparison.json and comparison.txt")
+    metadata_fp: Path | None = option(
+        None, help="Table of kelp metadata: which scenes show one place; default: each its own"
+    )
+    use_checkpoint: Literal["best", "latest"] = option("best", help="Which bundle of a run")
+    sahi_tile_size: int | None = option(
+        None, help="Side of a tile; default: as trained, else 128", unit="px", ge=1
+    )
+    overlaps: Integers = option((0,), help="Other overlaps than half a tile", unit="px")
+    tile_sizes: Integers = option((), help="Other tiles, at the same scale", unit="px")
+    interpolations: Interpolations = option((), help="Other interpolations of tiles")
+    tta: bool = option(False, help="Also with the 8 symmetries of the square (8 times the cost)")
+    decision_threshold: float | None = option(
+        None, help="Kelp where p is at least this; default: fitted, for each place on others",
+        unit="0-1", ge=0, le=1,
+    )  # fmt: skip
+    largest_pass: int = option(
+        2048, help="Largest side that a network is shown at once; wider ways are left out",
+        unit="px", ge=32,
+    )  # fmt: skip
+    draws: int = option(2000, help="Bootstrap draws of places", unit="draws", ge=100)
+    seed: int = option(0, help="Seed of the draws", unit="integer", ge=0)
+    precision: Precision | None = option(
+        None, help="Number format; default: bf16-mixed where the device has it, else 32-true"
+    )
+    batch_size: int = option(8, help="Crops in a batch", unit="crops", ge=1)
+    device: Literal["auto", "cpu", "cuda"] = option("auto", help="Where the network runs")
+    backend: Backend = option("torch", help="What computes the network")
+    band_order: Names = option(
+        (), help="Band names of the files, comma-separated; default: read from the files"
+    )
+    qa_as_nodata: bool = option(True, help="Pixels with QA = 1 count as not observed")
+    pixel_size: float = option(
+        30.0, help="Side of a pixel where a mask has no CRS, for areas", unit="m", gt=0
+    )

@@ -1,0 +1,289 @@
+"""`kelp compare`: labelled scenes and networks in; figures with intervals and one advice out."""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kelp.bands import DEM, MASK_NODATA
+from kelp.config import CompareConfig
+from kelp.errors import ConfigError, InputError
+from kelp.files import output_folder, write_json, write_text
+from kelp.manifest import MASK_SUFFIX, output_name, tile_id_of
+from kelp.nn.bundle import Bundle, load_bundle
+from kelp.nn.comparison.advice import Advice, advise
+from kelp.nn.comparison.page import to_text, write_report
+from kelp.nn.comparison.result import Comparison, Judged
+from kelp.nn.comparison.sums import (
+    CODES,
+    FIGURES,
+    Draws,
+    Sums,
+    best_threshold,
+    pixels_by_code,
+    sums_of,
+)
+from kelp.nn.comparison.ways import Runtime, Way, ways_of
+from kelp.nn.device import resolve_device, resolve_precision
+from kelp.nn.inference.inputs import find_scenes, survey
+from kelp.preview import picture_of
+from kelp.progress import Progress, silent
+from kelp.raster import read_mask
+from kelp.scene import read_scene
+from kelp.scoring import pixel_area_m2, places_of
+from kelp.seams import Steps, steps
+from kelp.writer import write_mask
+
+log = logging.getLogger("kelp")
+
+_TILE: Final = 128
+"""Of a network that was trained on whole images."""
+_PARTS: Final = 2
+"""Of the places; a part's threshold is fitted on the others."""
+
+
+@dataclass(frozen=True)
+class CompareResult:
+    """What `compare` found, and the files it wrote."""
+
+    comparison: Comparison
+    advice: Advice
+    text: str
+    files: tuple[Path, ...]
+
+    def summary(self) -> str:
+        """The table and the advice."""
+        return "\n".join([self.text, *(f"wrote {path}" for path in self.files)])
+
+
+@dataclass(frozen=True)
+class _Labelled:
+    """A scene and its truth."""
+
+    scene: Path
+    truth: Path
+    shape: tuple[int, int]
+    place: int
+
+
+def compare(config: CompareConfig, progress: Progress = silent) -> CompareResult:
+    """Apply networks to labelled scenes in several ways and judge each; see `CompareConfig`.
+
+    Writes `comparison.json`, `comparison.txt` and `report.html`.
+
+    Raises:
+        InputError: a truth is missing, or a scene cannot be read.
+        ConfigError: an ONNX file instead of a bundle, or an overlap that is no overlap.
+    """
+    bundles = [load_bundle(path, config.use_checkpoint) for path in config.run_dir]
+    images = _images(config, bundles)
+    wide = [image.shape for image in images]
+    ways: list[Way] = []
+    left_out: list[Way] = []
+    for way in _ways(config, bundles):
+        fits = max(map(way.side, wide)) <= config.largest_pass
+        (ways if fits else left_out).append(way)
+    for way in left_out:
+        log.info("%s: left out, larger than --largest_pass %d", way.name, config.largest_pass)
+    device = resolve_device(config.device)
+    precision = resolve_precision(config.precision, device)
+    runtime = Runtime(device, precision, config.backend, config.batch_size)
+    folder = output_folder(config.output_dir)
+    with tempfile.TemporaryDirectory(prefix=".", dir=folder) as temporary:
+        judge = _Judge(config, images, ways, runtime, Path(temporary))
+        judge.predict(progress)
+        judged = tuple(judge.judge(way) for way in ways)
+        places = [image.place for image in images]
+        draws = Draws(max(places) + 1, config.draws, config.seed)
+        comparison = Comparison(judged, places, draws)
+        advice = advise(comparison)
+        text = to_text(comparison, advice)
+        report = write_report(
+            folder / "report.html", comparison, advice, config,
+            judge.pictures(advice), [way.name for way in left_out],
+        )  # fmt: skip
+    figures: dict[str, Any] = {
+        "advice": advice.to_json(),
+        "images": len(images),
+        "places": max(places) + 1,
+        "draws": config.draws,
+        "precision": precision,
+        "left_out": [way.name for way in left_out],
+        "ways": comparison.to_json(advice.whole),
+    }
+    write_json(folder / "comparison.json", figures)
+    write_text(folder / "comparison.txt", text + "\n")
+    config.record(folder)
+    files = (report, folder / "comparison.json", folder / "comparison.txt")
+    return CompareResult(comparison, advice, text, files)
+
+
+def _images(config: CompareConfig, bundles: Sequence[Bundle]) -> list[_Labelled]:
+    """The scenes with their truths and places, all of them readable."""
+    scenes = find_scenes(config.data_dir)
+    truths = {scene: config.gt_dir / output_name(scene, MASK_SUFFIX) for scene in scenes}
+    absent = [path for path in truths.values() if not path.is_file()]
+    if absent:
+        raise InputError(
+            f"{absent[0]}: no such truth, {len(absent)} of {len(scenes)} scenes have none; give "
+            "the folder of their masks as --gt_dir, or take the scenes away"
+        )
+    tasks, failures = survey(truths, config.band_order, [bundle.spec for bundle in bundles])
+    if failures:
+        raise InputError(f"{len(failures)} scenes cannot be read: {'; '.join(failures.values())}")
+    names = {tile_id_of(task.path): task.path for task in tasks}
+    if config.metadata_fp:
+        place_of = places_of(config.metadata_fp, names)
+    else:
+        log.info("without --metadata_fp each scene counts as a place of its own")
+        place_of = {name: name for name in names}
+    numbers = {place: k for k, place in enumerate(sorted({place_of[name] for name in names}))}
+    return [
+        _Labelled(task.path, task.output, task.size.shape, numbers[place_of[name]])
+        for name, task in zip(names, tasks, strict=True)
+    ]
+
+
+def _ways(config: CompareConfig, bundles: Sequence[Bundle]) -> list[Way]:
+    ways: list[Way] = []
+    for bundle, path in zip(bundles, config.run_dir, strict=True):
+        trained = bundle.spec.tile_size
+        if config.sahi_tile_size:
+            tile = config.sahi_tile_size
+        else:
+            tile = trained[0] if bundle.spec.sahi and trained[0] == trained[1] else _TILE
+        wrong = [overlap for overlap in config.overlaps if not 0 <= overlap < tile]
+        if wrong:
+            raise ConfigError(f"--overlaps {wrong[0]}: must lie between 0 and {tile - 1} px")
+        name = path.name if len(bundles) > 1 else ""
+        ways += ways_of(
+            bundle, name, tile, config.overlaps, config.tile_sizes, config.interpolations,
+            config.tta,
+        )  # fmt: skip
+    names = [way.name for way in ways]
+    if len(set(names)) < len(names):
+        raise ConfigError("--run_dir: two of these folders have one name; rename one")
+    return ways
+
+
+class _Judge:
+    """Predictions of all ways, and what they are worth."""
+
+    def __init__(
+        self, config: CompareConfig, images: Sequence[_Labelled], ways: Sequence[Way],
+        runtime: Runtime, folder: Path,
+    ) -> None:  # fmt: skip
+        self._config = config
+        self._images = images
+        self._ways = ways
+        self._runtime = runtime
+        self._folder = folder
+        self._steps: dict[str, list[Steps]] = {way.name: [] for way in ways}
+        self._seconds: dict[str, list[float]] = {way.name: [] for way in ways}
+        self._network_pixels: dict[str, int] = dict.fromkeys(self._steps, 0)
+        self._number = {way.name: k for k, way in enumerate(ways)}
+        self._land: list[NDArray[np.bool_]] = []
+        count = max(image.place for image in images) + 1
+        order = np.random.default_rng(config.seed).permutation(count)
+        self._part = np.empty(count, dtype=np.intp)
+        self._part[order] = np.arange(count) % _PARTS
+
+    def predict(self, progress: Progress) -> None:
+        """Run every way on every scene; each scene is read once."""
+        config, done = self._config, 0
+        tiles = [way.tile for way in self._ways if way.tile]
+        for number, image in enumerate(self._images):
+            scene = read_scene(image.scene, config.band_order)
+            self._land.append(scene[DEM] > 0)
+            for way in self._ways:
+                outcome = way.run(scene, self._runtime, config.qa_as_nodata)
+                p = outcome.probabilities
+                self._seconds[way.name].append(outcome.seconds)
+                self._network_pixels[way.name] += outcome.network_pixels
+                self._steps[way.name].append(steps(p, way.grid(image.shape, tiles[0])))
+                codes = np.where(np.isnan(p), MASK_NODATA, np.rint(np.nan_to_num(p) * CODES))
+                np.save(self._file(way, number), codes.astype(np.uint8))
+                done += 1
+                progress("comparing", done, len(self._images) * len(self._ways))
+
+    def _codes(self, way: Way, number: int) -> NDArray[np.uint8]:
+        codes: NDArray[np.uint8] = np.load(self._file(way, number))
+        return codes
+
+    def _file(self, way: Way, number: int) -> Path:
+        return self._folder / f"{self._number[way.name]}-{number}.npy"
+
+    def judge(self, way: Way) -> Judged:
+        """Figures of one way."""
+        thresholds = self._thresholds(way)
+        by_image: list[Sums] = []
+        for number, image in enumerate(self._images):
+            area = pixel_area_m2(image.truth) or pixel_area_m2(image.scene)
+            km2 = (area or self._config.pixel_size**2) / 1e6
+            by_image.append(
+                sums_of(
+                    read_mask(image.truth), self._codes(way, number),
+                    thresholds[self._part[image.place]], self._land[number],
+                    self._steps[way.name][number], km2,
+                )
+            )  # fmt: skip
+        pixels = sum(image.shape[0] * image.shape[1] for image in self._images)
+        network_pixels = self._network_pixels[way.name]
+        return Judged(
+            way,
+            tuple(threshold / CODES for threshold in thresholds),
+            tuple(by_image),
+            statistics.median(self._seconds[way.name]),
+            network_pixels / len(self._images),
+            network_pixels / pixels,
+        )
+
+    def _thresholds(self, way: Way) -> list[int]:
+        """Of each part of the places, in codes; fitted on the other part unless one is given."""
+        wish = self._config.decision_threshold
+        if wish is None and len(self._part) < _PARTS:
+            wish = way.bundle.spec.threshold
+            log.info("one place only: no threshold can be fitted, the bundle's is used")
+        if wish is not None:
+            return [max(1, int(np.ceil(wish * CODES)))] * _PARTS
+        by_part = np.zeros((_PARTS, 2, CODES + 1), dtype=np.int64)
+        for number, image in enumerate(self._images):
+            counted = pixels_by_code(read_mask(image.truth), self._codes(way, number))
+            by_part[self._part[image.place]] += counted
+        return [best_threshold(by_part[1 - k]) for k in range(_PARTS)]
+
+    def pictures(self, advice: Advice) -> list[tuple[str, bytes]]:
+        """The scenes that gain and lose most by slicing, with what either way made of them."""
+        if advice.sliced is None or advice.whole is None:
+            return []
+        pair = (advice.whole, advice.sliced)
+        dice = [
+            [FIGURES["pooled_dice"](sums) for sums in judged.by_image] for judged in pair
+        ]  # NaN without kelp in either
+        gains = np.nan_to_num(np.subtract(dice[1], dice[0]))
+        shown = []
+        for number, words in ((int(gains.argmax()), "gains"), (int(gains.argmin()), "loses")):
+            if (gains[number] > 0) != (words == "gains") or gains[number] == 0:
+                continue
+            image = self._images[number]
+            for judged, scores in zip(pair, dice, strict=True):
+                threshold = round(judged.thresholds[self._part[image.place]] * CODES)
+                codes = self._codes(judged.way, number)
+                mask = np.where(codes == MASK_NODATA, MASK_NODATA, codes >= threshold)
+                path = self._folder / output_name(image.scene)
+                write_mask(path, mask.astype(np.uint8))
+                caption = (
+                    f"`{image.scene.name}`, which {words} most by slicing: {judged.way.name}, "
+                    f"Dice {float(scores[number]):.3f}"
+                )
+                picture = picture_of(image.scene, path, image.truth, self._config.band_order)
+                shown.append((caption, picture))
+        return shown

@@ -1,0 +1,181 @@
+"""A comparison to read: the table for the terminal, and the report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from kelp.agreement import PATCH_SIZES
+from kelp.config import CompareConfig
+from kelp.nn.comparison.advice import Advice
+from kelp.nn.comparison.result import Comparison, Estimate, Judged
+from kelp.report import Report, by_class, intervals
+
+_COLUMNS: Final = (
+    ("precision", "precision"),
+    ("recall", "recall"),
+    *((f"recall_{size}_px", f"found {size} px") for size in PATCH_SIZES),
+    ("boundary_dice", "boundary Dice"),
+    ("seam_score", "seam"),
+)
+
+
+def to_text(comparison: Comparison, advice: Advice) -> str:
+    """An aligned plain-text table, and the advice."""
+    head = ["way", "Dice", "95 %", "less whole", "95 %", "1-4 px", "5-16 px", "seam", "cost", "s"]
+    rows = [head]
+    for one in comparison.judged:
+        dice = comparison.figure(one, "pooled_dice")
+        gain = comparison.difference(one, advice.whole) if advice.whole else _UNKNOWN
+        small = [comparison.figure(one, f"recall_{size}_px").value for size in PATCH_SIZES[:2]]
+        seam = comparison.figure(one, "seam_score").value
+        rows.append(
+            [
+                one.way.name, _number(dice.value), _bounds(dice), _number(gain.value, "+.3f"),
+                _bounds(gain, "+.3f"), *(_number(value, ".2f") for value in small),
+                _number(seam), f"{one.multiplier:.1f}", f"{one.seconds:.2f}",
+            ]
+        )  # fmt: skip
+    widths = [max(len(row[k]) for row in rows) for k in range(len(head))]
+    table = [
+        "  ".join(
+            cell.rjust(width) if k else cell.ljust(width)
+            for k, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+    legend = "cost: network pixels for each scene pixel; s: seconds an image; seam: 1 = none shows"
+    return "\n".join([*table, legend, "", advice.text])
+
+
+def write_report(
+    path: Path,
+    comparison: Comparison,
+    advice: Advice,
+    config: CompareConfig,
+    pictures: Sequence[tuple[str, bytes]],
+    left_out: Sequence[str],
+) -> Path:
+    """One self-contained HTML file: question and answer first."""
+    images, places = len(comparison.places), max(comparison.places) + 1
+    report = Report("Should I slice?").text(f"**{advice.text}**")
+    report.text(
+        f"{images} labelled scenes of {places} places, {len(comparison.judged)} ways of applying "
+        "the same networks. Intervals hold the middle 95 % of "
+        f"{config.draws:,} bootstrap draws of places, the same draws for every way. "
+        + (
+            "Each half of the places is judged at the threshold that is best on the other half."
+            if config.decision_threshold is None
+            else f"Kelp is where the probability is at least {config.decision_threshold:g}."
+        )
+    )
+    dice = {one.way.name: comparison.figure(one, "pooled_dice") for one in comparison.judged}
+    report.figure(
+        intervals({name: (e.value, e.low, e.high) for name, e in dice.items()}, "pooled Dice"),
+        "Pooled Dice of every way, with its 95 % interval. Overlapping intervals say little: "
+        "the ways saw the same places, so look at the differences below.",
+    )
+    report.table(dice_table(comparison, advice.whole), "Dice and cost; differences are paired")
+    report.text("## What is found, and what is not there")
+    report.table(_figures_table(comparison), "Shares; seam: 1 = borders of tiles do not show")
+    report.figure(
+        by_class(
+            {
+                one.way.name: [
+                    comparison.figure(one, f"recall_{size}_px").value for size in PATCH_SIZES
+                ]
+                for one in _leaders(comparison, advice)
+            },
+            [f"{size} px" for size in PATCH_SIZES],
+            "share of patches found",
+        ),
+        "Kelp patches found, by their size: at least half of a patch's pixels must be marked.",
+    )
+    report.text("## Probabilities and area")
+    report.table(
+        _area_table(comparison),
+        "Calibration error, and kelp area by either reckoning as a share of the true one",
+    )
+    report.figure(
+        by_class(
+            {
+                one.way.name: [row["kelp_share"] for row in one.reliability()]
+                for one in _leaders(comparison, advice)
+            },
+            [f"{k / 10:.1f}-{(k + 1) / 10:.1f}" for k in range(10)],
+            "share of kelp",
+        ),
+        "Reliability: of the pixels with such a probability, the share that is kelp.",
+    )
+    if pictures:
+        report.text("## Where it matters most")
+    for caption, png in pictures:
+        report.figure(png, caption)
+    if left_out:
+        report.text(
+            "## Left out\n\nShown more than `--largest_pass` "
+            f"{config.largest_pass} pixels at once: {', '.join(left_out)}."
+        )
+    runs = ",".join(map(str, config.run_dir))
+    report.text(
+        "## Again\n\n```\nkelp compare --config "
+        f"{config.output_dir / 'kelp-compare.yaml'}\n```\n\nNetworks: `{runs}`. Scenes: "
+        f"`{config.data_dir}`."
+    )
+    return report.write(path)
+
+
+_UNKNOWN: Final = Estimate(None, None, None)
+
+
+def _leaders(comparison: Comparison, advice: Advice) -> list[Judged]:
+    """The ways to draw: the two that the advice is about, and the seed's merge."""
+    seeds = [one for one in comparison.judged if one.way.kind == "seed"]
+    wanted = [advice.whole, advice.sliced, *seeds[:1]]
+    return [one for one in wanted if one is not None]
+
+
+def dice_table(comparison: Comparison, whole: Judged | None) -> list[Sequence[object]]:
+    """Dice and cost of every way, for a report; differences are to `whole`."""
+    head = ("way", "pooled Dice", "95 %", "less whole", "95 %", "mean Dice", "cost", "s an image")
+    rows: list[Sequence[object]] = [head]
+    for one in comparison.judged:
+        dice = comparison.figure(one, "pooled_dice")
+        gain = comparison.difference(one, whole) if whole else _UNKNOWN
+        mean = comparison.figure(one, "mean_image_dice").value
+        row = (one.way.name, dice.value, _bounds(dice), gain.value, _bounds(gain, "+.3f"))
+        rows.append((*row, mean, one.multiplier, one.seconds))
+    return rows
+
+
+def _figures_table(comparison: Comparison) -> list[Sequence[object]]:
+    rows: list[Sequence[object]] = [
+        ("way", *(words for _, words in _COLUMNS), "false kelp, m² per km² of kelp-free water")
+    ]
+    for one in comparison.judged:
+        values = [comparison.figure(one, name).value for name, _ in _COLUMNS]
+        false = comparison.figure(one, "false_kelp_share_of_open_water").value
+        rows.append((one.way.name, *values, None if false is None else false * 1e6))
+    return rows
+
+
+def _area_table(comparison: Comparison) -> list[Sequence[object]]:
+    names = ("calibration_error", "area_by_threshold", "area_by_probability")
+    head = ("way", "calibration error", "thresholded area", "95 %", "sum of p", "95 %")
+    rows: list[Sequence[object]] = [head]
+    for one in comparison.judged:
+        error, mask, expected = (comparison.figure(one, name) for name in names)
+        row = (one.way.name, error.value, mask.value, _bounds(mask))
+        rows.append((*row, expected.value, _bounds(expected)))
+    return rows
+
+
+def _number(value: float | None, form: str = ".3f") -> str:
+    return "-" if value is None else f"{value:{form}}"
+
+
+def _bounds(estimate: Estimate, form: str = ".3f") -> str:
+    if estimate.low is None or estimate.high is None:
+        return "-"
+    return f"{estimate.low:{form}} to {estimate.high:{form}}"

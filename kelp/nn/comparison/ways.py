@@ -1,0 +1,217 @@
+"""The ways of applying a network that are compared: whole images, slices, and the seed's merge."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Final, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn import functional
+
+from kelp.config.predict import Backend, MergeMode
+from kelp.config.train import Interpolation, Precision
+from kelp.errors import ConfigError
+from kelp.grid import Shape, TileGrid
+from kelp.merge import Blend
+from kelp.nn.bundle import Bundle
+from kelp.nn.device import autocast
+from kelp.nn.inference.arrays import predict_array
+from kelp.nn.model import KelpNet
+from kelp.nn.resize import pick, to_network
+from kelp.nn.spec import BundleSpec
+
+Pixels = NDArray[np.float32]
+Kind = Literal["whole", "whole, upsampled", "sliced", "seed"]
+
+_STRIDE: Final = 32
+"""Networks take sides that are multiples of this."""
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where and how networks are computed."""
+
+    device: torch.device
+    precision: Precision
+    backend: Backend = "torch"
+    batch_size: int = 8
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a way made of a scene."""
+
+    probabilities: Pixels
+    """`(height, width)`, NaN = not observed."""
+    seconds: float
+    network_pixels: int
+    """What the network saw, in its own pixels, over all tiles and symmetries."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """A network and how it is applied."""
+
+    name: str
+    kind: Kind
+    bundle: Bundle
+    tile: int | None = None
+    """Side of a tile in scene pixels; None = one tile as large as the scene."""
+    overlap: int = 0
+    blend: Blend = "mean"
+    tta: MergeMode | None = None
+    _at: dict[int, Bundle] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def run(self, scene: Pixels, runtime: Runtime, qa_as_nodata: bool) -> Outcome:
+        """Predict a scene, canonical `(7, height, width)`."""
+        started = time.perf_counter()
+        height, width = scene.shape[1:]
+        if self.kind == "seed":
+            p, network_pixels = _seeds_way(self, scene, runtime)
+        else:
+            tile = self.tile or max(height, width)
+            bundle = self._for(tile)
+            p = predict_array(
+                bundle, scene, tile=tile, overlap=self.overlap, blend=self.blend, tta=self.tta,
+                batch_size=runtime.batch_size if self.tile else 1, precision=runtime.precision,
+                device="cpu" if runtime.device.type == "cpu" else "cuda", backend=runtime.backend,
+                qa_as_nodata=qa_as_nodata,
+            )  # fmt: skip
+            rows, columns = bundle.spec.network_shape((tile, tile))
+            crops = len(TileGrid((height, width), tile, self.overlap)) * (8 if self.tta else 1)
+            network_pixels = crops * rows * columns
+        return Outcome(p, time.perf_counter() - started, network_pixels)
+
+    @property
+    def scale(self) -> float:
+        """Network pixels for each scene pixel, along a side."""
+        return 1.0 if self.kind == "whole" else ratio_of(self.bundle.spec)
+
+    def side(self, shape: Shape) -> int:
+        """Side of the largest picture that the network sees at once, in its own pixels."""
+        tile = self.tile or max(shape)
+        return max(self._for(tile).spec.network_shape((tile, tile)))
+
+    def _for(self, tile: int) -> Bundle:
+        """The bundle for tiles of that side, kept: networks are made ready once."""
+        if self.tile is not None:
+            return self.bundle
+        if tile not in self._at:
+            self._at[tile] = at_scale(self.bundle, tile, self.scale)
+        return self._at[tile]
+
+    def grid(self, shape: Shape, like: int) -> TileGrid:
+        """Where its tiles meet; `like` is the tile where it has none, for comparison."""
+        if self.tile is None:
+            return TileGrid(shape, like, like // 2)
+        return TileGrid(shape, self.tile, self.overlap)
+
+
+def ratio_of(spec: BundleSpec) -> float:
+    """By how much a network was trained to see its tiles enlarged."""
+    return spec.image_size / max(spec.tile_size) if spec.resize_strategy == "resize" else 1.0
+
+
+def at_scale(bundle: Bundle, tile: int, scale: float) -> Bundle:
+    """The network of a bundle, to be shown tiles of `tile` pixels at another scale."""
+    side = -(-round(tile * scale) // _STRIDE) * _STRIDE
+    strategy = "pad" if scale == 1 else "resize"
+    return _changed(bundle, resize_strategy=strategy, image_size=side, tile_size=(tile, tile))
+
+
+def _changed(bundle: Bundle, **changes: object) -> Bundle:
+    assert isinstance(bundle.net, KelpNet)
+    spec = bundle.spec.model_copy(update=changes)
+    return Bundle(bundle.path, spec, bundle.net.described(spec))
+
+
+def ways_of(
+    bundle: Bundle,
+    name: str,
+    tile: int,
+    overlaps: Sequence[int],
+    tiles: Sequence[int],
+    interpolations: Sequence[Interpolation],
+    tta: bool,
+) -> tuple[Way, ...]:
+    """All ways of applying one bundle; each but the first sliced one changes one thing of it.
+
+    Args:
+        bundle: a network of this package, not an ONNX file.
+        name: what the names of its ways begin with; empty for a lone bundle.
+        tile: of the sliced ways, in scene pixels.
+        overlaps: other overlaps than half a tile.
+        tiles: other tiles, at the same scale.
+        interpolations: other ways of resizing tiles.
+        tta: also with the 8 symmetries of the square.
+    """
+    if not isinstance(bundle.net, KelpNet):
+        raise ConfigError(
+            f"{bundle.path}: an ONNX file takes tiles of one size only; name the run it was "
+            "exported from"
+        )
+    prefix = f"{name}: " if name else ""
+    scale = ratio_of(bundle.spec)
+    main = sliced(prefix, bundle, tile, tile // 2, "hann")
+    ways = [Way(f"{prefix}whole image", "whole", bundle), main]
+    if scale != 1:
+        words = f"{prefix}whole image, enlarged {scale:g} times"
+        ways.insert(1, Way(words, "whole, upsampled", bundle))
+    ways.append(sliced(prefix, bundle, tile, tile // 2, "mean"))
+    ways += [sliced(prefix, bundle, tile, overlap, "hann") for overlap in overlaps]
+    ways += [sliced(prefix, bundle, other, other // 2, "hann") for other in tiles if other != tile]
+    if scale != 1:  # else nothing is resized
+        for interpolation in interpolations:
+            if interpolation != bundle.spec.interpolation:
+                changed = replace(main, bundle=_changed(bundle, interpolation=interpolation))
+                ways.append(replace(changed, name=f"{main.name}, {interpolation}"))
+    if tta:
+        ways.append(replace(main, name=f"{main.name}, 8 symmetries", tta="mean"))
+    ways.append(Way(f"{prefix}the seed's merge", "seed", bundle, tile, tile // 2))
+    return tuple({way.name: way for way in ways}.values())
+
+
+def sliced(prefix: str, bundle: Bundle, tile: int, overlap: int, blend: Blend) -> Way:
+    """A sliced way at the scale of its bundle."""
+    scale = ratio_of(bundle.spec)
+    shown = bundle if (tile, tile) == bundle.spec.tile_size else at_scale(bundle, tile, scale)
+    words = f"{prefix}sliced {tile} px, overlap {overlap} px, {blend}"
+    return Way(words, "sliced", shown, tile, overlap, blend)
+
+
+@torch.inference_mode()
+def _seeds_way(way: Way, scene: Pixels, runtime: Runtime) -> tuple[Pixels, int]:
+    """The original's: tiles beyond the edge padded with 0, hard votes, their majority.
+
+    The majority is 1 or 0, whatever the threshold; each tile decides by its bundle's.
+    """
+    bundle, tile = way.bundle, way.tile
+    assert tile is not None
+    net = bundle.on(runtime.device, runtime.precision)
+    assert isinstance(net, KelpNet)
+    height, width = scene.shape[1:]
+    rows, columns = bundle.spec.network_shape((tile, tile))
+    votes, tiles = np.zeros((height, width)), np.zeros((height, width))
+    x = net.preprocess(torch.from_numpy(scene)[None].to(runtime.device))
+    grid = TileGrid((height, width), tile, way.overlap, edge="pad")
+    for place in grid:
+        part = x[:, :, place.y : place.bottom, place.x : place.right]
+        missing = tile - part.shape[3], tile - part.shape[2]
+        part = functional.pad(part, (0, missing[0], 0, missing[1]))
+        if bundle.spec.resize_strategy == "resize":
+            part = to_network(part, rows, "nearest")
+        else:
+            part = functional.pad(part, (0, columns - tile, 0, rows - tile))
+        with autocast(runtime.precision, runtime.device):
+            logits = net.body(part.contiguous(memory_format=torch.channels_last))[:, 0].float()
+        said = (torch.sigmoid(logits) >= bundle.spec.threshold).to(torch.uint8)
+        if bundle.spec.resize_strategy == "resize":
+            said = pick(said, tile, "nearest")
+        inside = place.clipped((height, width))
+        votes[inside.slices] += said[0, : inside.height, : inside.width].cpu().numpy()
+        tiles[inside.slices] += 1
+    return (votes / tiles > 0.5).astype(np.float32), len(grid) * rows * columns
