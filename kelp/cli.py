@@ -73,7 +73,9 @@ COMMANDS: Final = {
     "simulate": Command(
         "SimulateConfig", "kelp.simulation.layout:simulate", "Simulated scenes, for trials.",
     ),
-    "demo": Command("DemoConfig", "kelp.demo:demo", "Everything above, small, ending in a report."),
+    "demo": Command(
+        "DemoConfig", "kelp.demo.run:demo", "Everything above, small, ending in a report.",
+    ),
 }  # fmt: skip
 
 

@@ -190,7 +190,7 @@ def test_where_slicing_cannot_help_the_advice_is_not_to(labelled, monkeypatch):
     """A network that decides pixel by pixel, at the scale of the scene."""
     result = compare(labelled, monkeypatch, PixelBody, {"resize_strategy": "pad", "image_size": 32})
     assert not result.advice.slice
-    assert result.advice.text.startswith("Do not slice: no gain can be shown, 0.000 Dice")
+    assert result.advice.text.startswith("Do not slice, no gain can be shown: +0.000 Dice")
     dices = {
         result.comparison.figure(judged, "pooled_dice").value for judged in result.comparison.judged
         if judged.way.kind != "seed"
@@ -203,14 +203,14 @@ def test_where_slicing_cannot_help_the_advice_is_not_to(labelled, monkeypatch):
 def test_where_slicing_helps_it_says_so(labelled, monkeypatch):
     result = compare(labelled, monkeypatch, Shy)
     assert result.advice.slice
-    assert re.match(r"Slice: it gains 0\.\d+ Dice, 95 % interval \+0", result.advice.text)
+    assert re.match(r"Slice: \+0\.\d+ Dice, 95 % interval \+0", result.advice.text)
     assert "6 places only" in result.advice.text
 
 
 def test_where_slicing_harms_it_says_so(labelled, monkeypatch):
     result = compare(labelled, monkeypatch, Wide, {"resize_strategy": "pad", "image_size": 32})
     assert not result.advice.slice
-    assert result.advice.text.startswith("Do not slice: it loses")
+    assert result.advice.text.startswith("Do not slice, it harms: -")
 
 
 def test_the_files_tell_all(labelled, monkeypatch):

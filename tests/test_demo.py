@@ -5,7 +5,7 @@ import json
 import pytest
 
 from kelp.config import DemoConfig
-from kelp.demo import demo
+from kelp.demo.run import demo
 
 
 @pytest.mark.slow

@@ -53,7 +53,7 @@ SWAPPED = ("SWIR", "NIR", "G", "R", "B", "QA", "DEM")
     [
         ({"sahi_tile_size": 40}, None),
         ({"sahi_overlap": 15}, None),
-        ({"blend": "hann"}, None),
+        ({"blend": "mean"}, None),
         ({"batch_size": 7}, None),
         ({"qa_as_nodata": False}, None),
         ({"land": "skip"}, None),

@@ -370,3 +370,15 @@ def test_a_bundle_itself_is_what_it_is(bundle, caplog):
     with caplog.at_level("INFO", "kelp"):
         assert find_bundle(bundle, "latest") == bundle
     assert "changes nothing" in caplog.text
+
+
+@pytest.mark.parametrize("interpolation", ["nearest", "bilinear"])
+def test_a_network_can_be_trained_after_it_predicted(interpolation):
+    """What resizing keeps from a prediction once was of no use to autograd."""
+    x = torch.rand(1, 2, 23, 29)
+    with torch.inference_mode():
+        to_scene(to_network(x, 64, interpolation)[:, 0], (23, 29), interpolation)
+    x = x.clone().requires_grad_()
+    p = to_scene(to_network(x, 64, interpolation)[:, 0], (23, 29), interpolation)
+    p.sum().backward()
+    assert x.grad[:, 0].sum() == pytest.approx(23 * 29, rel=1e-4)

@@ -343,3 +343,21 @@ def test_the_python_api(scenes, bundle, tmp_path):
     np.testing.assert_array_equal(p[expected < 255] >= np.float32(0.4), expected[expected < 255])
     with pytest.raises(kelp.KelpError, match="lacks the bands B, G"):
         kelp.predict_array(loaded, raw[:3], names=("SWIR", "NIR", "R"))
+
+
+def test_two_bad_images_among_200(bundle, tmp_path, capfd):
+    """One corrupt, one of another band count: 198 are done, the two are named, exit 2."""
+    image, _ = coast((24, 24), np.random.default_rng(3))
+    folder = tmp_path / "many"
+    for k in range(200):
+        write_tif(folder / f"M{k:03d}_satellite.tif", image if k != 70 else image[:4])
+    corrupt = folder / "M150_satellite.tif"
+    corrupt.write_bytes(corrupt.read_bytes()[:200])
+    assert predict(folder, bundle, tmp_path / "out") == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "2 of 200 scenes failed" in line
+    assert "M070_satellite.tif" in line
+    assert "M150_satellite.tif" in line
+    done = {path.name for path in (tmp_path / "out").glob("*_kelp.tif")}
+    assert len(done) == 198
+    assert not {"M070_kelp.tif", "M150_kelp.tif"} & done

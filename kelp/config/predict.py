@@ -44,7 +44,9 @@ class PredictConfig(Config):
     sahi_overlap: int | None = option(
         None, help="Overlap of neighbouring tiles; default: half a tile", unit="px", ge=0
     )
-    blend: Blend = option("mean", help="Window of a tile's vote: uniform, or Hann")
+    blend: Blend = option(
+        "hann", help="Window of a tile's vote: Hann, or uniform, which leaves seams"
+    )
     precision: Precision | None = option(
         None, help="Number format; default: bf16-mixed where the device has it, else 32-true"
     )

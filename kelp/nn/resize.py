@@ -33,6 +33,7 @@ def pick(x: Tensor, side: int, interpolation: Interpolation) -> Tensor:
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)  # kept from a prediction, it must serve a training, too
 def _origins(size: int, side: int, interpolation: Interpolation) -> Tensor:
     """From which of `size` pixels each of `side` is copied: torch's rules, in whole numbers.
 
@@ -60,6 +61,7 @@ def to_scene(p: Tensor, shape: Shape, interpolation: Interpolation) -> Tensor:
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def _back(size: int, side: int, interpolation: Interpolation) -> Tensor:
     """Weights `(size, side)` of network pixels in scene pixels along an axis; rows sum to 1."""
     if side < size:  # the network saw coarser pixels: interpolate between them

@@ -55,13 +55,13 @@ def advise(comparison: Comparison) -> Advice:
     if gain.low is None or gain.high is None or gain.value is None:
         text = f"No answer: too few images have kelp to tell {ways}."
         return Advice(False, text, whole, sliced, gain)
-    amount = f"{abs(gain.value):.3f} Dice, 95 % interval {gain.low:+.3f} to {gain.high:+.3f}"
+    amount = f"{gain.value:+.3f} Dice, 95 % interval {gain.low:+.3f} to {gain.high:+.3f}"
     if gain.low > 0:
-        text = f"Slice: it gains {amount} {ways}. {price}"
+        text = f"Slice: {amount} {ways}. {price}"
     elif gain.high < 0:
-        text = f"Do not slice: it loses {amount} {ways}. {price}"
+        text = f"Do not slice, it harms: {amount} {ways}. {price}"
     else:
-        text = f"Do not slice: no gain can be shown, {amount} {ways}. {price}"
+        text = f"Do not slice, no gain can be shown: {amount} {ways}. {price}"
     places = max(comparison.places) + 1
     if places < _FEW_PLACES:
         text += f" With {places} places only, take the interval as too narrow."

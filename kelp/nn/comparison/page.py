@@ -12,13 +12,15 @@ from kelp.nn.comparison.advice import Advice
 from kelp.nn.comparison.result import Comparison, Estimate, Judged
 from kelp.report import Report, by_class, intervals
 
-_COLUMNS: Final = (
+_SCORES: Final = (
+    ("iou", "IoU"),
     ("precision", "precision"),
     ("recall", "recall"),
-    *((f"recall_{size}_px", f"found {size} px") for size in PATCH_SIZES),
     ("boundary_dice", "boundary Dice"),
     ("seam_score", "seam"),
 )
+_FALSE: Final = "false_kelp_share_of_open_water"
+_FOUND: Final = tuple((f"recall_{size}_px", f"{size} px") for size in PATCH_SIZES)
 
 
 def to_text(comparison: Comparison, advice: Advice) -> str:
@@ -78,7 +80,12 @@ def write_report(
     )
     report.table(dice_table(comparison, advice.whole), "Dice and cost; differences are paired")
     report.text("## What is found, and what is not there")
-    report.table(_figures_table(comparison), "Shares; seam: 1 = borders of tiles do not show")
+    report.table(
+        _figures_table(comparison, _SCORES, ("false kelp, m² per km²", _FALSE)),
+        "Scores of pixels. False kelp: marked, of the water farther than 3 px from true kelp. "
+        "Seam: 1 = borders of tiles do not show",
+    )
+    report.table(_figures_table(comparison, _FOUND), "Share of the true patches found, by size")
     report.figure(
         by_class(
             {
@@ -149,14 +156,23 @@ def dice_table(comparison: Comparison, whole: Judged | None) -> list[Sequence[ob
     return rows
 
 
-def _figures_table(comparison: Comparison) -> list[Sequence[object]]:
-    rows: list[Sequence[object]] = [
-        ("way", *(words for _, words in _COLUMNS), "false kelp, m² per km² of kelp-free water")
-    ]
+def _figures_table(
+    comparison: Comparison,
+    columns: Sequence[tuple[str, str]],
+    millionths: tuple[str, str] | None = None,
+) -> list[Sequence[object]]:
+    """Figures without intervals; the last column in millionths, where there is one."""
+    head = ["way", *(words for _, words in columns)]
+    rows: list[Sequence[object]] = [head]
     for one in comparison.judged:
-        values = [comparison.figure(one, name).value for name, _ in _COLUMNS]
-        false = comparison.figure(one, "false_kelp_share_of_open_water").value
-        rows.append((one.way.name, *values, None if false is None else false * 1e6))
+        row: list[object] = [one.way.name]
+        row += [comparison.figure(one, name).value for name, _ in columns]
+        if millionths:
+            share = comparison.figure(one, millionths[1]).value
+            row.append(None if share is None else share * 1e6)
+        rows.append(row)
+    if millionths:
+        head.append(millionths[0])
     return rows
 
 

@@ -97,13 +97,13 @@ class NetworkMemory:
         cls, network: Callable[[NDArray[np.float32]], object], tile: Shape, budget: int
     ) -> NetworkMemory:
         """Run a batch of one crop, and one of two where `budget` bytes allow it."""
-        memory.give_back()
 
         def run(count: int) -> int:
             batch = np.zeros((count, len(BANDS), *tile), dtype=np.float32)
             return memory.growth(lambda: network(batch))
 
         run(1)  # what is made once stays: kernels, reordered weights
+        memory.give_back()
         present = memory.resident()
         first = run(1)
         # A network that needs no memory to speak of still needs its input and output.

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from kelp import manifest
 from kelp.config import (
     CompareConfig,
     DemoConfig,
@@ -26,25 +24,18 @@ from kelp.config import (
 )
 from kelp.data_prep.metadata import build_metadata
 from kelp.data_prep.slicing import slice_dataset
+from kelp.demo.page import Outcome, real_scene, write_report
 from kelp.files import output_folder, write_json
-from kelp.preview import picture_of
 from kelp.progress import Progress, silent
-from kelp.raster import read_mask
-from kelp.report import Report, curves
-from kelp.scoring import Scores, evaluate
+from kelp.scoring import evaluate
 from kelp.simulation.layout import simulate
 from kelp.stats import compute_stats
 from kelp.submission import ARCHIVE, SIDE
 
 if TYPE_CHECKING:
-    from kelp.nn.comparison.compare import CompareResult
-    from kelp.nn.inference.predict import PredictResult
     from kelp.nn.training.fit import TrainResult
 
 log = logging.getLogger("kelp")
-
-REAL_SCENE: Final = "OL000001_satellite_georef.tif"
-_PICTURES: Final = 3
 
 # The seed's recipe with the packaged encoder, cut to what two cores do in some minutes.
 _TILE: Final = 128
@@ -90,18 +81,6 @@ class _Clock:
         return sum(self.seconds.values())
 
 
-@dataclass(frozen=True)
-class _Outcome:
-    """Everything that the report tells about."""
-
-    config: DemoConfig
-    training: TrainResult
-    scores: Scores
-    comparison: CompareResult
-    real: PredictResult
-    clock: _Clock
-
-
 def demo(config: DemoConfig, progress: Progress = silent) -> DemoResult:
     """Simulate, prepare, train, predict, score and report, all under `output_dir`.
 
@@ -139,7 +118,7 @@ def demo(config: DemoConfig, progress: Progress = silent) -> DemoResult:
             ),
             progress,
         )  # fmt: skip
-    with clock.step("predict a real scene"), resources.as_file(_real_scene()) as scene:
+    with clock.step("predict a real scene"), resources.as_file(real_scene()) as scene:
         real = predict_scenes(
             PredictConfig(
                 data_dir=scene, output_dir=predictions / "real", run_dir=(training.run_dir,),
@@ -149,15 +128,11 @@ def demo(config: DemoConfig, progress: Progress = silent) -> DemoResult:
         )  # fmt: skip
     if config.size == SIDE:
         (predictions / "test" / ARCHIVE).replace(root / ARCHIVE)
-    outcome = _Outcome(config, training, scores, comparison, real, clock)
+    outcome = Outcome(config, training, scores, comparison, real, clock.seconds)
     figures = _write_scores(root / "scores.json", outcome)
-    report = _write_report(root / "report.html", outcome, raw, predictions)
+    report = write_report(root / "report.html", outcome, raw, predictions)
     config.record(root)
     return DemoResult(report, root / "scores.json", figures["pooled_dice"], clock.total)
-
-
-def _real_scene() -> resources.abc.Traversable:
-    return resources.files("kelp").joinpath("data", REAL_SCENE)
 
 
 def _prepare(config: DemoConfig, raw: Path, clock: _Clock, progress: Progress) -> tuple[Path, Path]:
@@ -235,103 +210,13 @@ def _prediction(
     )
 
 
-def _write_scores(path: Path, outcome: _Outcome) -> dict[str, Any]:
+def _write_scores(path: Path, outcome: Outcome) -> dict[str, Any]:
     figures: dict[str, Any] = {
         "pooled_dice": outcome.scores.all_pixels.pooled_dice,
-        "seconds": round(outcome.clock.total, 1),
-        "seconds_by_step": {k: round(v, 1) for k, v in outcome.clock.seconds.items()},
+        "seconds": round(sum(outcome.seconds.values()), 1),
+        "seconds_by_step": {k: round(v, 1) for k, v in outcome.seconds.items()},
         "validation": outcome.training.scores,
         "test": outcome.scores.to_json(),
     }
     write_json(path, figures)
     return figures
-
-
-def _write_report(path: Path, outcome: _Outcome, raw: Path, predictions: Path) -> Path:
-    scores, training, clock = outcome.scores, outcome.training, outcome.clock
-    figures = scores.all_pixels
-    report = Report("kelp demo").text(
-        "The whole road from scenes to a map: simulated coasts were sliced, a small network was "
-        "trained on the slices for some minutes, and unseen places were predicted in overlapping "
-        "slices whose probabilities are averaged.\n\n"
-        "**Simulated data.** Scores here say that the tool works, not how well kelp is found "
-        "in real images. Truth is the simulation's own, not the noisy labels trained on."
-    )
-    report.cards(
-        {
-            "pooled kelp Dice, unseen places": _number(figures.pooled_dice),
-            "mean Dice of an image": _number(figures.mean_image_dice),
-            f"best {training.metric}, epoch {training.epoch}": _number(training.score),
-            "seconds in all": f"{clock.total:.0f}",
-        }
-    )
-    report.text("## Scores on the test images").text(f"```\n{scores.to_text()}\n```")
-    report.text("## Training").figure(
-        curves(_history(training.run_dir)), "Loss and validation scores by epoch."
-    )
-    report.text("## Predictions of unseen places")
-    for scene in _most_kelp(raw)[:_PICTURES]:
-        name = manifest.output_name(scene)
-        picture = picture_of(scene, predictions / "test" / name, raw / "test_truth" / name)
-        report.figure(picture, f"`{scene.name}`: simulated scene, truth and prediction.")
-    _comparison_section(report, outcome.comparison)
-    _real_section(report, outcome.real)
-    report.text("## Where the time went").table(
-        [("step", "seconds"), *((k, round(v, 1)) for k, v in clock.seconds.items())]
-    )
-    report.text(
-        "## Next\n\n"
-        f"- Look at the run: `mlflow ui --backend-store-uri sqlite:///{path.parent}/mlruns/"
-        "mlflow.db`\n"
-        f"- Predict your own scenes: `kelp predict --data_dir scenes --output_dir maps --run_dir "
-        f"{training.run_dir}`"
-    )
-    return report.write(path)
-
-
-def _most_kelp(raw: Path) -> list[Path]:
-    """The test scenes, those with the most kelp first: they have something to show."""
-    scenes = sorted((raw / "test" / "images").glob("*.tif"))
-    truths = [raw / "test_truth" / manifest.output_name(scene) for scene in scenes]
-    kelp_pixels = {s: int((read_mask(t) == 1).sum()) for s, t in zip(scenes, truths, strict=True)}
-    return sorted(scenes, key=lambda scene: -kelp_pixels[scene])
-
-
-def _comparison_section(report: Report, found: CompareResult) -> None:
-    from kelp.nn.comparison.page import dice_table
-
-    report.text(
-        f"## Should I slice?\n\n**{found.advice.text}** This network was trained on slices, so it "
-        "is no fair judge of whole images: compare it with one that was trained on them. The "
-        "thresholds here are fitted, each on other places; more is in "
-        "[the whole comparison](comparison/report.html)."
-    )
-    report.table(
-        dice_table(found.comparison, found.advice.whole), "Intervals: 95 %, over the test places"
-    )
-
-
-def _real_section(report: Report, real: PredictResult) -> None:
-    report.text(
-        "## A real Landsat scene\n\n"
-        "Olinda, Brazil (Landsat 7). No canopy kelp grows there and no survey stands behind it: "
-        "whatever the network marks is a false alarm of a network that has seen simulated coasts "
-        "only. The map keeps the scene's CRS."
-    )
-    with resources.as_file(_real_scene()) as scene:
-        report.figure(picture_of(scene, real.masks[0]), f"`{REAL_SCENE}` and its map.")
-
-
-def _history(run_dir: Path) -> Mapping[str, list[tuple[float, float]]]:
-    """Metrics by epoch, as `curves` draws them."""
-    epochs = json.loads((run_dir / "artifacts" / "history.json").read_text(encoding="utf-8"))
-    names = {name for epoch in epochs for name in epoch}
-    return {
-        name: [(i, e[name]) for i, e in enumerate(epochs, 1) if e.get(name) is not None]
-        for name in sorted(names)
-        if name.startswith(("train/", "val/"))
-    }
-
-
-def _number(value: float | None) -> str:
-    return "—" if value is None else f"{value:.3f}"
