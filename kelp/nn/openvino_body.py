@@ -9,10 +9,12 @@ from __future__ import annotations
 import importlib
 import sys
 import warnings
+from collections import deque
 from typing import Any, Final
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from kelp.config.predict import Backend
@@ -49,22 +51,22 @@ class OpenVinoBody(nn.Module):
         self._body = body
         self._precision = _PRECISIONS[compute_dtype(precision)]
         self._shape: tuple[int, ...] = ()
-        self._requests: Any = None
+        self._requests: list[Any] = []
 
     def forward(self, x: Tensor) -> Tensor:
         """Float32 `(n, c, h, w)` to float32 `(n, k, h, w)`."""
         crops = np.ascontiguousarray(x.float().numpy())
         if crops.shape[1:] != self._shape:
             self._compile(crops.shape[1:])
-        answers: list[Any] = [None] * len(crops)
-
-        def keep(request: Any, place: int) -> None:
-            answers[place] = request.get_output_tensor(0).data[0].copy()
-
-        self._requests.set_callback(keep)
-        for place in range(len(crops)):
-            self._requests.start_async({0: crops[place : place + 1]}, place)
-        self._requests.wait_all()
+        answers = []
+        under_way: deque[Any] = deque()
+        for k, _ in enumerate(crops):
+            if len(under_way) == len(self._requests):
+                answers.append(_answer(under_way.popleft()))
+            request = self._requests[k % len(self._requests)]
+            request.start_async({0: crops[k : k + 1]})
+            under_way.append(request)
+        answers += map(_answer, under_way)
         return torch.from_numpy(np.stack(answers))
 
     def _compile(self, shape: tuple[int, ...]) -> None:
@@ -85,7 +87,10 @@ class OpenVinoBody(nn.Module):
             warnings.simplefilter("ignore")  # tracing tells of every constant it takes
             wanted = self._body(example)
             try:
-                model = openvino.convert_model(self._body, example_input=example)
+                # Its own copy of the weights: those of torch may be gone before it is.
+                model = openvino.convert_model(
+                    self._body, example_input=example, share_weights=False
+                )
                 model.reshape([1, *shape])
                 compiled = openvino.Core().compile_model(model, "CPU", settings)
             except RuntimeError as error:
@@ -93,7 +98,7 @@ class OpenVinoBody(nn.Module):
                 raise KelpError(
                     f"OpenVINO cannot run this network ({reason}); use --backend torch"
                 ) from error
-        self._requests = openvino.AsyncInferQueue(compiled, threads)
+        self._requests = [compiled.create_infer_request() for _ in range(threads)]
         self._shape = shape
         difference = (torch.sigmoid(self(example)) - torch.sigmoid(wanted)).abs().max().item()
         if not difference <= _TOLERANCES[self._precision]:
@@ -102,6 +107,13 @@ class OpenVinoBody(nn.Module):
                 f"OpenVINO answers otherwise than torch (a probability differs by {difference:.2g} "
                 f"in {self._precision}); use --backend torch"
             )
+
+
+def _answer(request: Any) -> NDArray[np.float32]:
+    """What a request found, when it is done: `(k, h, w)`."""
+    request.wait()
+    answer: NDArray[np.float32] = request.get_output_tensor(0).data[0].copy()
+    return answer
 
 
 def runtime(backend: Backend) -> str:
