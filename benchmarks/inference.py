@@ -7,15 +7,13 @@ to 320 px, all in one batch, float32 in torch's own memory format, a hard vote f
 averaged and cut again. kelp predicts a folder, files to mask files, its network loaded before. The
 network alone runs the 25 crops an image that must be run, resized already, in batches of 4 and
 8, of which the quickest counts. Peers run those 25 tiles of an image in memory with kelp's
-float32 network. Where OpenVINO is installed, kelp and the network run with it, too; `--device cuda`
-measures on a GPU. All are timed in turn, repeatedly, in one process; ratios are medians of paired
-runs. Weights are random: time does not depend on them. All have the huge pages that the program
-`kelp` asks for.
+float32 network. `--device cuda` measures on a GPU. All are timed in turn, repeatedly, in one
+process; ratios are medians of paired runs. Weights are random: time does not depend on them. All
+have the huge pages that the program `kelp` asks for.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import statistics
 import tempfile
@@ -39,7 +37,6 @@ from numpy.typing import NDArray
 
 from kelp.bands import BANDS, DEM
 from kelp.config import PredictConfig
-from kelp.config.predict import Backend
 from kelp.config.train import Precision
 from kelp.indices import IndexSettings
 from kelp.nn.bundle import Bundle, load_bundle, load_network, save_bundle
@@ -131,9 +128,7 @@ class Kelp:
     target: Path
     device: str
 
-    def __call__(
-        self, folder: Path, precision: Precision, land: str = "keep", backend: str = "torch"
-    ) -> Counts:
+    def __call__(self, folder: Path, precision: Precision, land: str = "keep") -> Counts:
         """Predict a folder."""
         config = PredictConfig.model_validate(
             {
@@ -143,7 +138,6 @@ class Kelp:
                 "sahi_overlap": OVERLAP,
                 "precision": precision,
                 "land": land,
-                "backend": backend,
                 "band_order": BANDS,
                 "device": self.device,
                 "overwrite": True,
@@ -159,10 +153,9 @@ def network_alone(
     precision: Precision,
     crops: int,
     batch: int,
-    backend: Backend = "torch",
 ) -> None:
     """The network that kelp runs, on crops that are preprocessed and resized already."""
-    net = bundle.on(device, precision, backend)
+    net = bundle.on(device, precision)
     assert isinstance(net, KelpNet)
     x = torch.rand(batch, len(BANDS), CROP, CROP, device=device)
     x = x.to(memory_format=torch.channels_last)
@@ -181,8 +174,8 @@ def verdicts(runs: dict[str, list[float]], shares: dict[str, float]) -> list[str
     """The lines of the Reach table; `shares` are crops run in kelp's and the network's runs."""
     seed = runs["seed"]
     lines = []
-    kinds = ("bf16", "OpenVINO, bf16", "float32", "OpenVINO, float32")
-    targets = (("kelp, {}", (8, 8, 4.5, 4.5)), ("kelp, coast, land skipped, {}", (12, 12)))
+    kinds = ("bf16", "float32")
+    targets = (("kelp, {}", (8, 4.5)), ("kelp, coast, land skipped, {}", (12,)))
     for way, numbers in targets:
         for kind, target in zip(kinds, numbers, strict=False):
             if (name := way.format(kind)) in runs:
@@ -243,17 +236,6 @@ def main() -> None:
             for batch in BATCHES:
                 ways[f"network alone, {kind}, batch {batch}"] = partial(
                     network_alone, bundle, device, precision, CROPS * count, batch
-                )
-            if options.device == "cpu" and importlib.util.find_spec("openvino"):
-                with_openvino = f"OpenVINO, {kind}"
-                ways[f"kelp, {with_openvino}"] = partial(
-                    kelp, folder, precision, backend="openvino"
-                )
-                ways[f"kelp, coast, land skipped, {with_openvino}"] = partial(
-                    kelp, coast, precision, "skip", "openvino"
-                )
-                ways[f"network alone, {with_openvino}, batch 8"] = partial(
-                    network_alone, bundle, device, precision, CROPS * count, 8, "openvino"
                 )
         network = Network([bundle], device, "32-true")
         for peer in peers.installed(TILE, OVERLAP, (8,)):

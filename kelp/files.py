@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -42,11 +44,41 @@ def atomic(path: Path, sync: bool = True) -> Iterator[Path]:
             partial.unlink(missing_ok=True)
 
 
+@contextmanager
+def scratch_folder(folder: Path) -> Iterator[Path]:
+    """Give an empty folder inside `folder` that is gone when the block ends, however it does.
+
+    After `kill -9` it stays behind until `discard_partials`.
+    """
+    scratch = folder / f".scratch.{os.getpid()}.partial"
+    scratch.mkdir()
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
 def discard_partials(folder: Path) -> None:
-    """Remove what killed processes left of `atomic` in a folder that only this one writes to."""
+    """Remove what killed processes left of `atomic` and `scratch_folder` in a folder."""
     for path in folder.glob(".*.partial*"):
+        writer = re.search(r"\.(\d+)\.partial", path.name)
+        if writer and _is_another(int(writer[1])):
+            continue
         with suppress(OSError):
-            path.unlink()
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _is_another(process: int) -> bool:
+    """Whether this is the number of another process of this machine that lives."""
+    if process == os.getpid() or sys.platform == "win32":  # there signal 0 would end it
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 @contextmanager

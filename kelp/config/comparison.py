@@ -8,7 +8,6 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import BeforeValidator
 
 from kelp.config.base import Config, Integers, Names, Paths, option, split
-from kelp.config.predict import Backend
 from kelp.config.train import Interpolation, Precision
 
 Interpolations = Annotated[tuple[Interpolation, ...], BeforeValidator(split)]
@@ -31,7 +30,7 @@ class CompareConfig(Config):
         None, help="Side of a tile; default: as trained, else 128", unit="px", ge=1
     )
     overlaps: Integers = option((0,), help="Other overlaps than half a tile", unit="px")
-    tile_sizes: Integers = option((), help="Other tiles, at the same scale", unit="px")
+    tile_sizes: Integers = option((), help="Other tiles, at the same scale and overlap", unit="px")
     interpolations: Interpolations = option((), help="Other interpolations of tiles")
     tta: bool = option(False, help="Also with the 8 symmetries of the square (8 times the cost)")
     decision_threshold: float | None = option(
@@ -49,7 +48,6 @@ class CompareConfig(Config):
     )
     batch_size: int = option(8, help="Crops in a batch", unit="crops", ge=1)
     device: Literal["auto", "cpu", "cuda"] = option("auto", help="Where the network runs")
-    backend: Backend = option("torch", help="What computes the network")
     band_order: Names = option(
         (), help="Band names of the files, comma-separated; default: read from the files"
     )

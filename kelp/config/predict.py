@@ -12,7 +12,6 @@ from kelp.config.train import Precision
 from kelp.errors import ConfigError
 
 Blend = Literal["mean", "hann"]
-Backend = Literal["torch", "openvino"]
 MergeMode = Literal["mean", "max", "min", "gmean"]
 
 _THRESHOLD_HELP = "Kelp where the probability is at least this"
@@ -60,9 +59,6 @@ class PredictConfig(Config):
     )
     batch_size: int = option(8, help="Crops in a batch", unit="crops", ge=1)
     device: Literal["auto", "cpu", "cuda"] = option("auto", help="Where the network runs")
-    backend: Backend = option(
-        "torch", help="What computes the network; openvino: quicker on CPUs, an extra to install"
-    )
     band_order: Names = option(
         (), help="Band names of the files, comma-separated; default: read from the files"
     )

@@ -23,7 +23,6 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 import kelp
-from kelp.config.predict import Backend
 from kelp.config.train import Precision
 from kelp.errors import BundleError
 from kelp.files import atomic_folder, recover_folder
@@ -48,7 +47,7 @@ class Net(Protocol):
     def probabilities(self, raw: Tensor) -> Tensor:
         """Raw DN `(n, 7, h, w)` to float32 probabilities `(n, h, w)`."""
 
-    def on(self, device: torch.device, precision: Precision, backend: Backend = "torch") -> Net:
+    def on(self, device: torch.device, precision: Precision) -> Net:
         """The network ready to run there; what it cannot do it says in one line."""
 
 
@@ -61,9 +60,9 @@ class Bundle:
     net: Net
     _ready: dict[object, Net] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    def on(self, device: torch.device, precision: Precision, backend: Backend = "torch") -> Net:
+    def on(self, device: torch.device, precision: Precision) -> Net:
         """The network ready to run there: made once, it is kept for the next scene."""
-        wish = device, precision, backend
+        wish = device, precision
         if wish not in self._ready:
             self._ready[wish] = self.net.on(*wish)
         return self._ready[wish]

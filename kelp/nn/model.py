@@ -13,12 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kelp.bands import MASK_NODATA
-from kelp.config.predict import Backend
 from kelp.config.train import Precision
 from kelp.errors import ConfigError
 from kelp.grid import Shape
 from kelp.nn.device import compute_dtype
-from kelp.nn.openvino_body import OpenVinoBody
 from kelp.nn.preprocess import Preprocess
 from kelp.nn.resize import pick, to_network, to_scene
 from kelp.nn.spec import NetworkSpec
@@ -44,7 +42,6 @@ class KelpNet(nn.Module):
         self.spec = spec
         self.preprocess = Preprocess(spec)
         self.body = _build_body(spec)
-        self._layout = torch.channels_last
 
     def forward(self, raw: Tensor) -> Tensor:
         """Raw DN `(n, 7, h, w)` to float32 logits `(n, H, W)` at network resolution."""
@@ -54,7 +51,7 @@ class KelpNet(nn.Module):
             side, interpolation = self.spec.image_size, self.spec.interpolation
             x = to_network(self.preprocess(raw), side, interpolation)
         dtype = next(self.body.parameters()).dtype
-        x = x.to(dtype, memory_format=self._layout)
+        x = x.to(dtype, memory_format=torch.channels_last)
         logits: Tensor = self.body(x)[:, 0].float()
         return logits
 
@@ -62,14 +59,9 @@ class KelpNet(nn.Module):
         """Raw DN `(n, 7, h, w)` to float32 probabilities `(n, h, w)` at input resolution."""
         return self.to_input(torch.sigmoid(self(raw)), raw.shape[-2:])
 
-    def on(self, device: torch.device, precision: Precision, backend: Backend = "torch") -> Self:
+    def on(self, device: torch.device, precision: Precision) -> Self:
         """The network on `device`, its weights in that precision; the caller's keeps its type."""
         dtype = compute_dtype(precision)
-        if backend == "openvino":
-            net = copy.copy(self)
-            net._modules = self._modules | {"body": OpenVinoBody(self.body, device, precision)}
-            net._layout = torch.contiguous_format
-            return net
         if dtype == torch.float32:
             return self.to(device)
         net = copy.deepcopy(self)

@@ -20,9 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kelp.bands import BANDS
-from kelp.config.predict import Backend
 from kelp.config.train import Precision
-from kelp.errors import BundleError, ConfigError, KelpError
+from kelp.errors import BundleError, KelpError
 from kelp.grid import Shape
 
 log = logging.getLogger("kelp")
@@ -77,13 +76,8 @@ class OnnxNet:
         self.version: str = runtime.__version__
         self.tile = self._tile()
 
-    def on(self, device: torch.device, precision: Precision, backend: Backend = "torch") -> Self:
+    def on(self, device: torch.device, precision: Precision) -> Self:
         """This network itself; where something else was wished for, one line says so."""
-        if backend == "openvino":
-            raise ConfigError(
-                f"--backend openvino takes a run or a bundle, not {self._name}, which ONNX Runtime "
-                "computes; name the run it was exported from, or leave --backend out"
-            )
         if precision != "32-true" or device.type != "cpu":
             wish = precision if device.type == "cpu" else f"{precision} on the GPU"
             log.info("%s: ONNX Runtime computes in 32-true on the CPU, not in %s", self._name, wish)

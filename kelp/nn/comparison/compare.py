@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import statistics
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 from kelp.bands import DEM, MASK_NODATA
 from kelp.config import CompareConfig
 from kelp.errors import ConfigError, InputError
-from kelp.files import output_folder, write_json, write_text
+from kelp.files import discard_partials, output_folder, scratch_folder, write_json, write_text
 from kelp.manifest import MASK_SUFFIX, output_name, tile_id_of
 from kelp.nn.bundle import Bundle, load_bundle
 from kelp.nn.comparison.advice import Advice, advise
@@ -95,10 +94,11 @@ def compare(config: CompareConfig, progress: Progress = silent) -> CompareResult
         log.info("%s: left out, larger than --largest_pass %d", way.name, config.largest_pass)
     device = resolve_device(config.device)
     precision = resolve_precision(config.precision, device)
-    runtime = Runtime(device, precision, config.backend, config.batch_size)
+    runtime = Runtime(device, precision, config.batch_size)
     folder = output_folder(config.output_dir)
-    with tempfile.TemporaryDirectory(prefix=".", dir=folder) as temporary:
-        judge = _Judge(config, images, ways, runtime, Path(temporary))
+    discard_partials(folder)
+    with scratch_folder(folder) as scratch:
+        judge = _Judge(config, images, ways, runtime, scratch)
         judge.predict(progress)
         judged = tuple(judge.judge(way) for way in ways)
         places = [image.place for image in images]

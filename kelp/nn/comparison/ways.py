@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
-from kelp.config.predict import Backend, MergeMode
+from kelp.config.predict import MergeMode
 from kelp.config.train import Interpolation, Precision
 from kelp.errors import ConfigError
 from kelp.grid import Shape, TileGrid
@@ -37,7 +37,6 @@ class Runtime:
 
     device: torch.device
     precision: Precision
-    backend: Backend = "torch"
     batch_size: int = 8
 
 
@@ -78,7 +77,7 @@ class Way:
             p = predict_array(
                 bundle, scene, tile=tile, overlap=self.overlap, blend=self.blend, tta=self.tta,
                 batch_size=runtime.batch_size if self.tile else 1, precision=runtime.precision,
-                device="cpu" if runtime.device.type == "cpu" else "cuda", backend=runtime.backend,
+                device="cpu" if runtime.device.type == "cpu" else "cuda",
                 qa_as_nodata=qa_as_nodata,
             )  # fmt: skip
             rows, columns = bundle.spec.network_shape((tile, tile))
@@ -145,7 +144,7 @@ def ways_of(
         name: what the names of its ways begin with; empty for a lone bundle.
         tile: of the sliced ways, in scene pixels.
         overlaps: other overlaps than half a tile.
-        tiles: other tiles, at the same scale.
+        tiles: other tiles, at the same scale, with the same overlap where it fits.
         interpolations: other ways of resizing tiles.
         tta: also with the 8 symmetries of the square.
     """
@@ -163,7 +162,11 @@ def ways_of(
         ways.insert(1, Way(words, "whole, upsampled", bundle))
     ways.append(sliced(prefix, bundle, tile, tile // 2, "mean"))
     ways += [sliced(prefix, bundle, tile, overlap, "hann") for overlap in overlaps]
-    ways += [sliced(prefix, bundle, other, other // 2, "hann") for other in tiles if other != tile]
+    ways += [
+        sliced(prefix, bundle, other, min(tile, other) // 2, "hann")
+        for other in tiles
+        if other != tile
+    ]
     if scale != 1:  # else nothing is resized
         for interpolation in interpolations:
             if interpolation != bundle.spec.interpolation:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from kelp import bands
 from kelp.bands import BANDS
 from kelp.config.base import parse_bytes
-from kelp.config.predict import Backend, MergeMode
+from kelp.config.predict import MergeMode
 from kelp.config.train import Precision
 from kelp.errors import BundleError, ConfigError
 from kelp.grid import Shape, Tile
@@ -42,7 +42,6 @@ def predict(
     batch_size: int = 8,
     precision: Precision | None = None,
     device: Literal["auto", "cpu", "cuda"] = "auto",
-    backend: Backend = "torch",
     tta: MergeMode | None = None,
     qa_as_nodata: bool = True,
     skip_land: bool = False,
@@ -62,7 +61,6 @@ def predict(
         batch_size: crops in a batch.
         precision: number format; default: bf16-mixed where the device has it.
         device: where the network runs.
-        backend: what computes it; `openvino` is quicker on CPUs.
         tta: average the symmetries of the square, merged in this way (8 times the cost).
         qa_as_nodata: whether QA = 1 means not observed.
         skip_land: leave tiles out that are all land, as `--land skip` does.
@@ -78,7 +76,7 @@ def predict(
             return predict(
                 bundle, scene, sink, tile=tile, overlap=overlap, blend=blend,
                 batch_size=batch_size, precision=precision, device=device,
-                backend=backend, tta=tta,
+                tta=tta,
                 qa_as_nodata=qa_as_nodata, skip_land=skip_land, threshold=threshold,
                 max_memory=max_memory, progress=progress,
             )  # fmt: skip
@@ -87,7 +85,7 @@ def predict(
         for one in bundles:
             source.require(needed_bands(one.spec))
     where = resolve_device(device)
-    network = Network(bundles, where, resolve_precision(precision, where), tta, backend)
+    network = Network(bundles, where, resolve_precision(precision, where), tta)
     slicing = Slicing(
         *tile_shape(bundles, tile, overlap), blend, batch_size, qa_as_nodata, skip_land
     )
@@ -136,7 +134,6 @@ def predict_array(
     batch_size: int = 8,
     precision: Precision | None = None,
     device: Literal["auto", "cpu", "cuda"] = "auto",
-    backend: Backend = "torch",
     tta: MergeMode | None = None,
     qa_as_nodata: bool = True,
     progress: Progress = silent,
@@ -153,7 +150,6 @@ def predict_array(
         batch_size: see `predict`.
         precision: see `predict`.
         device: see `predict`.
-        backend: see `predict`.
         tta: see `predict`.
         qa_as_nodata: see `predict`.
         progress: see `predict`.
@@ -169,7 +165,7 @@ def predict_array(
     array = _Array(bands.canonical(scene, names))
     predict(
         bundles, array, array, tile=tile, overlap=overlap, blend=blend, batch_size=batch_size,
-        precision=precision, device=device, backend=backend, tta=tta, qa_as_nodata=qa_as_nodata,
+        precision=precision, device=device, tta=tta, qa_as_nodata=qa_as_nodata,
         progress=progress,
     )  # fmt: skip
     return array.probabilities

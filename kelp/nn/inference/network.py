@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kelp.config.predict import Backend, MergeMode
+from kelp.config.predict import MergeMode
 from kelp.config.train import Precision
 from kelp.errors import BundleError
 from kelp.grid import Shape
@@ -39,9 +39,8 @@ class Network:
         device: torch.device,
         precision: Precision,
         tta: MergeMode | None = None,
-        backend: Backend = "torch",
     ) -> None:
-        self._nets = [bundle.on(device, precision, backend) for bundle in bundles]
+        self._nets = [bundle.on(device, precision) for bundle in bundles]
         self._device = device
         self._precision = precision
         self._tta = tta

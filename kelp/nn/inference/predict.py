@@ -38,7 +38,6 @@ from kelp.nn.inference.plan import (
     make_plan,
 )
 from kelp.nn.inference.strip import Slicing
-from kelp.nn.openvino_body import runtime
 from kelp.preview import write_previews
 from kelp.progress import Progress, silent
 from kelp.raster import decoding, read_tags
@@ -147,7 +146,7 @@ class _Run:
         self.device = resolve_device(config.device)
         self.precision = resolve_precision(config.precision, self.device)
         tta = config.tta_merge_mode if config.tta else None
-        self.network = Network(bundles, self.device, self.precision, tta, config.backend)
+        self.network = Network(bundles, self.device, self.precision, tta)
         self.counts = Counts()
         self.todo: list[Task] = []
         self._found = tasks
@@ -249,7 +248,6 @@ class _Run:
             "threshold": self.threshold,
             "precision": self.precision,
             "device": self.device.type,
-            "runtime": runtime(self.config.backend),
             "tta": self.config.tta_merge_mode if self.config.tta else None,
             "probabilities": self.config.save_probabilities and self.config.probability_dtype,
         }
