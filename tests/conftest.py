@@ -1,6 +1,13 @@
 """Fixtures for the tests of several laws. Torch is slow to load: only when one is asked for."""
 
+import signal
+
 import pytest
+
+# A background job of a shell inherits an ignored Ctrl-C, and would hand that on to the programs
+# that tests start and stop.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="module")
