@@ -305,12 +305,12 @@ def test_a_threshold_never_saw_the_places_it_is_used_on(labelled, monkeypatch):
 
 def test_two_bundles_and_scenes_too_large_for_one_pass(labelled, monkeypatch, caplog):
     monkeypatch.setattr(model, "_build_body", lambda spec: Shy(spec.channels))
-    other = tiny_bundle(labelled / "other", resize_strategy="pad", image_size=32)
+    pair = (
+        tiny_bundle(labelled / "other", resize_strategy="pad", image_size=32),
+        tiny_bundle(labelled / "bundle2"),
+    )
     with caplog.at_level("INFO", "kelp"):
-        result = compare(
-            labelled, monkeypatch, Shy, run_dir=(labelled / "other", other.parent / "bundle2"),
-            largest_pass=200,
-        ) if tiny_bundle(labelled / "bundle2") else None  # fmt: skip
+        compare(labelled, monkeypatch, Shy, run_dir=pair, largest_pass=200)
     told = json.loads((labelled / "out" / "comparison.json").read_text())
     assert told["left_out"] == ["bundle2: whole image, enlarged 2 times"]
     assert "left out, larger than --largest_pass 200" in caplog.text
@@ -318,7 +318,6 @@ def test_two_bundles_and_scenes_too_large_for_one_pass(labelled, monkeypatch, ca
     nothing = compare(labelled, monkeypatch, Shy, largest_pass=64)
     assert nothing.advice.slice
     assert "too large to be shown to a network at once" in nothing.advice.text
-    assert result is not None
 
 
 def test_wrong_input_is_one_line(labelled, monkeypatch, capfd):
@@ -332,7 +331,15 @@ def test_wrong_input_is_one_line(labelled, monkeypatch, capfd):
     kelp.export(ExportConfig(run_dir=bundle, output_path=model_file))
     with pytest.raises(ConfigError, match="name the run it was exported from"):
         kelp.compare(CompareConfig(**{**config, "run_dir": (model_file,)}))
-    (labelled / "masks" / "K03_kelp.tif").unlink()
+    with pytest.raises(ConfigError, match="--run_dir is missing"):
+        kelp.compare(CompareConfig(**{**config, "run_dir": ()}))
+    with pytest.raises(ConfigError, match="--largest_pass 32: no way shows a network so little"):
+        kelp.compare(CompareConfig(**config, largest_pass=32))
+    truth = labelled / "masks" / "K03_kelp.tif"
+    write_mask(truth, np.zeros((90, 100), np.uint8))
+    with pytest.raises(InputError, match=r"K03_kelp\.tif has 90 x 100 pixels .* a truth must"):
+        kelp.compare(CompareConfig(**config))
+    truth.unlink()
     arguments = [f"--{name}={value}" for name, value in config.items() if name != "run_dir"]
     assert main(["compare", *arguments, f"--run_dir={bundle}", "--quiet"]) == 2
     (line,) = capfd.readouterr().err.splitlines()

@@ -35,7 +35,7 @@ from kelp.nn.device import resolve_device, resolve_precision
 from kelp.nn.inference.inputs import find_scenes, survey
 from kelp.preview import picture_of
 from kelp.progress import Progress, silent
-from kelp.raster import read_mask
+from kelp.raster import raster_shape, read_mask
 from kelp.scene import read_scene
 from kelp.scoring import pixel_area_m2, places_of
 from kelp.seams import Steps, steps
@@ -79,8 +79,8 @@ def compare(config: CompareConfig, progress: Progress = silent) -> CompareResult
     Writes `comparison.json`, `comparison.txt` and `report.html`.
 
     Raises:
-        InputError: a truth is missing, or a scene cannot be read.
-        ConfigError: an ONNX file instead of a bundle, or an overlap that is no overlap.
+        InputError: a truth is missing or of another size, or a scene cannot be read.
+        ConfigError: no bundle or an ONNX file, an overlap that is none, or nothing left to run.
     """
     bundles = [load_bundle(path, config.use_checkpoint) for path in config.run_dir]
     images = _images(config, bundles)
@@ -92,6 +92,11 @@ def compare(config: CompareConfig, progress: Progress = silent) -> CompareResult
         (ways if fits else left_out).append(way)
     for way in left_out:
         log.info("%s: left out, larger than --largest_pass %d", way.name, config.largest_pass)
+    if not ways:
+        raise ConfigError(
+            f"--largest_pass {config.largest_pass}: no way shows a network so little at once; "
+            "give a larger number, or a smaller --sahi_tile_size"
+        )
     device = resolve_device(config.device)
     precision = resolve_precision(config.precision, device)
     runtime = Runtime(device, precision, config.batch_size)
@@ -139,6 +144,14 @@ def _images(config: CompareConfig, bundles: Sequence[Bundle]) -> list[_Labelled]
     tasks, failures = survey(truths, config.band_order, [bundle.spec for bundle in bundles])
     if failures:
         raise InputError(f"{len(failures)} scenes cannot be read: {'; '.join(failures.values())}")
+    for task in tasks:  # before hours of prediction, not after
+        height, width = raster_shape(task.output)
+        if (height, width) != task.size.shape:
+            raise InputError(
+                f"{task.output} has {height} x {width} pixels (height x width), {task.path} "
+                f"{task.size.shape[0]} x {task.size.shape[1]}; a truth must have the size of its "
+                "scene"
+            )
     names = {tile_id_of(task.path): task.path for task in tasks}
     if config.metadata_fp:
         place_of = places_of(config.metadata_fp, names)
@@ -153,6 +166,8 @@ def _images(config: CompareConfig, bundles: Sequence[Bundle]) -> list[_Labelled]
 
 
 def _ways(config: CompareConfig, bundles: Sequence[Bundle]) -> list[Way]:
+    if not bundles:
+        raise ConfigError("--run_dir is missing; name at least one run or bundle")
     ways: list[Way] = []
     for bundle, path in zip(bundles, config.run_dir, strict=True):
         trained = bundle.spec.tile_size
