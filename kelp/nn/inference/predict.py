@@ -103,9 +103,8 @@ def predict_scenes(config: PredictConfig, progress: Progress = silent) -> Predic
     run.record()
     if failures:
         named = "; ".join(failures.values())
-        raise InputError(
-            f"{len(failures)} of {len(scenes)} scenes failed, the rest is done: {named}"
-        )
+        rest = ", the rest is done" if len(failures) < len(scenes) else ""
+        raise InputError(f"{len(failures)} of {len(scenes)} scenes failed{rest}: {named}")
     masks = tuple(outputs.values())
     submission = None
     previews: list[Path] = []
@@ -206,7 +205,8 @@ class _Run:
             measured = self._measured(config.max_memory)
             plan = fit_memory(plan, config.max_memory, sizes, self.slicing, measured)
         check_disk(plan, config.output_dir)
-        log.info("%s", plan)
+        if sizes:
+            log.info("%s", plan)
         return plan
 
     def _measured(self, budget: int) -> NetworkMemory:
