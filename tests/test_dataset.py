@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -20,7 +22,7 @@ from kelp.nn.datamodule import (
     sampling_weights,
     training_shape,
 )
-from kelp.nn.dataset import Sample, Source, TileDataset, collate
+from kelp.nn.dataset import Draw, Sample, Source, TileDataset, collate
 from kelp.nn.inference.engine import Engine, Job
 from kelp.nn.inference.strip import Slicing
 from kelp.scene import Scene, read_scene
@@ -182,7 +184,7 @@ def test_whole_images_are_reflected_up_to_the_training_shape(tmp_path):
     seen = set()
     for index, batch in zip(data.sampler, data.train_dataloader(), strict=True):
         assert batch.raw.shape == (1, 7, 30, 37)
-        scene = _Array(read_scene(fold.train_sources[index].image))
+        scene = _Array(read_scene(fold.train_sources[index.row].image))
         height, width = scene.shape
         seen.add(scene.shape)
         engine = Engine(scene.predict, Slicing(tile=(30, 37), overlap=(0, 0), batch_size=1))
@@ -397,20 +399,58 @@ def test_a_missing_fact_is_an_error(sliced, facts):
 def test_weighted_epochs_are_drawn_with_replacement_by_weight():
     sampler = EpochSampler(3, 0, np.array([0.01, 0.19, 0.8]), 20_000)
     assert len(sampler) == len(list(sampler)) == 20_000
-    shares = np.bincount(list(sampler), minlength=3) / 20_000
+    shares = np.bincount([draw.row for draw in sampler], minlength=3) / 20_000
     assert shares == pytest.approx([0.01, 0.19, 0.8], abs=0.015)
 
 
 def test_without_weights_each_row_comes_once():
     sampler = EpochSampler(11, 0)
     first = list(sampler)
-    assert sorted(first) == list(range(11))
+    assert sorted(draw.row for draw in first) == list(range(11))
     assert first == list(sampler)  # an epoch can be had again
     sampler.set_epoch(1)
-    assert sorted(sampler) == list(range(11))
+    assert sorted(draw.row for draw in sampler) == list(range(11))
     assert list(sampler) != first
     assert list(EpochSampler(11, 0, first_epoch=1)) == list(sampler)
     assert list(EpochSampler(11, 1)) != first
+
+
+@pytest.mark.parametrize("kind", [True, False])
+def test_random_crops_lie_anywhere_near_their_row_and_inside_the_image(world, sliced, kind):
+    config = config_of(sliced[kind], random_crops=True, seed=3)
+    fold = read_fold(config)
+    data = FoldData(fold, config, first_epoch=0, pin=False)
+    dataset = TileDataset(fold.train_sources)
+    offsets = set()
+    for draw in data.sampler:
+        sample, tile = dataset[draw], fold.train_sources[draw.row].tile
+        whole = read_scene(fold.train_sources[draw.row].image)
+        height, width = whole.shape[1:]
+        assert sample.target.shape == (tile.height, tile.width) == (32, 32)
+        y = min(max(tile.y + round(draw.down * 16), 0), height - 32)
+        x = min(max(tile.x + round(draw.right * 16), 0), width - 32)
+        np.testing.assert_array_equal(sample.raw.numpy(), whole[:, y : y + 32, x : x + 32])
+        offsets.add((y, x))
+    assert len(offsets) > len(fold.train) / 2
+    assert all(source.tile is None for source in fold.val_sources) == kind  # these stay
+    assert not any(draw.down or draw.right for draw in EpochSampler(5, 0))
+
+
+def test_random_crops_without_the_images_are_the_tiles_as_they_are(tmp_path, caplog):
+    world = make_world(tmp_path, n_train=2, shape=(50, 70))
+    table = slice_dataset(
+        SliceConfig(
+            data_dir=world.train_dir, metadata_fp=world.table, image_size=32, workers=1,
+            output_dir=tmp_path / "cut",
+        )
+    ).table  # fmt: skip
+    kept = [TileDataset(read_fold(config_of(table)).train_sources)[0]]
+    shutil.rmtree(world.train_dir)
+    with caplog.at_level("INFO", "kelp"):
+        fold = read_fold(config := config_of(table, random_crops=True))
+    assert "not at hand; no random crops" in caplog.text
+    draws = list(FoldData(fold, config, first_epoch=0, pin=False).sampler)
+    assert same(TileDataset(fold.train_sources)[Draw(0, *draws[0][1:])], kept[0])
 
 
 # --- the loaders

@@ -68,7 +68,9 @@ def test_gradient_is_the_slope(name):
         way = torch.randn(logits.shape, generator=torch.Generator().manual_seed(seed))
         step = 1e-2 * way
         slope = (loss(logits + step, target) - loss(logits - step, target)) / 2e-2
-        torch.testing.assert_close((point.grad * way).sum(), slope, rtol=2e-2, atol=2e-4)
+        # Lovász is piecewise linear: where pixels change their order there is a kink.
+        atol = 5e-3 if name == "lovasz" else 2e-4
+        torch.testing.assert_close((point.grad * way).sum(), slope, rtol=2e-2, atol=atol)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -82,7 +84,10 @@ def test_false_kelp_on_a_kelp_free_batch_costs_and_is_pushed_down(name):
     value = loss(loud, target)
     assert value > loss(quiet, target) + 0.01
     value.backward()
-    assert (loud.grad[0, 2:4] > 0).all()
+    if name == "lovasz":  # where nothing is true, the index is lost to the first false pixel
+        assert loud.grad[0, 2:4].max() > 0
+    else:
+        assert (loud.grad[0, 2:4] > 0).all()
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -15,7 +15,10 @@ Architecture = Literal[
     "unet", "unet++", "linknet", "fpn", "manet", "pan", "pspnet", "deeplabv3", "deeplabv3+",
     "segformer", "upernet",
 ]  # fmt: skip
-Loss = Literal["dice", "jaccard", "ce", "bce", "focal", "tversky", "combo"]
+Loss = Literal[
+    "dice", "jaccard", "ce", "bce", "focal", "tversky", "focal_tversky", "lovasz", "soft_ce", "mcc",
+    "combo",
+]  # fmt: skip
 Optimizer = Literal["adam", "adamw", "sgd"]
 Scheduler = Literal["onecycle", "cosine", "none"]
 Normalization = Literal["quantile", "z-score", "min-max"]
@@ -57,6 +60,11 @@ class TrainConfig(Config):
     )
     augment: bool = option(
         True, help="Turn and mirror training crops: the 8 symmetries of the square"
+    )
+    random_crops: bool = option(
+        False,
+        help="With --sahi: cut training tiles anywhere up to half a tile from their place in the "
+        "table, out of the images they are from",
     )
 
     # preprocessing
@@ -120,7 +128,7 @@ class TrainConfig(Config):
     # optimisation
     loss: Loss = option("dice", help="Loss function")
     ce_smooth_factor: float = option(
-        0.0, help="Label smoothing of ce, bce and combo", unit="fraction 0-1", ge=0, lt=0.5
+        0.0, help="Label smoothing of ce, soft_ce, bce, combo", unit="fraction 0-1", ge=0, lt=0.5
     )
     ce_class_weights: Floats = option(
         (1.0, 1.0), help="Weights of background and kelp in ce, bce and combo", unit="factors"
@@ -182,6 +190,8 @@ class TrainConfig(Config):
     def _options_fit(self) -> Self:
         if self.swa:
             raise ConfigError("--swa True: this version does not average weights; leave it False")
+        if self.random_crops and not self.sahi:
+            raise ConfigError("--random_crops True: only tiles can be moved; add --sahi True")
         if (self.monitor_metric == "val/loss") != (self.monitor_mode == "min"):
             better = "min" if self.monitor_metric == "val/loss" else "max"
             raise ConfigError(

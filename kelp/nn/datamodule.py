@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +20,11 @@ from kelp.config import TrainConfig
 from kelp.errors import ConfigError, TableError
 from kelp.grid import Shape
 from kelp.indices import IndexSettings, needed_bands, parse_indices
-from kelp.nn.dataset import Sample, Source, TileDataset, collate, sources_of
+from kelp.nn.dataset import Draw, Sample, Source, TileDataset, collate, sources_of
 from kelp.raster import raster_shape
 from kelp.scene import Scene
+
+log = logging.getLogger("kelp")
 
 _TILE_COLUMNS: Final = (*manifest.TILE_KEY, "tile_height", "tile_width")
 _SOURCE_COLUMNS: Final = ("source_image_path", "source_mask_path")
@@ -57,7 +60,11 @@ def read_fold(config: TrainConfig) -> Fold:
         if parts[part].empty:
             raise TableError(f"{path}: fold {config.cv_split} has no {part} rows; try another fold")
         _check_masks(parts[part], path)
-    sources = {part: sources_of(rows, config.data_dir, path.parent) for part, rows in parts.items()}
+    move = config.random_crops and _can_be_moved(parts[manifest.TRAIN], path)
+    sources = {
+        part: sources_of(rows, config.data_dir, path.parent, move and part == manifest.TRAIN)
+        for part, rows in parts.items()
+    }
     files = dict.fromkeys(
         file for part in sources.values() for s in part for file in (s.image, s.mask)
     )
@@ -82,6 +89,16 @@ def _check_kind(table: pd.DataFrame, config: TrainConfig) -> None:
         )
     if table["image_path"].isna().any() and not set(_SOURCE_COLUMNS) <= set(table.columns):
         raise TableError(f"{path}: has rows without image_path; make the table anew")
+
+
+def _can_be_moved(rows: pd.DataFrame, path: Path) -> bool:
+    """Whether the images that tiles were cut from are at hand; if not, one line of notice."""
+    columns = [name for name in _SOURCE_COLUMNS if name in rows.columns]
+    files = {name for column in columns for name in rows[column].dropna().unique()}
+    if len(columns) == 2 and files and all((path.parent / name).is_file() for name in files):
+        return True
+    log.info("%s: the images that its tiles were cut from are not at hand; no random crops", path)
+    return False
 
 
 def _check_masks(rows: pd.DataFrame, path: Path) -> None:
@@ -164,10 +181,11 @@ def _weighted_sum(
     return total
 
 
-class EpochSampler(Sampler[int]):
+class EpochSampler(Sampler[Draw]):
     """Rows of an epoch. Which ones, and their order, follow from the seed and the epoch alone.
 
     With weights, `count` rows are drawn with replacement; without, each comes once, shuffled.
+    With `move`, each window is drawn anywhere up to half a tile from its place.
     Lightning calls `set_epoch`, but only after the workers of a resumed run have begun to
     read: hence `first_epoch`.
     """
@@ -179,8 +197,10 @@ class EpochSampler(Sampler[int]):
         weights: NDArray[np.float64] | None = None,
         count: int | None = None,
         first_epoch: int = 0,
+        move: bool = False,
     ) -> None:
         self.rows = rows
+        self.move = move
         self.seed = seed
         self.count = rows if weights is None or count is None else count
         self.chances = None if weights is None else weights / weights.sum()
@@ -189,13 +209,17 @@ class EpochSampler(Sampler[int]):
     def __len__(self) -> int:
         return self.count
 
-    def __iter__(self) -> Iterator[int]:
+    def __iter__(self) -> Iterator[Draw]:
         random = np.random.default_rng((self.seed, self.epoch))
         if self.chances is None:
             drawn = random.permutation(self.rows)
         else:
             drawn = random.choice(self.rows, size=self.count, p=self.chances)
-        return iter(drawn.tolist())
+        moves = random.uniform(-1, 1, (len(drawn), 2)) if self.move else np.zeros((len(drawn), 2))
+        return (
+            Draw(row, down, right)
+            for row, (down, right) in zip(drawn.tolist(), moves.tolist(), strict=True)
+        )
 
     def set_epoch(self, epoch: int) -> None:
         """Make the next iteration that of `epoch`."""
@@ -220,8 +244,9 @@ class FoldData(LightningDataModule):
             else None
         )
         self.sampler = EpochSampler(
-            len(fold.train), config.seed, weights, config.samples_per_epoch, first_epoch
-        )
+            len(fold.train), config.seed, weights, config.samples_per_epoch, first_epoch,
+            move=config.random_crops,
+        )  # fmt: skip
 
     def train_dataloader(self) -> DataLoader[Sample]:
         """Training rows, as the sampler orders them."""

@@ -44,7 +44,18 @@ class Source:
     """The window; it may stick out of the image at the right and lower edge."""
 
 
-def sources_of(rows: pd.DataFrame, root: Path, table_folder: Path) -> list[Source]:
+class Draw(NamedTuple):
+    """A row that the sampler drew, and how far its window is moved."""
+
+    row: int
+    down: float = 0.0
+    """In half tiles, -1 to 1; the moved window stays inside its image."""
+    right: float = 0.0
+
+
+def sources_of(
+    rows: pd.DataFrame, root: Path, table_folder: Path, windows: bool = False
+) -> list[Source]:
     """The files of each row, in the order of the rows.
 
     Args:
@@ -52,8 +63,9 @@ def sources_of(rows: pd.DataFrame, root: Path, table_folder: Path) -> list[Sourc
             dataset, whose `image_path` is null, name a window of their source images.
         root: folder that `image_path` and `mask_path` are relative to.
         table_folder: folder that `source_image_path` and `source_mask_path` are relative to.
+        windows: name windows of the source images for all rows, so that they can be moved.
     """
-    materialised = rows["image_path"].notna().to_numpy()
+    materialised = rows["image_path"].notna().to_numpy() & (not windows)
     return [
         Source(root / str(row["image_path"]), root / str(row["mask_path"]))
         if is_file
@@ -88,11 +100,12 @@ class TileDataset(Dataset[Sample]):
     def __len__(self) -> int:
         return len(self.sources)
 
-    def __getitem__(self, index: int) -> Sample:
+    def __getitem__(self, index: int | Draw) -> Sample:
         """Read a sample. Raises `InputError` when image and mask do not fit each other."""
-        source = self.sources[index]
-        raw, shape = _read_image(source, self.band_order)
-        mask = read_mask(source.mask, source.tile.clipped(shape) if source.tile else None)
+        draw = index if isinstance(index, Draw) else Draw(index)
+        source = self.sources[draw.row]
+        raw, tile = _read_image(source, draw, self.band_order)
+        mask = read_mask(source.mask, tile)
         if mask.shape != raw.shape[1:]:
             raise InputError(
                 f"{source.mask}: has {mask.shape[0]} x {mask.shape[1]} pixels, its image "
@@ -146,13 +159,26 @@ def collate(samples: Sequence[Sample]) -> Sample:
     return Sample(*(torch.stack(tensors) for tensors in zip(*padded, strict=True)))
 
 
-def _read_image(source: Source, band_order: Sequence[str]) -> tuple[NDArray[np.float32], Shape]:
-    """The pixels of a sample inside its image, and the shape of the whole image."""
+def _read_image(
+    source: Source, draw: Draw, band_order: Sequence[str]
+) -> tuple[NDArray[np.float32], Tile | None]:
+    """The pixels of a sample inside its image, and the window that they are from."""
     with Scene(source.image, band_order) as scene:
-        tile = source.tile.clipped(scene.shape) if source.tile else None
+        tile = _moved(source.tile, draw, scene.shape).clipped(scene.shape) if source.tile else None
         if tile is not None and min(tile.height, tile.width) < 1:
             raise InputError(
                 f"{source.image}: has {scene.shape[0]} x {scene.shape[1]} pixels, none in the "
                 f"tile at x={tile.x}, y={tile.y}; slice the images again"
             )
-        return scene.read(tile), scene.shape
+        return scene.read(tile), tile
+
+
+def _moved(tile: Tile, draw: Draw, shape: Shape) -> Tile:
+    """The window a little elsewhere; as the sampler drew it, if it did not ask for a move."""
+    if not (draw.down or draw.right):
+        return tile
+    y = tile.y + round(draw.down * tile.height / 2)
+    x = tile.x + round(draw.right * tile.width / 2)
+    y = min(max(y, 0), max(0, shape[0] - tile.height))
+    x = min(max(x, 0), max(0, shape[1] - tile.width))
+    return Tile(y, x, tile.height, tile.width)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Final
 
 import torch
+from segmentation_models_pytorch.losses import LovaszLoss
 from torch import Tensor
 from torch.nn import functional
 from torchvision.ops import sigmoid_focal_loss
@@ -26,6 +27,8 @@ LossFunction = Callable[[Tensor, Tensor], Tensor]
 """`loss(logits, target)`: a float32 scalar."""
 
 _SMOOTH_PIXELS: Final = 1.0
+_TINY: Final = 1e-6
+_LOVASZ: Final = LovaszLoss("binary", per_image=False, ignore_index=MASK_NODATA)
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class LossSettings:
     """What the options of `kelp train` say about the loss."""
 
     smooth_factor: float = 0.0
-    """Label smoothing of ce, bce and combo."""
+    """Label smoothing of ce, soft_ce, bce and combo."""
     class_weights: tuple[float, float] = (1.0, 1.0)
     """Weights of background and kelp in ce, bce and combo."""
 
@@ -63,6 +66,19 @@ class Overlap:
         # Half a pixel on both sides is "+ 1" in the usual form of Dice, 2TP / (2TP + FP + FN).
         smooth = _SMOOTH_PIXELS / 2
         return 1 - (hit + smooth) / (hit + wrong + missed + smooth)
+
+
+@dataclass(frozen=True)
+class FocalOverlap:
+    """A region loss to a power below 1: what is nearly right still pulls (Abraham & Khan 2019)."""
+
+    overlap: Overlap
+    power: float = 0.75
+
+    def __call__(self, logits: Tensor, target: Tensor) -> Tensor:
+        """The loss, between 0 and 1."""
+        # The root of 0 has no slope to follow.
+        return (self.overlap(logits, target) + _TINY) ** self.power - _TINY**self.power
 
 
 @dataclass(frozen=True)
@@ -127,6 +143,31 @@ def focal(logits: Tensor, target: Tensor) -> Tensor:
     return _mean(sigmoid_focal_loss(logits, truth), valid)
 
 
+def matthews(logits: Tensor, target: Tensor) -> Tensor:
+    """1 - Matthews correlation coefficient on soft counts of the batch (Abhishek & Hamarneh 2021).
+
+    Half a pixel more is right of either class, so that batches of one class have a gradient.
+    """
+    logits, truth, valid = _prepare(logits, target)
+    probability = logits.sigmoid() * valid
+    hit = (probability * truth).sum()
+    wrong = probability.sum() - hit
+    missed = truth.sum() - hit
+    rejected = valid.sum() - hit - wrong - missed + _SMOOTH_PIXELS / 2
+    hit = hit + _SMOOTH_PIXELS / 2
+    spread = ((hit + wrong) * (hit + missed)).sqrt() * (
+        (rejected + wrong) * (rejected + missed)
+    ).sqrt()
+    return 1 - (hit * rejected - wrong * missed) / spread
+
+
+def lovasz(logits: Tensor, target: Tensor) -> Tensor:
+    """Lovász hinge: the Jaccard index itself, made convex (Berman et al. 2018)."""
+    logits, truth, valid = _prepare(logits, target)
+    loss: Tensor = _LOVASZ(logits, torch.where(valid, truth, MASK_NODATA))
+    return loss
+
+
 def _prepare(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Logits and truth in float32, 0 where the target is left out; and where it is not."""
     valid = target != MASK_NODATA
@@ -143,6 +184,10 @@ _BUILDERS: Final[Mapping[str, Callable[[LossSettings], LossFunction]]] = {
     "dice": lambda settings: Overlap(0.5, 0.5),
     "jaccard": lambda settings: Overlap(1.0, 1.0),
     "tversky": lambda settings: Overlap(0.3, 0.7),  # the source's best: missing costs more
+    "focal_tversky": lambda settings: FocalOverlap(Overlap(0.3, 0.7)),
+    "lovasz": lambda settings: lovasz,
+    "mcc": lambda settings: matthews,
+    "soft_ce": lambda settings: CrossEntropy(LossSettings(settings.smooth_factor)),
     "ce": CrossEntropy,
     "bce": BinaryCrossEntropy,
     "focal": lambda settings: focal,
