@@ -24,6 +24,7 @@ from kelp.simulation.layout import simulate, tile_name
 from kelp.simulation.scene import make_place, simulate_scene, take_picture
 from kelp.simulation.sensor import missing, record
 from kelp.simulation.terrain import Terrain, fractal, make_terrain
+from kelp.simulation.world import WORLDS
 
 SIZE = 64
 
@@ -371,6 +372,28 @@ def test_kelp_budget_has_the_published_quantiles():
     assert 700 < np.quantile(draws, 0.75) < 1500
 
 
+def test_worlds_differ_as_they_say():
+    """Over the same terrain and sites: more patches, stronger contrast, more clouds and errors."""
+    counts, kelp_nir, cloudy, wrong = {}, {}, {}, {}
+    for name, world in WORLDS.items():
+        counts[name], kelp_nir[name], cloudy[name], wrong[name] = 0, [], [], []
+        for seed in range(24):
+            rng = np.random.default_rng(seed)
+            made = take_picture(rng, make_place(rng, (200, 200), world), (0, 0), (200, 200))
+            truth, nir = made.truth > 0, made.pixels[1]
+            clear = (made.pixels[5] == 0) & (nir > 0)
+            water = clear & ~truth & (made.pixels[6] <= 0)
+            counts[name] += ndimage.label(truth, np.ones((3, 3)))[1]
+            cloudy[name].append(made.pixels[5].mean())
+            if (truth & clear).sum() > 20:
+                kelp_nir[name].append(np.median(nir[truth & clear]) - np.median(nir[water]))
+                wrong[name].append((truth != (made.label > 0)).sum() / truth.sum())
+    assert counts["specks"] > 1.8 * counts["calibrated"]
+    assert np.median(kelp_nir["specks"]) > 1.2 * np.median(kelp_nir["calibrated"])
+    assert np.mean(cloudy["murky"]) > 1.2 * np.mean(cloudy["calibrated"])
+    assert np.mean(wrong["murky"]) > 1.1 * np.mean(wrong["calibrated"])
+
+
 def test_terrain_is_a_coast():
     terrains = [make_terrain(np.random.default_rng(seed), (120, 90)) for seed in range(30)]
     shares = [terrain.land.mean() for terrain in terrains]
@@ -423,7 +446,7 @@ def test_an_eight_bit_sensor_combs_the_values():
 def test_truth_is_what_can_be_seen(monkeypatch):
     """Kelp under opaque clouds and in gaps is in no mask."""
 
-    def overcast(rng, optical):
+    def overcast(rng, optical, world):
         shape = optical.shape[1:]
         return np.ones(shape, dtype=bool), np.ones(shape, dtype=np.float32)
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import model_validator
 
 from kelp.bands import IndexInput
 from kelp.config.base import Config, Names, option
 from kelp.errors import ConfigError
+
+WorldName = Literal["calibrated", "specks", "murky"]
 
 WORKERS_HELP = "Worker processes; 0 = one for each core. The result does not depend on it"
 
@@ -133,5 +135,10 @@ class SimulateConfig(Config):
     dates: int = option(3, help="Images of each training place", unit="images", ge=1)
     test: int = option(10, help="Test images, each of a place of its own", unit="images", ge=0)
     size: int = option(350, help="Side of an image", unit="px", ge=16)
+    world: WorldName = option(
+        "calibrated",
+        help="Like published figures; many small dense patches (specks); or turbid, cloudy, "
+        "with faint kelp and poorer labels (murky)",
+    )
     workers: int = option(0, help=WORKERS_HELP, unit="processes", ge=0)
     seed: int = option(0, help="Seed: the same seed gives the same bytes", unit="integer", ge=0)

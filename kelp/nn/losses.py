@@ -78,7 +78,8 @@ class FocalOverlap:
     def __call__(self, logits: Tensor, target: Tensor) -> Tensor:
         """The loss, between 0 and 1."""
         # The root of 0 has no slope to follow.
-        return (self.overlap(logits, target) + _TINY) ** self.power - _TINY**self.power
+        raised = torch.pow(self.overlap(logits, target) + _TINY, self.power)
+        return raised - _TINY**self.power
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from scipy import ndimage, stats
 
 from kelp.simulation.terrain import Field, Mask, Terrain, fractal, tiles_in
+from kelp.simulation.world import CALIBRATED, World
 
 _KELP_TILES: Final = 0.65  # share of images; clouds and volunteers bring it to 0.626
 _WEIBULL: Final = (0.68, 1250.0)  # shape, scale of kelp px in a tile with kelp, before losses
@@ -73,7 +74,9 @@ def _alike(
     return value
 
 
-def kelp_budget(rng: np.random.Generator, abundance: float, tiles: float) -> tuple[int, int]:
+def kelp_budget(
+    rng: np.random.Generator, abundance: float, tiles: float, world: World = CALIBRATED
+) -> tuple[int, int]:
     """How many px of kelp and how many patches an image of `tiles` tiles has."""
     rank = float(stats.norm.cdf(_alike(rng, abundance, _PLACES_LAST)))
     spread = float(np.exp(rng.normal(0, 0.5)))
@@ -82,12 +85,16 @@ def kelp_budget(rng: np.random.Generator, abundance: float, tiles: float) -> tup
         return 0, 0
     shape, scale = _WEIBULL
     pixels = min(_CAP, rich * scale * (-np.log1p(-rank / _KELP_TILES * 0.9999)) ** (1 / shape))
-    patches = max(1, round(max(tiles, 1e-9) * 0.25 * pixels**0.54 * spread))
+    patches = max(1, round(max(tiles, 1e-9) * 0.25 * pixels**0.54 * spread * world.patches))
     return max(1, round(pixels * tiles)), patches
 
 
 def grow(
-    rng: np.random.Generator, terrain: Terrain, sites: Sites, origin: tuple[int, int]
+    rng: np.random.Generator,
+    terrain: Terrain,
+    sites: Sites,
+    origin: tuple[int, int],
+    world: World = CALIBRATED,
 ) -> NDArray[np.int32]:
     """The patches of a date: int32 `(height, width)`, 0 = none, else the number of the patch.
 
@@ -96,11 +103,12 @@ def grow(
         terrain: the part of the place that is in the picture.
         sites: the sites of the whole place.
         origin: `(y, x)` of the picture in the place.
+        world: settings of the coast.
     """
     height, width = terrain.shape
     patches = np.zeros((height, width), dtype=np.int32)
     size = _alike(rng, sites.vigour, _BEDS_LAST)
-    pixels, count = kelp_budget(rng, sites.abundance, tiles_in(terrain.shape))
+    pixels, count = kelp_budget(rng, sites.abundance, tiles_in(terrain.shape), world)
     y, x = sites.y - origin[0], sites.x - origin[1]
     seen = np.flatnonzero((y >= 0) & (y < height) & (x >= 0) & (x < width))
     free = (terrain.offshore > 0) & ~terrain.land
@@ -168,10 +176,12 @@ def _uphill(offshore: Field, centre: tuple[int, int]) -> tuple[float, float]:
     return (gy / length, gx / length) if length > 1e-6 else (0.0, 1.0)
 
 
-def density(rng: np.random.Generator, patches: NDArray[np.int32]) -> Field:
+def density(
+    rng: np.random.Generator, patches: NDArray[np.int32], world: World = CALIBRATED
+) -> Field:
     """Share of a pixel that kelp covers: float32 0-1, soft at the edges of patches."""
     height, width = patches.shape
-    mean = float(np.clip(np.exp(rng.normal(np.log(0.14), 0.55)), 0.02, 0.35))
+    mean = float(np.clip(np.exp(rng.normal(np.log(world.cover), 0.55)), 0.02, 0.35))
     texture = fractal(rng, (height, width), 1.5, 6)
     of_patch = np.exp(rng.normal(0, 0.25, patches.max() + 1)).astype(np.float32)
     cover = np.clip(mean * of_patch[patches] + 0.05 * texture, 0.01, 0.6)

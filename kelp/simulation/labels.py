@@ -9,15 +9,18 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from kelp.simulation.terrain import Mask, fractal, quantile_of
+from kelp.simulation.world import CALIBRATED, World
 
-_LOST: Final = 0.05  # of the patches
 _FALSE: Final = 0.03  # patches of nothing, for each true one
 _ABSURD: Final = 0.0005  # of the masks
-_FAR: Final = 0.25  # of the masks are 3-8 px off
 
 
 def draw_labels(
-    rng: np.random.Generator, patches: NDArray[np.int32], tempting: Mask, land: Mask
+    rng: np.random.Generator,
+    patches: NDArray[np.int32],
+    tempting: Mask,
+    land: Mask,
+    world: World = CALIBRATED,
 ) -> NDArray[np.uint8]:
     """A volunteers' mask: uint8 0/1 `(height, width)`.
 
@@ -26,6 +29,7 @@ def draw_labels(
         patches: numbered patches of kelp, 0 = none.
         tempting: bright things in the water that are taken for kelp.
         land: where nobody draws kelp, however far off the drawing is.
+        world: settings of the coast.
     """
     height, width = patches.shape
     absurd, field = rng.random() < _ABSURD, None
@@ -33,13 +37,13 @@ def draw_labels(
         field = fractal(rng, (height, width), 1.5, 60)
         return (field > quantile_of(field, rng.uniform(0.4, 0.93))).astype(np.uint8)
     count = int(patches.max())
-    kept = rng.random(count + 1) >= _LOST
+    kept = rng.random(count + 1) >= world.lost
     kept[0] = False
     mask = kept[patches]
     for _ in range(int(rng.binomial(count, _FALSE))):
         mask |= _false_patch(rng, tempting)
     mask = _polygons(mask)
-    return (_shifted(mask, _offset(rng)) & ~land).astype(np.uint8)
+    return (_shifted(mask, _offset(rng, world)) & ~land).astype(np.uint8)
 
 
 def _polygons(mask: Mask) -> Mask:
@@ -62,8 +66,8 @@ def _false_patch(rng: np.random.Generator, tempting: Mask) -> Mask:
     return out
 
 
-def _offset(rng: np.random.Generator) -> tuple[int, int]:
-    if rng.random() >= _FAR:
+def _offset(rng: np.random.Generator, world: World) -> tuple[int, int]:
+    if rng.random() >= world.shifted:
         return int(rng.integers(-1, 2)), int(rng.integers(-1, 2))
     angle, far = rng.uniform(0, 2 * np.pi), rng.uniform(3, 8)
     return round(far * np.sin(angle)), round(far * np.cos(angle))

@@ -23,6 +23,7 @@ from kelp.files import discard_partials, output_folder, write_text
 from kelp.manifest import IMAGE_SUFFIX, MASK_SUFFIX, TEST, TRAIN
 from kelp.progress import Progress, silent
 from kelp.simulation.scene import SimulatedScene, make_place, take_picture
+from kelp.simulation.world import WORLDS
 from kelp.workers import spread
 
 if TYPE_CHECKING:
@@ -181,7 +182,7 @@ def _simulate_place(config: SimulateConfig, job: _Job) -> list[_Picture]:
     """Make and write all pictures of a place."""
     size = config.size
     room = round(_OFFSET * size) if len(job.tile_ids) > 1 else 0
-    place = make_place(_rng(config, job), (size + room, size + room))
+    place = make_place(_rng(config, job), (size + room, size + room), WORLDS[config.world])
     rows = []
     for date, tile_id in enumerate(job.tile_ids):
         rng = _rng(config, job, date)
@@ -237,6 +238,7 @@ score on them says nothing of how well kelp is found on real scenes.
 | images of each place | {config.dates} |
 | test images, each of a place of its own | {config.test} |
 | side of an image | {config.size} px |
+| world | {config.world} |
 | seed | {config.seed} |
 
 - `train/images`, `test/images`: int32, bands SWIR, NIR, R, G, B, QA, DEM; missing = -32768.

@@ -15,6 +15,7 @@ from kelp.simulation import sensor
 from kelp.simulation.beds import Sites, density, grow, make_sites
 from kelp.simulation.labels import draw_labels
 from kelp.simulation.terrain import Field, Mask, Terrain, fractal, make_terrain
+from kelp.simulation.world import CALIBRATED, World
 
 MARGIN: Final = 3
 """A place is this many px larger than asked for on every side: DEM and spectra are misaligned."""
@@ -38,6 +39,7 @@ class Place:
 
     terrain: Terrain
     sites: Sites
+    world: World = CALIBRATED
 
 
 @dataclass(frozen=True)
@@ -64,10 +66,10 @@ def simulate_scene(
     return take_picture(rng, place, (0, 0), (height, width))
 
 
-def make_place(rng: np.random.Generator, shape: Shape) -> Place:
+def make_place(rng: np.random.Generator, shape: Shape, world: World = CALIBRATED) -> Place:
     """A new place, large enough for pictures at every `(y, x)` up to `shape`."""
     terrain = make_terrain(rng, (shape[0] + 2 * MARGIN, shape[1] + 2 * MARGIN))
-    return Place(terrain, make_sites(rng, terrain))
+    return Place(terrain, make_sites(rng, terrain), world)
 
 
 def take_picture(
@@ -79,11 +81,11 @@ def take_picture(
     dem = place.terrain.dem[y : y + shape[0], x : x + shape[1]]
     top, left = y + int(drift[0]), x + int(drift[1])
     seen = _part(place.terrain, (top, left), shape)
-    patches = grow(rng, seen, place.sites, (top, left))
-    cover = density(rng, patches)
-    optical, surf = _surface(rng, seen, cover)
+    patches = grow(rng, seen, place.sites, (top, left), place.world)
+    cover = density(rng, patches, place.world)
+    optical, surf = _surface(rng, seen, cover, place.world)
     bright = surf | (seen.sand > 0.4)
-    qa, opacity = sensor.add_clouds(rng, optical)
+    qa, opacity = sensor.add_clouds(rng, optical, place.world)
     flagged = rng.random(shape, dtype=np.float32) < rng.uniform(-0.1, 0.2)
     qa |= bright & flagged
     masks, told = sensor.missing(rng, optical)
@@ -94,7 +96,8 @@ def take_picture(
     pixels[6] = dem
     rim = (opacity > 0.05) & (opacity < 0.4) & ~seen.land
     patches[(opacity > _OPAQUE) | masks[1]] = 0  # nobody can see or draw these
-    label = draw_labels(rng, patches, surf | rim, seen.offshore == 0)  # lakes count as land
+    lakes_too = seen.offshore == 0  # they count as land
+    label = draw_labels(rng, patches, surf | rim, lakes_too, place.world)
     return SimulatedScene(pixels, (patches > 0).astype(np.uint8), label)
 
 
@@ -109,10 +112,12 @@ def _column(values: tuple[float, ...]) -> Field:
     return np.array(values, dtype=np.float32)[:, np.newaxis, np.newaxis]
 
 
-def _surface(rng: np.random.Generator, seen: Terrain, cover: Field) -> tuple[Field, Mask]:
+def _surface(
+    rng: np.random.Generator, seen: Terrain, cover: Field, world: World
+) -> tuple[Field, Mask]:
     """The five optical bands without atmosphere and sensor, and where surf breaks."""
     surf = _surf(rng, seen)
-    water = _water(rng, seen)
+    water = _water(rng, seen, world)
     water += cover * (_column(_KELP) - water)
     water += _column(_SURF) * surf
     land = _ground(rng, seen)
@@ -132,7 +137,7 @@ def _surf(rng: np.random.Generator, seen: Terrain) -> Field:
     return surf
 
 
-def _water(rng: np.random.Generator, seen: Terrain) -> Field:
+def _water(rng: np.random.Generator, seen: Terrain, world: World) -> Field:
     """Scene means that haze correlates, texture, shallows, and at times mud or glint."""
     mean, sd = (np.array(values) for values in _WATER)
     haze = rng.standard_normal()
@@ -148,9 +153,9 @@ def _water(rng: np.random.Generator, seen: Terrain) -> Field:
     water += _column(tuple(floor)) * seen.shallow
     mud, glint = rng.random(2)
     patchy = np.clip(0.5 + fractal(rng, seen.shape, 2.0, 200), 0, 1.5)
-    if mud < 0.05:
+    if mud < world.mud:
         water += _column(_TURBID) * patchy
-    if glint < 0.1:
+    if glint < world.glint:
         water += np.float32(rng.uniform(300, 1500)) * patchy
     return water
 

@@ -11,6 +11,7 @@ from scipy import ndimage
 from kelp.bands import NODATA, OPTICAL
 from kelp.grid import Shape
 from kelp.simulation.terrain import Field, Mask, fractal, quantile_of, tiles_in
+from kelp.simulation.world import CALIBRATED, World
 
 _CLOUD: Final = np.array([20_800, 21_400, 19_200, 18_200, 18_000], dtype=np.float32)
 _DARK: Final = np.float32(7300)  # what a shadow tends to
@@ -19,18 +20,20 @@ _PERIOD, _TILT = 33.3, np.tan(np.deg2rad(14))  # px, of SLC-off gaps (Landsat 7 
 _STEPS: Final = (80, 140, 60, 60, 55)  # DN between the levels of an 8-bit sensor
 
 
-def cloud_share(rng: np.random.Generator, shape: Shape) -> float:
+def cloud_share(rng: np.random.Generator, shape: Shape, world: World = CALIBRATED) -> float:
     """Share of clouds and other bad pixels; of large scenes the mean of several tiles."""
     count = max(1, min(24, round(tiles_in(shape))))
     # Less than the published QA (median 0.013), which missing data and bright shores add to.
-    shares = np.minimum(0.7, np.exp(rng.normal(np.log(0.006), 2.1, count)))
+    shares = np.minimum(0.7, np.exp(rng.normal(np.log(world.clouds), 2.1, count)))
     return float(np.where(rng.random(count) < 0.04, 0, shares).mean())
 
 
-def add_clouds(rng: np.random.Generator, optical: Field) -> tuple[Mask, Field]:
+def add_clouds(
+    rng: np.random.Generator, optical: Field, world: World = CALIBRATED
+) -> tuple[Mask, Field]:
     """Draw clouds and their shadows into `(5, h, w)` bands; gives QA and the opacity."""
     shape = (optical.shape[1], optical.shape[2])
-    share = cloud_share(rng, shape)
+    share = cloud_share(rng, shape, world)
     field = fractal(rng, shape, 1.5, 120)
     angle, far = rng.uniform(0, 2 * np.pi), rng.uniform(5, 25)
     if not share:
