@@ -79,7 +79,7 @@ class FocalOverlap:
         """The loss, between 0 and 1."""
         # The root of 0 has no slope to follow.
         raised = torch.pow(self.overlap(logits, target) + _TINY, self.power)
-        return raised - _TINY**self.power
+        return raised - float(_TINY**self.power)
 
 
 @dataclass(frozen=True)
