@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Final, Literal, Self
 
 from pydantic import field_validator, model_validator
 
@@ -26,6 +27,15 @@ ResizeStrategy = Literal["pad", "resize"]
 Interpolation = Literal["nearest", "nearest-exact", "bilinear", "bicubic"]
 Metric = Literal["val/dice", "val/iou", "val/precision", "val/recall", "val/loss"]
 Precision = Literal["16-true", "16-mixed", "bf16-true", "bf16-mixed", "32-true"]
+
+
+SLICED: Final[Mapping[str, Any]] = {
+    "image_size": 320,
+    "resize_strategy": "resize",
+    "interpolation": "bilinear",
+    "random_crops": True,
+}
+"""Defaults under `--sahi True`: the recipe that docs/experiments.md found best."""
 
 
 class TrainConfig(Config):
@@ -64,15 +74,19 @@ class TrainConfig(Config):
     random_crops: bool = option(
         False,
         help="With --sahi: cut training tiles anywhere up to half a tile from their place in the "
-        "table, out of the images they are from",
+        "table, out of the images they are from; with --sahi True",
     )
 
     # preprocessing
-    image_size: int = option(352, help="Side of the network's input", unit="px", ge=32)
-    resize_strategy: ResizeStrategy = option(
-        "pad", help="Bring images to image_size by padding or by resizing"
+    image_size: int = option(
+        352, help="Side of the network's input; with --sahi 320", unit="px", ge=32
     )
-    interpolation: Interpolation = option("nearest", help="How --resize_strategy resize resamples")
+    resize_strategy: ResizeStrategy = option(
+        "pad", help="Bring images to image_size by padding or resizing; with --sahi resize"
+    )
+    interpolation: Interpolation = option(
+        "nearest", help="How --resize_strategy resize resamples; with --sahi bilinear"
+    )
     fill_missing_pixels_with_torch_nan: bool = option(
         True, help="Missing values become their channel's minimum; False: 0"
     )
@@ -180,6 +194,13 @@ class TrainConfig(Config):
     )
     device: Literal["auto", "cpu", "cuda"] = option("auto", help="Where the network runs")
     seed: int = option(42, help="Seed of weights, sampling and augmentation", unit="integer", ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _recipe(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """With `--sahi True` other defaults; what is given wins."""
+        sahi = str(values.get("sahi", False)).lower() in ("true", "1", "yes", "on")
+        return {**SLICED, **values} if sahi else values
 
     @field_validator("bands")
     @classmethod

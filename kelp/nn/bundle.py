@@ -67,6 +67,11 @@ class Bundle:
             self._ready[wish] = self.net.on(*wish)
         return self._ready[wish]
 
+    def described(self, spec: BundleSpec) -> Bundle:
+        """The same weights for another tile, size or interpolation; not of an ONNX file."""
+        assert isinstance(self.net, KelpNet)
+        return Bundle(self.path, spec, self.net.described(spec))
+
 
 def save_bundle(
     folder: Path, net: KelpNet, spec: BundleSpec, attachments: Sequence[Path] = ()

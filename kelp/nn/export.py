@@ -84,6 +84,9 @@ def export(config: ExportConfig, progress: Progress = silent) -> ExportResult:
     folder = find_bundle(config.run_dir, config.use_checkpoint)
     spec = read_spec(folder)
     net = load_network(folder, spec)
+    if spec.prediction_tile:  # the file takes tiles of one size: those that prediction cuts
+        spec = spec.at_scale(spec.prediction_tile).model_copy(update={"prediction_tile": None})
+        net = net.described(spec)
     progress("exporting", 0, _STEPS)
     crops = parity_crops(spec)
     with torch.no_grad():

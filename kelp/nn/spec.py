@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -13,6 +13,8 @@ from kelp.indices import IndexSettings, channel_names
 from kelp.summary import ChannelStats
 
 SCHEMA_VERSION: Final = 1
+STRIDE: Final = 32
+"""Networks take sides that are multiples of this."""
 
 
 class NetworkSpec(BaseModel):
@@ -34,6 +36,10 @@ class NetworkSpec(BaseModel):
     """Trained on tiles and to be applied in tiles of `tile_size`."""
     tile_size: Shape
     """Height and width of a training image or tile, in its own pixels."""
+    prediction_tile: int | None = None
+    """Side of the tiles that prediction cuts, shown at the training's scale; None: `tile_size`."""
+    prediction_overlap: int | None = None
+    """Overlap of neighbouring tiles at prediction; None: half a tile."""
     image_size: int
     """Side of the network's input, in pixels."""
     resize_strategy: ResizeStrategy = "pad"
@@ -54,7 +60,28 @@ class NetworkSpec(BaseModel):
         if self.resize_strategy == "resize":
             return self.image_size, self.image_size
         side = self.image_size if tile == self.tile_size else 0
-        return max(side, -(-tile[0] // 32) * 32), max(side, -(-tile[1] // 32) * 32)
+        height, width = (max(side, -(-size // STRIDE) * STRIDE) for size in tile)
+        return height, width
+
+    @property
+    def scale(self) -> float:
+        """Network pixels for each scene pixel, along a side, as trained."""
+        resized = self.resize_strategy == "resize"
+        return self.image_size / max(self.tile_size) if resized else 1.0
+
+    def at_scale(self, tile: int, scale: float | None = None) -> Self:
+        """The same network for tiles of `tile` pixels, shown `scale` times as large.
+
+        Default: as large as in training. Sides are rounded up to what networks take.
+        """
+        scale = self.scale if scale is None else scale
+        return self.model_copy(
+            update={
+                "tile_size": (tile, tile),
+                "image_size": -(-round(tile * scale) // STRIDE) * STRIDE,
+                "resize_strategy": "pad" if scale == 1 else "resize",
+            }
+        )
 
     @property
     def channels(self) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Final, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -22,13 +22,9 @@ from kelp.nn.device import autocast
 from kelp.nn.inference.arrays import predict_array
 from kelp.nn.model import KelpNet
 from kelp.nn.resize import pick, to_network
-from kelp.nn.spec import BundleSpec
 
 Pixels = NDArray[np.float32]
 Kind = Literal["whole", "whole, upsampled", "sliced", "seed"]
-
-_STRIDE: Final = 32
-"""Networks take sides that are multiples of this."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +84,7 @@ class Way:
     @property
     def scale(self) -> float:
         """Network pixels for each scene pixel, along a side."""
-        return 1.0 if self.kind == "whole" else ratio_of(self.bundle.spec)
+        return 1.0 if self.kind == "whole" else self.bundle.spec.scale
 
     def side(self, shape: Shape) -> int:
         """Side of the largest picture that the network sees at once, in its own pixels."""
@@ -110,22 +106,9 @@ class Way:
         return TileGrid(shape, self.tile, self.overlap)
 
 
-def ratio_of(spec: BundleSpec) -> float:
-    """By how much a network was trained to see its tiles enlarged."""
-    return spec.image_size / max(spec.tile_size) if spec.resize_strategy == "resize" else 1.0
-
-
 def at_scale(bundle: Bundle, tile: int, scale: float) -> Bundle:
     """The network of a bundle, to be shown tiles of `tile` pixels at another scale."""
-    side = -(-round(tile * scale) // _STRIDE) * _STRIDE
-    strategy = "pad" if scale == 1 else "resize"
-    return _changed(bundle, resize_strategy=strategy, image_size=side, tile_size=(tile, tile))
-
-
-def _changed(bundle: Bundle, **changes: object) -> Bundle:
-    assert isinstance(bundle.net, KelpNet)
-    spec = bundle.spec.model_copy(update=changes)
-    return Bundle(bundle.path, spec, bundle.net.described(spec))
+    return bundle.described(bundle.spec.at_scale(tile, scale))
 
 
 def ways_of(
@@ -154,7 +137,7 @@ def ways_of(
             "exported from"
         )
     prefix = f"{name}: " if name else ""
-    scale = ratio_of(bundle.spec)
+    scale = bundle.spec.scale
     main = sliced(prefix, bundle, tile, tile // 2, "hann")
     ways = [Way(f"{prefix}whole image", "whole", bundle), main]
     if scale != 1:
@@ -170,7 +153,8 @@ def ways_of(
     if scale != 1:  # else nothing is resized
         for interpolation in interpolations:
             if interpolation != bundle.spec.interpolation:
-                changed = replace(main, bundle=_changed(bundle, interpolation=interpolation))
+                spec = bundle.spec.model_copy(update={"interpolation": interpolation})
+                changed = replace(main, bundle=bundle.described(spec))
                 ways.append(replace(changed, name=f"{main.name}, {interpolation}"))
     if tta:
         ways.append(replace(main, name=f"{main.name}, 8 symmetries", tta="mean"))
@@ -180,7 +164,7 @@ def ways_of(
 
 def sliced(prefix: str, bundle: Bundle, tile: int, overlap: int, blend: Blend) -> Way:
     """A sliced way at the scale of its bundle."""
-    scale = ratio_of(bundle.spec)
+    scale = bundle.spec.scale
     shown = bundle if (tile, tile) == bundle.spec.tile_size else at_scale(bundle, tile, scale)
     words = f"{prefix}sliced {tile} px, overlap {overlap} px, {blend}"
     return Way(words, "sliced", shown, tile, overlap, blend)

@@ -55,8 +55,9 @@ def predict(
         bundle: a loaded bundle, or several that are averaged.
         source: a raster file, or anything with `shape` and `read(tile)` (see `engine.Source`).
         sink: the mask's file, or anything with `write(y, rows)` and `close()`.
-        tile: side of a tile in pixels; default: as trained.
-        overlap: of neighbouring tiles in pixels; default: half a tile.
+        tile: side of a tile in pixels, brought to the network's size as in training; default:
+            the tile of the bundle's recipe, at the training's scale.
+        overlap: of neighbouring tiles in pixels; default: the recipe's, or half a given tile.
         blend: window of a tile's vote.
         batch_size: crops in a batch.
         precision: number format; default: bf16-mixed where the device has it.
@@ -85,10 +86,9 @@ def predict(
         for one in bundles:
             source.require(needed_bands(one.spec))
     where = resolve_device(device)
+    bundles, shape, shared = cut(bundles, tile, overlap)
     network = Network(bundles, where, resolve_precision(precision, where), tta)
-    slicing = Slicing(
-        *tile_shape(bundles, tile, overlap), blend, batch_size, qa_as_nodata, skip_land
-    )
+    slicing = Slicing(shape, shared, blend, batch_size, qa_as_nodata, skip_land)
     size = source.size if isinstance(source, Scene) else SceneSize(source.shape, (1, 1), 0)
     plan = make_plan([size], slicing, 0, 0)
     if max_memory is not None:
@@ -110,8 +110,8 @@ def predict(
     outputs = None
     if isinstance(sink, Path | str):
         place = source.georeference if isinstance(source, Scene) else Georeference()
-        cut = joint_threshold(bundles, threshold)
-        sink = outputs = Outputs(source.shape, place, Path(sink), cut, {})
+        kelp_from = joint_threshold(bundles, threshold)
+        sink = outputs = Outputs(source.shape, place, Path(sink), kelp_from, {})
     try:
         with decoding(plan.cache):
             engine.run([Job(source, sink)])
@@ -197,18 +197,34 @@ def joint_threshold(bundles: Sequence[Bundle], wish: float | None) -> float:
     return float(np.mean([bundle.spec.threshold for bundle in bundles]))
 
 
-def tile_shape(
+def cut(
     bundles: Sequence[Bundle], tile: int | None, overlap: int | None
-) -> tuple[Shape, Shape]:
-    """Tile and overlap, `(height, width)` each: the wish, else as trained and half of it."""
-    trained = {bundle.spec.tile_size for bundle in bundles}
-    if tile is None and len(trained) > 1:
+) -> tuple[list[Bundle], Shape, Shape]:
+    """The networks as they are applied, and tile and overlap, `(height, width)` each.
+
+    A wished tile is brought to the network's size as in training; without a wish, tile and
+    overlap are those of the bundle's recipe, at the training's scale.
+    """
+    if tile is not None:
+        return list(bundles), *_shapes((tile, tile), tile // 2 if overlap is None else overlap)
+    shown = [
+        bundle.described(bundle.spec.at_scale(bundle.spec.prediction_tile))
+        if bundle.spec.prediction_tile
+        else bundle
+        for bundle in bundles
+    ]
+    ways = {(bundle.spec.tile_size, bundle.spec.prediction_overlap) for bundle in shown}
+    if len(ways) > 1:
         raise ConfigError("the bundles were trained on different tiles; give --sahi_tile_size")
-    shape = (tile, tile) if tile is not None else next(iter(trained))
+    shape, shared = next(iter(ways))
+    return shown, *_shapes(shape, shared if overlap is None else overlap)
+
+
+def _shapes(tile: Shape, overlap: int | None) -> tuple[Shape, Shape]:
     if overlap is None:
-        return shape, (shape[0] // 2, shape[1] // 2)
-    if overlap >= min(shape):
+        return tile, (tile[0] // 2, tile[1] // 2)
+    if overlap >= min(tile):
         raise ConfigError(
-            f"--sahi_overlap {overlap} px must be smaller than the tile, {min(shape)} px"
+            f"--sahi_overlap {overlap} px must be smaller than the tile, {min(tile)} px"
         )
-    return shape, (overlap, overlap)
+    return tile, (overlap, overlap)

@@ -19,11 +19,11 @@ from kelp import manifest
 from kelp.config import PredictConfig
 from kelp.errors import InputError, KelpError
 from kelp.files import discard_partials, output_folder, write_json
-from kelp.grid import TileGrid
+from kelp.grid import Shape, TileGrid
 from kelp.nn.bundle import Bundle, load_bundle
 from kelp.nn.device import resolve_device, resolve_precision
 from kelp.nn.inference import memory
-from kelp.nn.inference.arrays import joint_threshold, tile_shape
+from kelp.nn.inference.arrays import cut, joint_threshold
 from kelp.nn.inference.checks import check_statistics
 from kelp.nn.inference.engine import Counts, Engine, Job
 from kelp.nn.inference.inputs import Task, find_scenes, survey
@@ -139,13 +139,13 @@ class _Run:
         self, config: PredictConfig, bundles: Sequence[Bundle], tasks: Sequence[Task]
     ) -> None:
         self.config = config
-        self.bundles = bundles
+        self.bundles, tile, overlap = cut(bundles, config.sahi_tile_size, config.sahi_overlap)
         self.threshold = joint_threshold(bundles, config.decision_threshold)
-        self.slicing = _slicing(bundles, config)
+        self.slicing = _slicing(tile, overlap, config)
         self.device = resolve_device(config.device)
         self.precision = resolve_precision(config.precision, self.device)
         tta = config.tta_merge_mode if config.tta else None
-        self.network = Network(bundles, self.device, self.precision, tta)
+        self.network = Network(self.bundles, self.device, self.precision, tta)
         self.counts = Counts()
         self.todo: list[Task] = []
         self._found = tasks
@@ -234,7 +234,9 @@ class _Run:
             "device": self.device.type,
         }
         tile, overlap = self.slicing.tile, self.slicing.overlap
-        if tile[0] == tile[1]:  # what one number can say
+        recipe = any(bundle.spec.prediction_tile for bundle in self.bundles)
+        # Not a recipe's tile: given as a wish it would be shown at another scale.
+        if tile[0] == tile[1] and (self.config.sahi_tile_size is not None or not recipe):
             resolved |= {"sahi_tile_size": tile[0], "sahi_overlap": overlap[0]}
         self.config.model_copy(update=resolved).record(self.config.output_dir)
 
@@ -288,8 +290,7 @@ class _Run:
         return len(TileGrid(task.size.shape, self.slicing.tile, self.slicing.overlap))
 
 
-def _slicing(bundles: Sequence[Bundle], config: PredictConfig) -> Slicing:
-    tile, overlap = tile_shape(bundles, config.sahi_tile_size, config.sahi_overlap)
+def _slicing(tile: Shape, overlap: Shape, config: PredictConfig) -> Slicing:
     return Slicing(
         tile,
         overlap,

@@ -29,6 +29,8 @@ log = logging.getLogger("kelp")
 CONFIG_FILE: Final = "config.yaml"
 STATS_FOLDER: Final = "stats"
 
+_LARGER: Final = 1.5
+"""Tiles at prediction beside those of training: more is seen around each pixel, for less cost."""
 _DEV_BATCHES: Final = 2
 _FEW_FILES: Final = 256  # below this, starting processes takes longer than reading
 
@@ -175,4 +177,15 @@ def network_spec(config: TrainConfig, tile_size: Shape) -> NetworkSpec:
         encoder=config.encoder,
         decoder_channels=config.decoder_channels,
         decoder_attention_type=config.decoder_attention_type,
+        **_application(config, tile_size),
     )
+
+
+def _application(config: TrainConfig, tile_size: Shape) -> dict[str, int]:
+    """How prediction cuts scenes by default; see docs/experiments.md for what it is worth."""
+    if not config.sahi or config.resize_strategy == "pad":
+        return {}
+    return {
+        "prediction_tile": round(max(tile_size) * _LARGER),
+        "prediction_overlap": max(tile_size) // 4,
+    }
