@@ -43,10 +43,10 @@ from kelp.writer import write_mask
 
 log = logging.getLogger("kelp")
 
-_TILE: Final = 128
-"""Of a network that was trained on whole images."""
-_PARTS: Final = 2
-"""Of the places; a part's threshold is fitted on the others."""
+_PARTS: Final = 10
+"""Of the places, or one for each if there are fewer; a part's threshold is fitted on the others.
+
+With two parts the threshold would hang on which of the few large beds fell into which half."""
 
 
 @dataclass(frozen=True)
@@ -170,18 +170,10 @@ def _ways(config: CompareConfig, bundles: Sequence[Bundle]) -> list[Way]:
         raise ConfigError("--run_dir is missing; name at least one run or bundle")
     ways: list[Way] = []
     for bundle, path in zip(bundles, config.run_dir, strict=True):
-        trained = bundle.spec.tile_size
-        if config.sahi_tile_size:
-            tile = config.sahi_tile_size
-        else:
-            tile = trained[0] if bundle.spec.sahi and trained[0] == trained[1] else _TILE
-        wrong = [overlap for overlap in config.overlaps if not 0 <= overlap < tile]
-        if wrong:
-            raise ConfigError(f"--overlaps {wrong[0]}: must lie between 0 and {tile - 1} px")
         name = path.name if len(bundles) > 1 else ""
         ways += ways_of(
-            bundle, name, tile, config.overlaps, config.tile_sizes, config.interpolations,
-            config.tta,
+            bundle, name, config.sahi_tile_size, config.overlaps, config.tile_sizes,
+            config.interpolations, config.tta,
         )  # fmt: skip
     names = [way.name for way in ways]
     if len(set(names)) < len(names):
@@ -207,9 +199,10 @@ class _Judge:
         self._number = {way.name: k for k, way in enumerate(ways)}
         self._land: list[NDArray[np.bool_]] = []
         count = max(image.place for image in images) + 1
+        self._parts = min(_PARTS, count)
         order = np.random.default_rng(config.seed).permutation(count)
         self._part = np.empty(count, dtype=np.intp)
-        self._part[order] = np.arange(count) % _PARTS
+        self._part[order] = np.arange(count) % self._parts
 
     def predict(self, progress: Progress) -> None:
         """Run every way on every scene; each scene is read once."""
@@ -262,18 +255,18 @@ class _Judge:
         )
 
     def _thresholds(self, way: Way) -> list[int]:
-        """Of each part of the places, in codes; fitted on the other part unless one is given."""
+        """Of each part of the places, in codes; fitted on the others unless one is given."""
         wish = self._config.decision_threshold
-        if wish is None and len(self._part) < _PARTS:
+        if wish is None and self._parts == 1:
             wish = way.bundle.spec.threshold
             log.info("one place only: no threshold can be fitted, the bundle's is used")
         if wish is not None:
-            return [max(1, int(np.ceil(wish * CODES)))] * _PARTS
-        by_part = np.zeros((_PARTS, 2, CODES + 1), dtype=np.int64)
+            return [max(1, int(np.ceil(wish * CODES)))] * self._parts
+        by_part = np.zeros((self._parts, 2, CODES + 1), dtype=np.int64)
         for number, image in enumerate(self._images):
             counted = pixels_by_code(read_mask(image.truth), self._codes(way, number))
             by_part[self._part[image.place]] += counted
-        return [best_threshold(by_part[1 - k]) for k in range(_PARTS)]
+        return [best_threshold(by_part.sum(axis=0) - part) for part in by_part]
 
     def pictures(self, advice: Advice) -> list[tuple[str, bytes]]:
         """The scenes that gain and lose most by slicing, with what either way made of them."""
