@@ -29,7 +29,9 @@ import measuring
 
 import kelp
 from kelp import config
+from kelp.agreement import PATCH_SIZES
 from kelp.manifest import IMAGES_TABLE, TILES_TABLE
+from kelp.nn.comparison.result import Comparison
 from kelp.simulation.world import WORLDS
 
 SHARED: dict[str, Any] = {
@@ -67,11 +69,10 @@ def train(root: Path, kind: str, seed: int, options: argparse.Namespace) -> Path
     if not link.is_symlink():
         sliced = kind == "sliced"
         table = root / "sahi" / TILES_TABLE if sliced else root / "processed" / IMAGES_TABLE
-        changes = {"encoder": options.encoder, "pretrained": False} if options.quick else {}
         base = config.TrainConfig(
             data_dir=root / "sahi" if sliced else root / "raw", metadata_fp=table,
             output_dir=root / "runs", sahi=sliced, seed=seed, epochs=options.epochs,
-            early_stopping_patience=options.epochs, **SHARED | changes,
+            early_stopping_patience=options.epochs, **SHARED,
         )  # fmt: skip
         samples = options.pixels / base.image_size**2 / options.epochs / base.batch_size
         draws = {"samples_per_epoch": max(1, round(samples)) * base.batch_size}
@@ -81,12 +82,92 @@ def train(root: Path, kind: str, seed: int, options: argparse.Namespace) -> Path
     return link
 
 
-def compare(runs: list[Path], images: Path, truth: Path, out: Path) -> dict[str, Any]:
-    """The comparison of the networks, as `comparison.json` holds it."""
-    if not (out / "comparison.json").is_file():
+def judge(runs: list[Path], images: Path, truth: Path, out: Path) -> measuring.Row:
+    """What slices gain over whole images on these scenes: the lines of the last table."""
+    kept = out / "reach.json"
+    if not kept.is_file():
         result = kelp.compare(
             config.CompareConfig(data_dir=images, gt_dir=truth, run_dir=tuple(runs), output_dir=out)
         )
-        print(result.text, flush=True)
-    found: dict[str, Any] = json.loads((out / "comparison.json").read_text(encoding="utf-8"))
-    return found
+        print(f"\n{result.text}\n", flush=True)
+        kept.write_text(json.dumps(reach(result.comparison), indent=1), encoding="utf-8")
+    row: measuring.Row = json.loads(kept.read_text(encoding="utf-8"))
+    return row
+
+
+def reach(found: Comparison) -> measuring.Row:
+    """The network trained on tiles as `kelp predict` applies it, against whole images."""
+    ways = {(one.way.name.split(":")[0], one.way.kind): one for one in reversed(found.judged)}
+    whole, ours = ways["whole", "whole"], ways["sliced", "sliced"]
+    row: measuring.Row = {
+        "whole": str(found.figure(whole, "pooled_dice")),
+        "sliced": str(found.figure(ours, "pooled_dice")),
+        "gain": str(found.difference(ours, whole)),
+        "over the seed's merge": str(found.difference(ours, ways["sliced", "seed"])),
+        "over the enlarged image": str(found.difference(ours, ways["sliced", "whole, upsampled"])),
+        "seam": str(found.figure(ours, "seam_score")),
+        "cost": round(ours.multiplier / whole.multiplier, 1),
+        "cost of the enlarged image": round(
+            ways["sliced", "whole, upsampled"].multiplier / whole.multiplier, 1
+        ),
+    }
+    equal = found.equal
+    first, second = (equal.named(one.way) for one in (ours, whole)) if equal else (None, None)
+    for size in PATCH_SIZES[:2]:
+        name, words = f"recall_{size}_px", f"found {size} px, at equal precision"
+        known = equal and first and second
+        row[words] = str(equal.difference(first, second, name)) if known else "-"
+    name = "false_kelp_share_of_open_water"
+    row["false kelp, m²/km²"] = str(found.difference(ours, whole, name).times(1e6))
+    return row
+
+
+def main() -> None:
+    parser = measuring.parser(__doc__, threads=False)
+    parser.add_argument("--pixels", type=float, default=3e8, help="network pixels of a training")
+    parser.add_argument("--worlds", nargs="+", default=list(WORLDS), choices=list(WORLDS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the training")
+    parser.add_argument("--places", type=int, default=60, help="to learn from, three images each")
+    parser.add_argument("--test", type=int, default=100, help="test places")
+    parser.add_argument("--size", type=int, default=350, help="side of an image, px")
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--real_dir", type=Path, help="<id>_satellite.tif with <id>_kelp.tif")
+    parser.add_argument("--work_dir", type=Path, help="keep what is made, go on with it")
+    parser.add_argument("--quick", action="store_true", help="small, to try the program")
+    options = parser.parse_args()
+    if options.quick:
+        options.worlds, options.places, options.test, options.size = ["specks"], 6, 8, 160
+        options.pixels, options.epochs = 2e6, 1
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    work = options.work_dir or Path(tempfile.mkdtemp(prefix="kelp-"))
+    rows: list[measuring.Row] = []
+    for world in options.worlds:
+        root = work / world
+        prepare(root, world, options)
+        for seed in options.seeds:
+            runs = [train(root, kind, seed, options) for kind in KINDS]
+            out = runs[0].parent
+            test = root / "raw" / "test" / "images", root / "raw" / "test_truth"
+            rows.append({"scenes": world, "seed": seed, **judge(runs, *test, out / "comparison")})
+            if options.real_dir:
+                scenes = real_scenes(options.real_dir, work / "real")
+                row = judge(runs, scenes, options.real_dir, out / "real")
+                rows.append({"scenes": f"real, trained on {world}", "seed": seed, **row})
+    words = list(dict.fromkeys(word for row in rows for word in row))
+    turned = [{"": word, **{str(k): row.get(word) for k, row in enumerate(rows)}} for word in words]
+    title = f"Should I slice? {options.pixels:.3g} network pixels of training"
+    measuring.report(title, turned, [f"data, runs and comparisons: {work}"], options.json)
+
+
+def real_scenes(folder: Path, links: Path) -> Path:
+    """A folder of links to the scenes that have a mask."""
+    links.mkdir(parents=True, exist_ok=True)
+    for scene in sorted(folder.glob("*_satellite.tif")):
+        link = links / scene.name
+        if (folder / scene.name.replace("_satellite", "_kelp")).is_file() and not link.exists():
+            link.symlink_to(scene.resolve())
+    return links
+
+
+if __name__ == "__main__":
+    main()
