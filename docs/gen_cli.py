@@ -1,7 +1,8 @@
 """Pages of the documentation that are made from the code when the site is built (a mkdocs hook).
 
 `reference/cli.md` comes from the configuration classes, `reference/indices.md` from the table of
-spectral indices; ARCHITECTURE.md and CHANGELOG.md of the repository become pages as they are.
+spectral indices, `reference/comparison.md` from what `comparison.json` says of itself;
+ARCHITECTURE.md and CHANGELOG.md of the repository become pages as they are.
 
     python docs/gen_cli.py    # prints the command line page
 """
@@ -19,6 +20,7 @@ from kelp import config as configs
 from kelp.cli import COMMANDS
 from kelp.config import Config
 from kelp.indices import INDICES
+from kelp.nn.comparison.fields import FIELDS
 
 if TYPE_CHECKING:
     from mkdocs.config.defaults import MkDocsConfig
@@ -93,6 +95,22 @@ def indices_page() -> str:
     return "\n".join(lines)
 
 
+def comparison_page() -> str:
+    """Every field of `comparison.json`."""
+    lines = [
+        "# Fields of comparison.json",
+        "",
+        "Written by `kelp compare` (see [Should I slice?](../howto/should-i-slice.md)). The file",
+        "holds this table, too, as `fields`. `[]` stands for each of a list, `*` for each by name.",
+        "",
+        "| field | meaning |",
+        "|---|---|",
+        *(f"| `{path}` | {words} |" for path, words in FIELDS.items()),
+        "",
+    ]
+    return "\n".join(lines)
+
+
 def root_page(name: str) -> str:
     """A Markdown file of the repository's root."""
     return (ROOT / name).read_text(encoding="utf-8")
@@ -101,6 +119,7 @@ def root_page(name: str) -> str:
 PAGES: Final[dict[str, Callable[[], str]]] = {
     "reference/cli.md": cli_page,
     "reference/indices.md": indices_page,
+    "reference/comparison.md": comparison_page,
     "architecture.md": lambda: root_page("ARCHITECTURE.md"),
     "changelog.md": lambda: root_page("CHANGELOG.md"),
 }

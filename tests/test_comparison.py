@@ -2,22 +2,27 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from bundles import PixelBody, tiny_bundle
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from world import coast, write_tif
+from torch.nn import functional
+from world import coast, make_world, write_tif
 
 import kelp
 from kelp.agreement import Figures
 from kelp.cli import main
 from kelp.config import CompareConfig, ExportConfig
-from kelp.errors import ConfigError, InputError
+from kelp.errors import BundleError, ConfigError, InputError, TableError
 from kelp.nn import model
 from kelp.nn.bundle import load_bundle
+from kelp.nn.comparison.fields import FIELDS
+from kelp.nn.comparison.scenes import labelled_scenes
 from kelp.nn.comparison.sums import (
     CODES,
     FIGURES,
@@ -26,9 +31,12 @@ from kelp.nn.comparison.sums import (
     best_threshold,
     interval,
     pixels_by_code,
+    precision_by_code,
     sums_of,
 )
+from kelp.nn.comparison.ways import Runtime, majority
 from kelp.raster import read_mask
+from kelp.scene import read_scene
 from kelp.seams import Steps
 from kelp.writer import write_mask
 
@@ -131,6 +139,28 @@ def test_the_threshold_with_the_highest_dice(seed):
     assert dices[found - 1] == pytest.approx(max(dices))
 
 
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_precision_at_every_threshold(seed):
+    truth, codes = random_pair(np.random.default_rng(seed), (12, 13))
+    found = precision_by_code(pixels_by_code(truth, codes))
+    for t in range(1, CODES + 1):
+        mask = np.where(codes == 255, 255, codes >= t).astype(np.uint8)
+        wanted = Figures.of(truth, mask).counts.precision
+        assert np.isnan(found[t]) if wanted is None else found[t] == pytest.approx(wanted)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.floats(0.05, 0.95))
+def test_the_seeds_map_is_the_majority_of_hard_votes_at_any_threshold(seed, threshold):
+    rng = np.random.default_rng(seed)
+    layers = rng.integers(0, 20, (4, 6, 7)).astype(np.float32) / 20  # with ties
+    layers[:, :3][rng.random((4, 3, 7)) < 0.5] = np.nan  # some pixels have fewer tiles
+    votes, tiles = (layers >= threshold).sum(axis=0), np.isfinite(layers).sum(axis=0)
+    np.testing.assert_array_equal(majority(layers) >= threshold, 2 * votes > tiles)
+    np.testing.assert_array_equal(np.isnan(majority(layers)), tiles == 0)
+
+
 def test_draws_are_of_places_and_paired():
     rng = np.random.default_rng(0)
     by_place = Sums(np.stack([one(*random_pair(rng)).values for _ in range(12)]))
@@ -186,18 +216,30 @@ def compare(folder, monkeypatch, body, bundle=None, **options):
     return kelp.compare(CompareConfig(**(values | options)))
 
 
-def test_where_slicing_cannot_help_the_advice_is_not_to(labelled, monkeypatch):
+def test_where_slicing_cannot_help_the_command_says_not_to(labelled, monkeypatch, capsys):
     """A network that decides pixel by pixel, at the scale of the scene."""
-    result = compare(labelled, monkeypatch, PixelBody, {"resize_strategy": "pad", "image_size": 32})
-    assert not result.advice.slice
-    assert result.advice.text.startswith("Do not slice, no gain can be shown: +0.000 Dice")
-    dices = {
-        result.comparison.figure(judged, "pooled_dice").value for judged in result.comparison.judged
-        if judged.way.kind != "seed"
-    }  # fmt: skip
-    assert len(dices) == 1
-    assert dices.pop() > 0.2
-    assert result.advice.difference.low == result.advice.difference.high == 0
+    monkeypatch.setattr(model, "_build_body", lambda spec: PixelBody(spec.channels))
+    bundle = tiny_bundle(labelled / "bundle", resize_strategy="pad", image_size=32)
+    code = main(
+        ["compare", f"--run_dir={bundle}", f"--data_dir={labelled / 'images'}",
+         f"--gt_dir={labelled / 'masks'}", f"--metadata_fp={labelled / 'places.parquet'}",
+         f"--output_dir={labelled / 'out'}", "--precision=32-true", "--device=cpu", "--draws=300"]
+    )  # fmt: skip
+    assert code == 0
+    told = json.loads((labelled / "out" / "comparison.json").read_text())
+    assert told["advice"]["slice"] is False
+    assert "Do not slice, no gain can be shown: +0.000 Dice" in capsys.readouterr().out
+    whole, *others = [way for way in told["ways"] if way["kind"] != "seed"]
+    assert len(others) >= 3
+    assert whole["figures"]["pooled_dice"]["value"] > 0.2
+    own = {"seam_score", "pooled_dice_of_labels"}  # of the tiles of a way; of no labels here
+    for way in others:
+        for name in set(FIGURES) - own:
+            assert way["figures"][name]["value"] == whole["figures"][name]["value"]
+            difference = way["figures"][name]["difference"]
+            assert difference["value"] in (0, None)
+            assert difference["low"] == difference["high"] == difference["value"]
+    assert told["advice"]["difference"] == {"value": 0, "low": 0, "high": 0}
 
 
 def test_where_slicing_helps_it_says_so(labelled, monkeypatch):
@@ -211,6 +253,22 @@ def test_where_slicing_harms_it_says_so(labelled, monkeypatch):
     result = compare(labelled, monkeypatch, Wide, {"resize_strategy": "pad", "image_size": 32})
     assert not result.advice.slice
     assert result.advice.text.startswith("Do not slice, it harms: -")
+
+
+def fields_of(value, path=""):
+    """The fields of JSON as `FIELDS` spells them."""
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        for part in value:
+            yield from fields_of(part, path + "[]")
+        return
+    if path and not path.endswith((".figures", ".*")):
+        yield path
+    if isinstance(value, dict) and path != "fields" and not path.endswith("*.difference"):
+        for name, part in value.items():
+            if path.endswith(".figures"):
+                yield f"{path}.{name}"
+            below = "*" if path.endswith(".figures") else name
+            yield from fields_of(part, f"{path}.{below}".strip("."))
 
 
 def test_the_files_tell_all(labelled, monkeypatch):
@@ -234,11 +292,8 @@ def test_the_files_tell_all(labelled, monkeypatch):
     ]
     ways = dict(zip(names, told["ways"], strict=True))
     for way in told["ways"]:
-        assert set(way["figures"]) == set(FIGURES)
         assert way["seconds_per_image"] > 0
         assert len(way["reliability"]) == 10
-        for value in way["figures"].values():
-            assert set(value) == {"value", "low", "high", "difference"}
     # 100 x 90 px: tiles of 32 with overlap 16 begin at 6 rows and 5 columns; 36 + 6 padded ones.
     crops = {name: way["network_pixels_per_image"] / 64**2 for name, way in ways.items()}
     assert crops["sliced 32 px, overlap 16 px, hann"] == 6 * 5
@@ -303,6 +358,53 @@ def test_a_threshold_never_saw_the_places_it_is_used_on(labelled, monkeypatch):
     assert any(changed)
 
 
+class Blurred(PixelBody):
+    """Loses small patches in pictures of more than 64 px."""
+
+    def forward(self, x):
+        p = super().forward(x)
+        if max(x.shape[-2:]) <= 64:
+            return p
+        return functional.avg_pool2d(p, 5, 1, 2)
+
+
+def test_recall_at_the_precision_of_the_whole_image_and_every_field_is_told(labelled, monkeypatch):
+    comparison = compare(labelled, monkeypatch, Blurred).comparison
+    told = json.loads((labelled / "out" / "comparison.json").read_text())
+    assert told["fields"] == FIELDS
+    assert set(fields_of(told)) == set(FIELDS)
+    ways = {way["name"]: way["at_equal_precision"] for way in told["ways"]}
+    name = told["advice"]["whole"]
+    whole = next(judged for judged in comparison.judged if judged.way.name == name)
+    main = next(judged for judged in comparison.equal.judged if judged.way.kind == "sliced")
+    part = dict(zip(np.random.default_rng(0).permutation(6), range(6), strict=True))
+
+    def precisions(way, k):
+        """At every threshold, on the places outside part `k`."""
+        counted = np.zeros((2, CODES + 1), np.int64)
+        for number, place in enumerate(comparison.places):
+            if part[place] != k:
+                scene = read_scene(labelled / "images" / f"K{number:02d}_satellite.tif")
+                p = way.run(scene, Runtime(torch.device("cpu"), "32-true"), True).probabilities
+                codes = np.where(np.isnan(p), 255, np.rint(np.nan_to_num(p) * CODES))
+                truth = read_mask(labelled / "masks" / f"K{number:02d}_kelp.tif")
+                counted += pixels_by_code(truth, codes.astype(np.uint8))
+        return precision_by_code(counted)
+
+    for k in (0, 3):
+        wanted = precisions(whole.way, k)[round(whole.thresholds[k] * CODES)]
+        reached = precisions(main.way, k)
+        threshold = round(main.thresholds[k] * CODES)
+        assert reached[threshold] >= wanted
+        assert not (reached[1:threshold] >= wanted).any()  # it is the lowest
+    assert ways[name]["figures"]["recall"]["difference"]["value"] is None
+    gain = ways[main.way.name]["figures"]["recall"]["difference"]
+    assert gain["value"] > 0
+    text = (labelled / "out" / "comparison.txt").read_text()
+    assert f"At the precision of: {name}" in text
+    assert "At the precision of" in (labelled / "out" / "report.html").read_text()
+
+
 def test_two_bundles_and_scenes_too_large_for_one_pass(labelled, monkeypatch, caplog):
     monkeypatch.setattr(model, "_build_body", lambda spec: Shy(spec.channels))
     pair = (
@@ -348,6 +450,136 @@ def test_wrong_input_is_one_line(labelled, monkeypatch, capfd):
     write_mask(labelled / "masks" / "K03_kelp.tif", np.zeros((100, 90), np.uint8))
     with pytest.raises(InputError, match=r"1 scenes cannot be read: .*K03_satellite\.tif"):
         kelp.compare(CompareConfig(**config))
+
+
+# Without folders: the fold that the runs share
+
+
+@pytest.fixture
+def fold(tmp_path, monkeypatch):
+    """Six images in two folds, their table of tiles, and what makes a bundle of a run on either."""
+    monkeypatch.setattr(model, "_build_body", lambda spec: PixelBody(spec.channels))
+    world = make_world(tmp_path, n_train=6, n_test=1)
+    rows = pd.read_parquet(world.table)
+    rows = rows[rows["original_split"] == "train"]
+    tiles = rows.loc[rows.index.repeat(2)].assign(
+        x=[0, 32] * 6, y=0, tile_height=32, tile_width=32, image_path=None, mask_path=None,
+        source_image_path="../raw/" + rows["image_path"].repeat(2),
+        source_mask_path="../raw/" + rows["mask_path"].repeat(2),
+    )  # fmt: skip
+    (tmp_path / "sahi").mkdir()
+    tiles.to_parquet(tmp_path / "sahi" / "tiles.parquet")
+
+    def run(name, cv_split=0, table=None, sahi=False):
+        data_dir = tmp_path / "sahi" if sahi else world.data_dir
+        table = table or (tmp_path / "sahi" / "tiles.parquet" if sahi else world.table)
+        training = {"data_dir": str(data_dir), "metadata_fp": str(table), "cv_split": cv_split}
+        return tiny_bundle(tmp_path / name, training=training | {"sahi": sahi})
+
+    return SimpleNamespace(root=tmp_path, world=world, run=run)
+
+
+def scenes_of(*runs, **options):
+    config = CompareConfig(run_dir=runs, output_dir="out", **options)
+    return labelled_scenes(config, [load_bundle(run) for run in runs])
+
+
+def test_the_scenes_are_those_of_the_runs_fold(fold, caplog):
+    with caplog.at_level("INFO", "kelp"):
+        scenes = scenes_of(fold.run("whole"), fold.run("tiles", sahi=True))
+    ids = ("TR000000", "TR000002", "TR000004")
+    folder = fold.world.train_dir.resolve()
+    assert [image.scene for image in scenes.images] == [
+        folder / "images" / f"{name}_satellite.tif" for name in ids
+    ]
+    assert [image.truth for image in scenes.images] == [
+        folder / "masks" / f"{name}_kelp.tif" for name in ids
+    ]
+    assert [image.place for image in scenes.images] == [0, 1, 2]
+    (line,) = caplog.messages
+    assert line.startswith("scenes: 3 images that fold 0 of")
+    assert "picked its best epoch on them" in line
+    alone = scenes_of(fold.run("more", cv_split=1, sahi=True))
+    assert [image.scene.name[:8] for image in alone.images] == ["TR000001", "TR000003", "TR000005"]
+
+
+def test_places_of_the_fold_come_from_its_table(fold):
+    rows = pd.read_parquet(fold.world.table)
+    rows.assign(aoi_id=7).to_parquet(fold.world.table)
+    assert [image.place for image in scenes_of(fold.run("whole")).images] == [0, 0, 0]
+    own = fold.root / "own.parquet"
+    rows.assign(aoi_id=rows["tile_id"]).to_parquet(own)
+    scenes = scenes_of(fold.run("whole"), metadata_fp=own)
+    assert [image.place for image in scenes.images] == [0, 1, 2]
+    rows.drop(columns="aoi_id").to_parquet(fold.world.table)
+    assert [image.place for image in scenes_of(fold.run("whole")).images] == [0, 1, 2]
+
+
+def test_an_image_without_tiles_is_left_out_of_the_fold(fold):
+    table = fold.root / "sahi" / "tiles.parquet"
+    tiles = pd.read_parquet(table)
+    tiles[tiles["tile_id"] != "TR000002"].to_parquet(table)
+    for runs in ((False, True), (True, False)):
+        scenes = scenes_of(*(fold.run(f"run{sahi}", sahi=sahi) for sahi in runs))
+        assert [image.scene.name[:8] for image in scenes.images] == ["TR000000", "TR000004"]
+
+
+def test_runs_that_share_no_fold_are_refused(fold, tmp_path_factory):
+    first = fold.run("whole")
+    with pytest.raises(ConfigError, match=r"other .*fold 1 of .* holds out other images than .*"):
+        scenes_of(first, fold.run("other ", cv_split=1))
+    rows = pd.read_parquet(fold.world.table)
+    rows.loc[rows["tile_id"] == "TR000002", "split_0"] = "train"  # held out by one of them only
+    rows.to_parquet(fold.root / "processed" / "dealt.parquet")
+    dealt = fold.run("dealt", table=fold.root / "processed" / "dealt.parquet")
+    with pytest.raises(ConfigError, match="--data_dir and --gt_dir, of images that no run was"):
+        scenes_of(first, dealt)
+    elsewhere = make_world(tmp_path_factory.mktemp("elsewhere"), n_train=2)
+    training = {"data_dir": str(elsewhere.data_dir), "metadata_fp": str(elsewhere.table)}
+    stranger = tiny_bundle(fold.root / "s", training=training | {"cv_split": 0, "sahi": False})
+    with pytest.raises(ConfigError, match="holds out other images than"):
+        scenes_of(first, stranger)
+
+
+def test_a_fold_that_moved_is_one_line(fold, capfd):
+    out = f"--output_dir={fold.root / 'out'}"
+    run = fold.run("whole")
+    (fold.world.train_dir / "masks" / "TR000004_kelp.tif").unlink()
+    assert main(["compare", f"--run_dir={run}", out, "--quiet"]) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "TR000004_kelp.tif: no such file" in line
+    assert str(fold.world.table) in line
+    assert line.endswith("give labelled scenes as --data_dir and --gt_dir")
+    fold.world.table.unlink()
+    with pytest.raises(TableError, match=r"no such table; .*or give labelled scenes as --data_dir"):
+        scenes_of(run)
+    with pytest.raises(BundleError, match="does not tell what it was trained on; give labelled"):
+        scenes_of(tiny_bundle(fold.root / "unknown"))
+    assert main(["compare", f"--run_dir={run}", out, "--data_dir=x", "--quiet"]) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "--data_dir and --gt_dir belong together" in line
+
+
+def test_the_command_needs_no_folders_and_scores_other_labels_beside(fold):
+    labels = fold.root / "labels"
+    labels.mkdir()
+    for number in (0, 2, 4):
+        name = f"TR{number:06d}_kelp.tif"
+        truth = read_mask(fold.world.train_dir / "masks" / name)
+        write_mask(labels / name, np.roll(truth, 3, axis=1))
+    run, out = fold.run("whole", sahi=True), fold.root / "out"
+    arguments = [f"--run_dir={run}", f"--output_dir={out}", f"--labels_dir={labels}"]
+    arguments += ["--precision=32-true", "--device=cpu", "--draws=100", "--quiet"]
+    assert main(["compare", *arguments]) == 0
+    told = json.loads((out / "comparison.json").read_text())
+    assert (told["images"], told["places"]) == (3, 3)
+    assert "fold 0 of" in told["scenes"]
+    figures = told["ways"][0]["figures"]
+    assert 0 < figures["pooled_dice_of_labels"]["value"] < figures["pooled_dice"]["value"]
+    assert "fold 0 of" in (out / "report.html").read_text()
+    (labels / "TR000002_kelp.tif").unlink()
+    with pytest.raises(InputError, match="masks as --labels_dir"):
+        scenes_of(run, labels_dir=labels)
 
 
 def test_no_kelp_at_all_has_no_answer(labelled, monkeypatch):

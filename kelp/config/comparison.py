@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, model_validator
 
 from kelp.config.base import Config, Integers, Names, Paths, option, split
 from kelp.config.train import Interpolation, Precision
+from kelp.errors import ConfigError
 
 Interpolations = Annotated[tuple[Interpolation, ...], BeforeValidator(split)]
 
@@ -18,13 +19,22 @@ class CompareConfig(Config):
 
     command: ClassVar[str] = "compare"
 
-    data_dir: Path = option(help="Folder of labelled scenes that no bundle was trained on")
-    gt_dir: Path = option(help="Folder of their true <tile_id>_kelp.tif masks")
     run_dir: Paths = option(help="Runs or bundles, comma-separated: trained whole, or on tiles")
     output_dir: Path = option(help="Folder for report.html, comparison.json and comparison.txt")
-    metadata_fp: Path | None = option(
-        None, help="Table of kelp metadata: which scenes show one place; default: each its own"
+    data_dir: Path | None = option(
+        None, help="Folder of labelled scenes that no bundle was trained on; default: the images "
+        "that the fold of the runs validates on, which they must share",
+    )  # fmt: skip
+    gt_dir: Path | None = option(
+        None, help="Folder of their true <tile_id>_kelp.tif masks, with --data_dir"
     )
+    labels_dir: Path | None = option(
+        None, help="Folder of other, noisy <tile_id>_kelp.tif masks, for a second score beside"
+    )
+    metadata_fp: Path | None = option(
+        None, help="Table of kelp metadata: which scenes show one place; default: that of the "
+        "fold; with --data_dir each scene is a place of its own",
+    )  # fmt: skip
     use_checkpoint: Literal["best", "latest"] = option("best", help="Which bundle of a run")
     sahi_tile_size: int | None = option(
         None, help="Side of a tile; default: as kelp predict cuts, else 128", unit="px", ge=1
@@ -57,3 +67,12 @@ class CompareConfig(Config):
     pixel_size: float = option(
         30.0, help="Side of a pixel where a mask has no CRS, for areas", unit="m", gt=0
     )
+
+    @model_validator(mode="after")
+    def _scenes_have_masks(self) -> Self:
+        if (self.data_dir is None) != (self.gt_dir is None):
+            raise ConfigError(
+                "--data_dir and --gt_dir belong together; give both, or neither for the images "
+                "that the fold of the runs validates on"
+            )
+        return self

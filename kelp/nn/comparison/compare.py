@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,13 +14,15 @@ from numpy.typing import NDArray
 
 from kelp.bands import DEM, MASK_NODATA
 from kelp.config import CompareConfig
-from kelp.errors import ConfigError, InputError
+from kelp.errors import ConfigError
 from kelp.files import discard_partials, output_folder, scratch_folder, write_json, write_text
-from kelp.manifest import MASK_SUFFIX, output_name, tile_id_of
+from kelp.manifest import output_name
 from kelp.nn.bundle import Bundle, load_bundle
 from kelp.nn.comparison.advice import Advice, advise
+from kelp.nn.comparison.fields import FIELDS
 from kelp.nn.comparison.page import to_text, write_report
 from kelp.nn.comparison.result import Comparison, Judged
+from kelp.nn.comparison.scenes import Labelled, labelled_scenes
 from kelp.nn.comparison.sums import (
     CODES,
     FIGURES,
@@ -28,16 +30,16 @@ from kelp.nn.comparison.sums import (
     Sums,
     best_threshold,
     pixels_by_code,
+    precision_by_code,
     sums_of,
 )
 from kelp.nn.comparison.ways import Runtime, Way, ways_of
 from kelp.nn.device import resolve_device, resolve_precision
-from kelp.nn.inference.inputs import find_scenes, survey
 from kelp.preview import picture_of
 from kelp.progress import Progress, silent
-from kelp.raster import raster_shape, read_mask
+from kelp.raster import read_mask
 from kelp.scene import read_scene
-from kelp.scoring import pixel_area_m2, places_of
+from kelp.scoring import pixel_area_m2
 from kelp.seams import Steps, steps
 from kelp.writer import write_mask
 
@@ -63,16 +65,6 @@ class CompareResult:
         return "\n".join([self.text, *(f"wrote {path}" for path in self.files)])
 
 
-@dataclass(frozen=True)
-class _Labelled:
-    """A scene and its truth."""
-
-    scene: Path
-    truth: Path
-    shape: tuple[int, int]
-    place: int
-
-
 def compare(config: CompareConfig, progress: Progress = silent) -> CompareResult:
     """Apply networks to labelled scenes in several ways and judge each; see `CompareConfig`.
 
@@ -80,15 +72,18 @@ def compare(config: CompareConfig, progress: Progress = silent) -> CompareResult
 
     Raises:
         InputError: a truth is missing or of another size, or a scene cannot be read.
-        ConfigError: no bundle or an ONNX file, an overlap that is none, or nothing left to run.
+        ConfigError: no bundle or an ONNX file, an overlap that is none, or nothing left to run;
+            without folders, runs that were not trained on one fold.
     """
     bundles = [load_bundle(path, config.use_checkpoint) for path in config.run_dir]
-    images = _images(config, bundles)
-    wide = [image.shape for image in images]
+    if not bundles:
+        raise ConfigError("--run_dir is missing; name at least one run or bundle")
+    scenes = labelled_scenes(config, bundles)
+    images = scenes.images
     ways: list[Way] = []
     left_out: list[Way] = []
     for way in _ways(config, bundles):
-        fits = max(map(way.side, wide)) <= config.largest_pass
+        fits = max(way.side(image.shape) for image in images) <= config.largest_pass
         (ways if fits else left_out).append(way)
     for way in left_out:
         log.info("%s: left out, larger than --largest_pass %d", way.name, config.largest_pass)
@@ -105,24 +100,28 @@ def compare(config: CompareConfig, progress: Progress = silent) -> CompareResult
     with scratch_folder(folder) as scratch:
         judge = _Judge(config, images, ways, runtime, scratch)
         judge.predict(progress)
-        judged = tuple(judge.judge(way) for way in ways)
+        judged = tuple(judge.judge(way, judge.thresholds(way)) for way in ways)
         places = [image.place for image in images]
         draws = Draws(max(places) + 1, config.draws, config.seed)
         comparison = Comparison(judged, places, draws)
         advice = advise(comparison)
+        if advice.whole and (precise := judge.as_precise_as(advice.whole)):
+            comparison = replace(comparison, equal=Comparison(precise, places, draws))
         text = to_text(comparison, advice)
         report = write_report(
-            folder / "report.html", comparison, advice, config,
+            folder / "report.html", comparison, advice, config, scenes.words,
             judge.pictures(advice), [way.name for way in left_out],
         )  # fmt: skip
     figures: dict[str, Any] = {
         "advice": advice.to_json(),
+        "scenes": scenes.words,
         "images": len(images),
         "places": max(places) + 1,
         "draws": config.draws,
         "precision": precision,
         "left_out": [way.name for way in left_out],
         "ways": comparison.to_json(advice.whole),
+        "fields": FIELDS,
     }
     write_json(folder / "comparison.json", figures)
     write_text(folder / "comparison.txt", text + "\n")
@@ -131,43 +130,7 @@ def compare(config: CompareConfig, progress: Progress = silent) -> CompareResult
     return CompareResult(comparison, advice, text, files)
 
 
-def _images(config: CompareConfig, bundles: Sequence[Bundle]) -> list[_Labelled]:
-    """The scenes with their truths and places, all of them readable."""
-    scenes = find_scenes(config.data_dir)
-    truths = {scene: config.gt_dir / output_name(scene, MASK_SUFFIX) for scene in scenes}
-    absent = [path for path in truths.values() if not path.is_file()]
-    if absent:
-        raise InputError(
-            f"{absent[0]}: no such truth, {len(absent)} of {len(scenes)} scenes have none; give "
-            "the folder of their masks as --gt_dir, or take the scenes away"
-        )
-    tasks, failures = survey(truths, config.band_order, [bundle.spec for bundle in bundles])
-    if failures:
-        raise InputError(f"{len(failures)} scenes cannot be read: {'; '.join(failures.values())}")
-    for task in tasks:  # before hours of prediction, not after
-        height, width = raster_shape(task.output)
-        if (height, width) != task.size.shape:
-            raise InputError(
-                f"{task.output} has {height} x {width} pixels (height x width), {task.path} "
-                f"{task.size.shape[0]} x {task.size.shape[1]}; a truth must have the size of its "
-                "scene"
-            )
-    names = {tile_id_of(task.path): task.path for task in tasks}
-    if config.metadata_fp:
-        place_of = places_of(config.metadata_fp, names)
-    else:
-        log.info("without --metadata_fp each scene counts as a place of its own")
-        place_of = {name: name for name in names}
-    numbers = {place: k for k, place in enumerate(sorted({place_of[name] for name in names}))}
-    return [
-        _Labelled(task.path, task.output, task.size.shape, numbers[place_of[name]])
-        for name, task in zip(names, tasks, strict=True)
-    ]
-
-
 def _ways(config: CompareConfig, bundles: Sequence[Bundle]) -> list[Way]:
-    if not bundles:
-        raise ConfigError("--run_dir is missing; name at least one run or bundle")
     ways: list[Way] = []
     for bundle, path in zip(bundles, config.run_dir, strict=True):
         name = path.name if len(bundles) > 1 else ""
@@ -185,7 +148,7 @@ class _Judge:
     """Predictions of all ways, and what they are worth."""
 
     def __init__(
-        self, config: CompareConfig, images: Sequence[_Labelled], ways: Sequence[Way],
+        self, config: CompareConfig, images: Sequence[Labelled], ways: Sequence[Way],
         runtime: Runtime, folder: Path,
     ) -> None:  # fmt: skip
         self._config = config
@@ -197,6 +160,7 @@ class _Judge:
         self._seconds: dict[str, list[float]] = {way.name: [] for way in ways}
         self._network_pixels: dict[str, int] = dict.fromkeys(self._steps, 0)
         self._number = {way.name: k for k, way in enumerate(ways)}
+        self._counted: dict[str, NDArray[np.int64]] = {}
         self._land: list[NDArray[np.bool_]] = []
         count = max(image.place for image in images) + 1
         self._parts = min(_PARTS, count)
@@ -229,9 +193,8 @@ class _Judge:
     def _file(self, way: Way, number: int) -> Path:
         return self._folder / f"{self._number[way.name]}-{number}.npy"
 
-    def judge(self, way: Way) -> Judged:
-        """Figures of one way."""
-        thresholds = self._thresholds(way)
+    def judge(self, way: Way, thresholds: Sequence[int]) -> Judged:
+        """Figures of one way at these thresholds, in codes, one for each part of the places."""
         by_image: list[Sums] = []
         for number, image in enumerate(self._images):
             area = pixel_area_m2(image.truth) or pixel_area_m2(image.scene)
@@ -241,6 +204,7 @@ class _Judge:
                     read_mask(image.truth), self._codes(way, number),
                     thresholds[self._part[image.place]], self._land[number],
                     self._steps[way.name][number], km2,
+                    read_mask(image.labels) if image.labels else None,
                 )
             )  # fmt: skip
         pixels = sum(image.shape[0] * image.shape[1] for image in self._images)
@@ -254,7 +218,7 @@ class _Judge:
             network_pixels / pixels,
         )
 
-    def _thresholds(self, way: Way) -> list[int]:
+    def thresholds(self, way: Way) -> list[int]:
         """Of each part of the places, in codes; fitted on the others unless one is given."""
         wish = self._config.decision_threshold
         if wish is None and self._parts == 1:
@@ -262,11 +226,40 @@ class _Judge:
             log.info("one place only: no threshold can be fitted, the bundle's is used")
         if wish is not None:
             return [max(1, int(np.ceil(wish * CODES)))] * self._parts
-        by_part = np.zeros((self._parts, 2, CODES + 1), dtype=np.int64)
-        for number, image in enumerate(self._images):
-            counted = pixels_by_code(read_mask(image.truth), self._codes(way, number))
-            by_part[self._part[image.place]] += counted
-        return [best_threshold(by_part.sum(axis=0) - part) for part in by_part]
+        return [best_threshold(others) for others in self._others(way)]
+
+    def as_precise_as(self, reference: Judged) -> tuple[Judged, ...]:
+        """The ways at the thresholds at which they are as precise as `reference`.
+
+        For each part of the places: its precision on the other ones is what every way's lowest
+        threshold is sought for, there. Ways that do not reach it are left out, with one place all.
+        """
+        if self._parts == 1:
+            return ()
+        fitted = [round(threshold * CODES) for threshold in reference.thresholds]
+        wanted = [
+            precision_by_code(others)[threshold]
+            for others, threshold in zip(self._others(reference.way), fitted, strict=True)
+        ]
+        judged = []
+        for way in self._ways:
+            reached = [
+                np.flatnonzero(precision_by_code(others)[1:] >= precision)
+                for others, precision in zip(self._others(way), wanted, strict=True)
+            ]
+            if all(map(len, reached)):
+                judged.append(self.judge(way, [1 + int(codes[0]) for codes in reached]))
+        return tuple(judged)
+
+    def _others(self, way: Way) -> NDArray[np.int64]:
+        """Pixels by code of the places outside each part, `(parts, 2, CODES + 1)`."""
+        if way.name not in self._counted:
+            by_part = np.zeros((self._parts, 2, CODES + 1), dtype=np.int64)
+            for number, image in enumerate(self._images):
+                counted = pixels_by_code(read_mask(image.truth), self._codes(way, number))
+                by_part[self._part[image.place]] += counted
+            self._counted[way.name] = by_part.sum(axis=0) - by_part
+        return self._counted[way.name]
 
     def pictures(self, advice: Advice) -> list[tuple[str, bytes]]:
         """The scenes that gain and lose most by slicing, with what either way made of them."""

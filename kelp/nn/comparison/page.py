@@ -20,35 +20,53 @@ _SCORES: Final = (
     ("seam_score", "seam"),
 )
 _FALSE: Final = "false_kelp_share_of_open_water"
+_BESIDE: Final = ("mean_image_dice", "seam_score")
 _FOUND: Final = tuple((f"recall_{size}_px", f"{size} px") for size in PATCH_SIZES)
+
+_EQUAL: Final = (
+    "Thresholds at which every way is as precise as that one, fitted on other places. Precision: "
+    "as reached on the places judged; px: share of the patches of that size found; false: kelp "
+    "marked in water farther than 3 px from true kelp. No figures: never as precise."
+)
 
 
 def to_text(comparison: Comparison, advice: Advice) -> str:
-    """An aligned plain-text table, and the advice."""
-    head = ["way", "Dice", "95 %", "less whole", "95 %", "1-4 px", "5-16 px", "seam", "cost", "s"]
+    """Aligned plain-text tables, and the advice."""
+    head = ["way", "Dice", "95 %", "less whole", "95 %", "mean Dice", "seam", "cost", "s"]
     rows = [head]
     for one in comparison.judged:
         dice = comparison.figure(one, "pooled_dice")
         gain = comparison.difference(one, advice.whole) if advice.whole else _UNKNOWN
-        small = [comparison.figure(one, f"recall_{size}_px").value for size in PATCH_SIZES[:2]]
-        seam = comparison.figure(one, "seam_score").value
+        mean, seam = (comparison.figure(one, name).value for name in _BESIDE)
         rows.append(
             [
                 one.way.name, _number(dice.value), _bounds(dice), _number(gain.value, "+.3f"),
-                _bounds(gain, "+.3f"), *(_number(value, ".2f") for value in small),
-                _number(seam), f"{one.multiplier:.1f}", f"{one.seconds:.2f}",
+                _bounds(gain, "+.3f"), _number(mean), _number(seam), f"{one.multiplier:.1f}",
+                f"{one.seconds:.2f}",
             ]
         )  # fmt: skip
-    widths = [max(len(row[k]) for row in rows) for k in range(len(head))]
-    table = [
+    legend = (
+        "mean Dice: of the images; cost: network pixels for each scene pixel; s: seconds an image; "
+        "seam: 1 = none shows"
+    )
+    lines = [*_aligned(rows), legend]
+    if advice.whole and comparison.equal:
+        rows = [[_number(cell) for cell in row] for row in _equal_table(comparison, advice.whole)]
+        words = f"At the precision of: {advice.whole.way.name}"
+        lines += ["", words, *_aligned(rows), _EQUAL]
+    return "\n".join([*lines, "", advice.text])
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table: names to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
         "  ".join(
             cell.rjust(width) if k else cell.ljust(width)
             for k, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in rows
     ]
-    legend = "cost: network pixels for each scene pixel; s: seconds an image; seam: 1 = none shows"
-    return "\n".join([*table, legend, "", advice.text])
 
 
 def write_report(
@@ -56,6 +74,7 @@ def write_report(
     comparison: Comparison,
     advice: Advice,
     config: CompareConfig,
+    scenes: str,
     pictures: Sequence[tuple[str, bytes]],
     left_out: Sequence[str],
 ) -> Path:
@@ -66,8 +85,10 @@ def write_report(
         f"{images} labelled scenes of {places} places, {len(comparison.judged)} ways of applying "
         "the same networks. Intervals hold the middle 95 % of "
         f"{config.draws:,} bootstrap draws of places, the same draws for every way. "
+        f"Scenes: {scenes}. "
         + (
-            "Each half of the places is judged at the threshold that is best on the other half."
+            "Each part of the places is judged at the threshold that is best on the others; the "
+            "tiles of the seed's merge vote at it."
             if config.decision_threshold is None
             else f"Kelp is where the probability is at least {config.decision_threshold:g}."
         )
@@ -99,6 +120,11 @@ def write_report(
         ),
         "Kelp patches found, by their size: at least half of a patch's pixels must be marked.",
     )
+    if advice.whole and comparison.equal:
+        report.table(
+            _equal_table(comparison, advice.whole),
+            f"At the precision of: {advice.whole.way.name}. {_EQUAL}",
+        )
     report.text("## Probabilities and area")
     report.table(
         _area_table(comparison),
@@ -127,8 +153,7 @@ def write_report(
     runs = ",".join(map(str, config.run_dir))
     report.text(
         "## Again\n\n```\nkelp compare --config "
-        f"{config.output_dir / 'kelp-compare.yaml'}\n```\n\nNetworks: `{runs}`. Scenes: "
-        f"`{config.data_dir}`."
+        f"{config.output_dir / 'kelp-compare.yaml'}\n```\n\nNetworks: `{runs}`."
     )
     return report.write(path)
 
@@ -153,6 +178,32 @@ def dice_table(comparison: Comparison, whole: Judged | None) -> list[Sequence[ob
         mean = comparison.figure(one, "mean_image_dice").value
         row = (one.way.name, dice.value, _bounds(dice), gain.value, _bounds(gain, "+.3f"))
         rows.append((*row, mean, one.multiplier, one.seconds))
+    return rows
+
+
+def _equal_table(comparison: Comparison, whole: Judged) -> list[Sequence[object]]:
+    """What each way finds at equal precision, and what it marks in kelp-free water."""
+    equal = comparison.equal
+    assert equal is not None
+    units = [(*column, 1.0, ".3f") for column in _FOUND[:2]]
+    units.append((_FALSE, "false m²/km²", 1e6, ".0f"))
+    head = ["way", "precision"]
+    for _, words, _, _ in units:
+        head += [words, "less whole", "95 %"]
+    rows: list[Sequence[object]] = [head]
+    other = equal.named(whole.way)
+    for way in (judged.way for judged in comparison.judged):
+        one = equal.named(way)
+        row: list[object] = [way.name]
+        if one is None or other is None:
+            rows.append([*row, *[None] * (len(head) - 1)])
+            continue
+        row.append(equal.figure(one, "precision").value)
+        for name, _, unit, form in units:
+            figure = equal.figure(one, name).times(unit)
+            gain, signed = equal.difference(one, other, name).times(unit), f"+{form}"
+            row += [_number(figure.value, form), _number(gain.value, signed), _bounds(gain, signed)]
+        rows.append(row)
     return rows
 
 
@@ -187,8 +238,9 @@ def _area_table(comparison: Comparison) -> list[Sequence[object]]:
     return rows
 
 
-def _number(value: float | None, form: str = ".3f") -> str:
-    return "-" if value is None else f"{value:{form}}"
+def _number(value: object, form: str = ".3f") -> str:
+    """A cell: words as they are."""
+    return "-" if value is None else value if isinstance(value, str) else f"{value:{form}}"
 
 
 def _bounds(estimate: Estimate, form: str = ".3f") -> str:

@@ -9,7 +9,8 @@ from typing import Any, Final
 
 import numpy as np
 
-from kelp.nn.comparison.sums import BINS, FIGURES, Array, Draws, Sums, interval
+from kelp.agreement import PATCH_SIZES
+from kelp.nn.comparison.sums import BINS, FIGURES, OPEN_WATER, Array, Draws, Sums, interval
 from kelp.nn.comparison.ways import Way
 
 
@@ -27,6 +28,11 @@ class Estimate:
         known = bool(np.isfinite(value))
         bounds = interval(draws) if known else None
         return cls(float(value) if known else None, *(bounds or (None, None)))
+
+    def times(self, unit: float) -> Estimate:
+        """In another unit."""
+        parts = (self.value, self.low, self.high)
+        return Estimate(*(None if part is None else part * unit for part in parts))
 
     def __str__(self) -> str:
         if self.value is None:
@@ -75,6 +81,11 @@ class Judged:
         return rows
 
 
+AT_EQUAL_PRECISION: Final = (
+    "precision", "recall", *(f"recall_{size}_px" for size in PATCH_SIZES), OPEN_WATER,
+)  # fmt: skip
+"""The figures that tell of a way at thresholds of equal precision."""
+
 _NOTHING: Final = Estimate(None, None, None)
 
 
@@ -86,11 +97,13 @@ class Comparison:
         judged: the ways, in the order they were run.
         places: the place of each image, numbered from 0.
         draws: bootstrap draws of the places.
+        equal: the ways that reach the reference's precision, at thresholds where they do.
     """
 
     judged: tuple[Judged, ...]
     places: Sequence[int]
     draws: Draws
+    equal: Comparison | None = None
 
     @cached_property
     def _drawn(self) -> dict[str, Sums]:
@@ -128,17 +141,15 @@ class Comparison:
         known = [one for one in first.values() if self.figure(one, "pooled_dice").value is not None]
         return max(known, key=lambda one: self.figure(one, "pooled_dice").value or 0, default=None)
 
+    def named(self, way: Way) -> Judged | None:
+        """What it made of the scenes; `None` where it is not among these."""
+        return next((one for one in self.judged if one.way.name == way.name), None)
+
     def to_json(self, baseline: Judged | None) -> list[dict[str, Any]]:
         """Every way with its figures; differences are to `baseline`."""
         rows = []
         for one in self.judged:
             way = one.way
-            figures = {}
-            for name in FIGURES:
-                figures[name] = dict[str, Any](self.figure(one, name).to_json())
-                if baseline:
-                    difference = self.difference(one, baseline, name)
-                    figures[name]["difference"] = difference.to_json()
             rows.append(
                 {
                     "name": way.name,
@@ -154,8 +165,26 @@ class Comparison:
                     "seconds_per_image": one.seconds,
                     "network_pixels_per_image": one.network_pixels,
                     "network_pixels_per_scene_pixel": one.multiplier,
-                    "figures": figures,
+                    "figures": self._figures(one, tuple(FIGURES), baseline),
+                    "at_equal_precision": self.equal and self.equal._row(way, baseline),
                     "reliability": one.reliability(),
                 }
             )
         return rows
+
+    def _row(self, way: Way, baseline: Judged | None) -> dict[str, Any] | None:
+        one = self.named(way)
+        if one is None or baseline is None:
+            return None
+        figures = self._figures(one, AT_EQUAL_PRECISION, self.named(baseline.way))
+        return {"thresholds": list(one.thresholds), "figures": figures}
+
+    def _figures(
+        self, one: Judged, names: Sequence[str], baseline: Judged | None
+    ) -> dict[str, dict[str, Any]]:
+        figures = {}
+        for name in names:
+            figures[name] = dict[str, Any](self.figure(one, name).to_json())
+            if baseline:
+                figures[name]["difference"] = self.difference(one, baseline, name).to_json()
+        return figures

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from kelp.agreement import PATCH_SIZES, Figures
+from kelp.agreement import PATCH_SIZES, Counts, Figures, count
 from kelp.bands import MASK_NODATA
 from kelp.seams import Steps
 
@@ -24,6 +24,8 @@ CODES: Final = 250
 """Probabilities are kept as whole numbers of 1/250; 255 = not observed."""
 BINS: Final = 10
 """Of the reliability diagram."""
+
+OPEN_WATER: Final = "false_kelp_share_of_open_water"
 
 _SHORE: Final = 3
 """Pixels around true kelp that are no kelp-free water: labels are not finer than that."""
@@ -38,6 +40,7 @@ _NAMES: Final = (
     "open_false_km2", "open_km2",
     "border", "borders", "elsewhere", "others",
     "truth_km2", "mask_km2", "expected_km2",
+    "labels_tp", "labels_fp", "labels_fn",
     *(f"bin_{part}_{k}" for part in ("pixels", "p", "kelp") for k in range(BINS)),
 )  # fmt: skip
 _PLACE: Final = {name: k for k, name in enumerate(_NAMES)}
@@ -59,8 +62,9 @@ class Sums:
 
 
 def sums_of(
-    truth: Mask, codes: Mask, threshold: int, land: NDArray[np.bool_], steps: Steps, km2: float
-) -> Sums:
+    truth: Mask, codes: Mask, threshold: int, land: NDArray[np.bool_], steps: Steps, km2: float,
+    labels: Mask | None = None,
+) -> Sums:  # fmt: skip
     """Sums of one image; all arrays `(height, width)`.
 
     Args:
@@ -70,10 +74,12 @@ def sums_of(
         land: DEM > 0.
         steps: of the probabilities (see `kelp.seams`).
         km2: area of a pixel.
+        labels: a second truth, of other labellers.
     """
     seen = codes != MASK_NODATA
     prediction = np.where(seen, codes >= threshold, MASK_NODATA).astype(np.uint8)
     figures = Figures.of(truth, prediction)
+    others = Counts() if labels is None else count(labels, prediction)
     labelled = truth != MASK_NODATA
     p = np.where(seen, codes, 0)[labelled] / CODES
     kelp, said = truth == 1, prediction == 1
@@ -93,6 +99,9 @@ def sums_of(
         "truth_km2": np.count_nonzero(kelp) * km2,
         "mask_km2": np.count_nonzero(said & labelled) * km2,
         "expected_km2": float(p.sum()) * km2,
+        "labels_tp": others.tp,
+        "labels_fp": others.fp,
+        "labels_fn": others.fn,
     }
     for size, patches in zip(PATCH_SIZES, figures.patches, strict=True):
         values |= {f"patches_{size}": patches.patches, f"found_{size}": patches.found}
@@ -141,6 +150,9 @@ def _recall(size: str) -> Callable[[Sums], Array]:
 
 FIGURES: Final[Mapping[str, Callable[[Sums], Array]]] = {
     "pooled_dice": lambda s: _divide(2 * s["tp"], 2 * s["tp"] + s["fp"] + s["fn"]),
+    "pooled_dice_of_labels": lambda s: _divide(
+        2 * s["labels_tp"], 2 * s["labels_tp"] + s["labels_fp"] + s["labels_fn"]
+    ),
     "mean_image_dice": lambda s: _divide(s["dice_sum"], s["images"]),
     "iou": lambda s: _divide(s["tp"], s["tp"] + s["fp"] + s["fn"]),
     "precision": lambda s: _divide(s["tp"], s["tp"] + s["fp"]),
@@ -149,7 +161,7 @@ FIGURES: Final[Mapping[str, Callable[[Sums], Array]]] = {
     "boundary_dice": lambda s: _divide(
         2 * s["band_tp"], 2 * s["band_tp"] + s["band_fp"] + s["band_fn"]
     ),
-    "false_kelp_share_of_open_water": lambda s: _divide(s["open_false_km2"], s["open_km2"]),
+    OPEN_WATER: lambda s: _divide(s["open_false_km2"], s["open_km2"]),
     "seam_score": _seam,
     "calibration_error": _calibration_error,
     "area_by_threshold": lambda s: _divide(s["mask_km2"], s["truth_km2"]),
@@ -189,9 +201,23 @@ def best_threshold(by_code: NDArray[np.int64]) -> int:
     Args:
         by_code: pixels without and with kelp for each code, `(2, CODES + 1)`.
     """
-    false, true = by_code[:, ::-1].cumsum(axis=1)[:, ::-1]  # at or above each code
+    false, true = _at_or_above(by_code)
     dice = _divide(2.0 * true, true + false + float(by_code[1].sum()))
     return 1 + int(np.argmax(np.nan_to_num(dice[1:])))
+
+
+def precision_by_code(by_code: NDArray[np.int64]) -> Array:
+    """Precision where kelp is at or above each code, `(CODES + 1,)`; NaN where nothing is.
+
+    Args:
+        by_code: pixels without and with kelp for each code, `(2, CODES + 1)`.
+    """
+    false, true = _at_or_above(by_code)
+    return _divide(1.0 * true, 1.0 * (true + false))
+
+
+def _at_or_above(by_code: NDArray[np.int64]) -> NDArray[np.int64]:
+    return by_code[:, ::-1].cumsum(axis=1)[:, ::-1]
 
 
 def pixels_by_code(truth: Mask, codes: Mask) -> NDArray[np.int64]:

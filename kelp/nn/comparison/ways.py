@@ -190,7 +190,8 @@ def sliced(prefix: str, bundle: Bundle, tile: int, overlap: int, blend: Blend) -
 def _seeds_way(way: Way, scene: Pixels, runtime: Runtime) -> tuple[Pixels, int]:
     """The original's: tiles beyond the edge padded with 0, hard votes, their majority.
 
-    The majority is 1 or 0, whatever the threshold; each tile decides by its bundle's.
+    Given as the probabilities that say so at every threshold (see `majority`), so that the tiles'
+    threshold is fitted like any other.
     """
     bundle, tile = way.bundle, way.tile
     assert tile is not None
@@ -198,9 +199,10 @@ def _seeds_way(way: Way, scene: Pixels, runtime: Runtime) -> tuple[Pixels, int]:
     assert isinstance(net, KelpNet)
     height, width = scene.shape[1:]
     rows, columns = bundle.spec.network_shape((tile, tile))
-    votes, tiles = np.zeros((height, width)), np.zeros((height, width))
+    layers = np.full((4, height, width), np.nan, dtype=np.float32)
     x = net.preprocess(torch.from_numpy(scene)[None].to(runtime.device))
     grid = TileGrid((height, width), tile, way.overlap, edge="pad")
+    stride = tile - way.overlap
     for place in grid:
         part = x[:, :, place.y : place.bottom, place.x : place.right]
         missing = tile - part.shape[3], tile - part.shape[2]
@@ -211,10 +213,30 @@ def _seeds_way(way: Way, scene: Pixels, runtime: Runtime) -> tuple[Pixels, int]:
             part = functional.pad(part, (0, columns - tile, 0, rows - tile))
         with autocast(runtime.precision, runtime.device):
             logits = net.body(part.contiguous(memory_format=torch.channels_last))[:, 0].float()
-        said = (torch.sigmoid(logits) >= bundle.spec.threshold).to(torch.uint8)
+        p = torch.sigmoid(logits)
         if bundle.spec.resize_strategy == "resize":
-            said = pick(said, tile, "nearest")
+            p = pick(p, tile, "nearest")
         inside = place.clipped((height, width))
-        votes[inside.slices] += said[0, : inside.height, : inside.width].cpu().numpy()
-        tiles[inside.slices] += 1
-    return (votes / tiles > 0.5).astype(np.float32), len(grid) * rows * columns
+        # Overlaps are half a tile at most: every second tile of an axis meets none of its like.
+        layer = layers[2 * (place.y // stride % 2) + place.x // stride % 2]
+        layer[inside.slices] = p[0, : inside.height, : inside.width].cpu().numpy()
+    return majority(layers), len(grid) * rows * columns
+
+
+def majority(layers: Pixels) -> Pixels:
+    """What more than half of the tiles at a pixel reach: the lower median of their probabilities.
+
+    Law: it is at least t just where more than half of the tiles are. So the majority of hard votes
+    at any threshold of the tiles is this map at that threshold.
+
+    Args:
+        layers: `(layers, height, width)`, NaN = no tile.
+
+    Returns:
+        `(height, width)`; NaN where there is no tile.
+    """
+    tiles = np.isfinite(layers).sum(axis=0)
+    lower = np.maximum(tiles - 1, 0) // 2
+    ascending = np.sort(layers, axis=0)  # NaN last
+    middle: Pixels = np.take_along_axis(ascending, lower[None], axis=0)[0]
+    return middle
