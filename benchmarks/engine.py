@@ -1,6 +1,6 @@
 """What slicing and merging cost by themselves: scene Mpx/s with a network that does nearly nothing.
 
-    python benchmarks/engine.py [--sides 1024,4096,8192] [--files 4096] [--resize 2048]
+    python benchmarks/engine.py [--sides 1024,4096] [--files 4096] [--resize 2048] [--spread 2048]
 
 Tiles of 128 px with overlap 64; the network is one band times a constant, at crop = tile. kelp's
 engine runs against MONAI, pytorch-toolbelt and tiler on float32 scenes in memory, each first
@@ -8,9 +8,10 @@ checked to give the right map; then from a file to a mask file: peers read the f
 rasterio and write a tiled deflate GeoTIFF, kelp streams and writes a Cloud Optimized one with
 overviews, its journal kept. `contiguous` asks that the network be given a batch that it can run
 on: MONAI at batch 1 otherwise hands out views, of which six bands of seven are never touched.
-The last line resizes 128 px to 320 and back in the network: the whole engine against the resize
-alone on the same batches. All in turn, repeatedly, in one process; ratios are medians of paired
-runs. Memory is the growth of each run's peak (VmHWM) in a process of its own.
+`resize` resizes 128 px to 320 and back in the network: the whole engine against the resize alone on
+the same batches. `spread` asks for the standard deviation of overlapping tiles as well. All in
+turn, repeatedly, in one process; ratios are medians of paired runs. Memory is the growth of each
+run's peak (VmHWM) in a process of its own.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ TILE, OVERLAP, SIDE = 128, 64, 320
 NIR, CONSTANT, THRESHOLD = BANDS.index("NIR"), float(np.float32(1 / 65535)), 0.2
 SLICING = Slicing((TILE, TILE), (OVERLAP, OVERLAP))
 OURS = "kelp"
+SPREAD = "kelp, with the spread"
 
 
 def scene_of(height: int, width: int) -> Pixels:
@@ -81,7 +83,7 @@ class Map:
     def __init__(self, pixels: Pixels) -> None:
         self.pixels = pixels
         self.shape = (pixels.shape[1], pixels.shape[2])
-        self.result = np.empty(self.shape, dtype=np.float32)
+        self.result, self.spread = np.empty((2, *self.shape), dtype=np.float32)
 
     def read(self, tile: Any) -> Pixels:
         """A window."""
@@ -92,13 +94,17 @@ class Map:
         """Take rows."""
         self.result[y : y + len(rows)] = rows
 
+    def write_spread(self, y: int, rows: Pixels) -> None:
+        """Take rows of the spread."""
+        self.spread[y : y + len(rows)] = rows
+
     def close(self) -> None:
         """Nothing to do."""
 
 
-def engine_on_array(scene: Pixels) -> Pixels:
+def engine_on_array(scene: Pixels, spread: bool = False) -> Pixels:
     array = Map(scene)
-    Engine(trivial, SLICING).run([Job(array, array)])
+    Engine(trivial, SLICING).run([Job(array, array, spread=array.write_spread if spread else None)])
     return array.result
 
 
@@ -252,6 +258,16 @@ def resized(shape: tuple[int, int], repeats: int) -> list[Row]:
     return rows
 
 
+def spread_of_tiles(shape: tuple[int, int], repeats: int) -> list[Row]:
+    scene = scene_of(*shape)
+    ways = {OURS: lambda: engine_on_array(scene), SPREAD: lambda: engine_on_array(scene, True)}
+    rows = rows_of("spread", shape, measuring.interleaved(ways, repeats))
+    times = rows[1].pop("kelp is times faster")
+    rows[0]["kelp is times faster"] = None
+    rows[0]["with the spread"] = times
+    return rows
+
+
 def peak_of(title: str, way: str, shape: tuple[int, int]) -> float:
     answer = measuring.child(__file__, title, way, str(shape[0]), str(shape[1]))
     return float(answer["MB"])
@@ -298,6 +314,9 @@ def verdicts(rows: Sequence[Row]) -> list[str]:
                 times = ours["times the resize alone"]
                 lines.append(f"{title}: {times:.2f} times the resize alone (target: at most 1.15)")
                 continue
+            if "with the spread" in ours:
+                lines.append(f"{title}: {ours['with the spread']:.2f} times the time without it")
+                continue
             others = [row for row in of if row["scene"] == scene and row is not ours]
             same = [row for row in others if f"batch {SLICING.batch_size}" in row["way"]]
             for which, group in (("the best peer", others), ("the best at its batch", same)):
@@ -322,6 +341,7 @@ def main() -> None:
     parser.add_argument("--sides", type=sizes, default="1024,1500x4100,4096,8192")
     parser.add_argument("--files", type=sizes, default="1024,4096")
     parser.add_argument("--resize", type=sizes, default="2048")
+    parser.add_argument("--spread", type=sizes, default="2048")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
@@ -340,6 +360,8 @@ def main() -> None:
         rows += from_files(shape, options.repeats, not options.no_memory)
     for shape in options.resize:
         rows += resized(shape, options.repeats)
+    for shape in options.spread:
+        rows += spread_of_tiles(shape, options.repeats)
     measuring.report("Engine overhead, trivial network", rows, verdicts(rows), options.json)
 
 
