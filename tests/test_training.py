@@ -113,6 +113,10 @@ def only_run(config):
     return folder
 
 
+def history(run_dir):
+    return json.loads((run_dir / "artifacts" / "history.json").read_text())
+
+
 class Stop(Exception):
     """Stands for a kill: nothing is cleaned up that a kill would not leave."""
 
@@ -284,6 +288,29 @@ def test_a_network_with_dropout_is_resumed_exactly(configure, tmp_path):
         weights(whole.run_dir / "artifacts" / "bundle-latest"),
         weights(run_dir / "artifacts" / "bundle-latest"),
     )
+
+
+@pytest.mark.parametrize("changes", [
+    {"lr_scheduler": "cosine"},
+    {"lr_scheduler": "cosine_with_warm_restarts", "lr_cycle_epochs": 1, "lr_cycle_factor": 2},
+    {"lr_scheduler": "cyclic", "optimizer": "sgd"},
+    {"lr_scheduler": "reduce_lr_on_plateau", "lr_plateau_patience": 0, "lr": 0.3,
+     "epochs": 4},
+])  # fmt: skip
+def test_other_courses_of_the_rate_are_resumed_exactly(configure, tmp_path, changes):
+    whole = train(configure(**changes))
+    changes = changes | {"output_dir": tmp_path / "stopped"}
+    with pytest.raises(Stop):
+        train(configure(**changes), progress=stop_at(2 * STEPS + 1))
+    run_dir = only_run(configure(**changes))
+    train(configure(**changes, resume_from=run_dir))
+    for name in ("bundle", "bundle-latest"):
+        assert_same_weights(
+            weights(whole.run_dir / "artifacts" / name), weights(run_dir / "artifacts" / name)
+        )
+    rates = [[epoch["lr"] for epoch in history(folder)] for folder in (whole.run_dir, run_dir)]
+    assert rates[0] == rates[1]
+    assert len(set(rates[0])) > 1
 
 
 def test_a_run_stopped_in_its_first_epoch_keeps_its_pretrained_weights(configure, monkeypatch):

@@ -20,7 +20,9 @@ Loss = Literal[
     "combo",
 ]  # fmt: skip
 Optimizer = Literal["adam", "adamw", "sgd"]
-Scheduler = Literal["onecycle", "cosine", "none"]
+Scheduler = Literal[
+    "onecycle", "cosine", "cosine_with_warm_restarts", "cyclic", "reduce_lr_on_plateau", "none"
+]
 Normalization = Literal["quantile", "z-score", "min-max"]
 ResizeStrategy = Literal["pad", "resize"]
 Interpolation = Literal["nearest", "nearest-exact", "bilinear", "bicubic"]
@@ -146,6 +148,22 @@ class TrainConfig(Config):
     onecycle_final_div_factor: float = option(
         100.0, help="onecycle ends at its start divided by this", unit="factor", gt=0
     )
+    lr_cycle_epochs: int = option(
+        2, help="Length of a cycle of cyclic, and of the first of cosine_with_warm_restarts",
+        unit="epochs", ge=1,
+    )  # fmt: skip
+    lr_cycle_factor: int = option(
+        1, help="Each cycle of cosine_with_warm_restarts is longer than the last by this",
+        unit="factor", ge=1,
+    )  # fmt: skip
+    lr_plateau_patience: int = option(
+        2, help="Epochs without a better --monitor_metric that reduce_lr_on_plateau bears",
+        unit="epochs", ge=0,
+    )  # fmt: skip
+    lr_plateau_factor: float = option(
+        0.3, help="reduce_lr_on_plateau then multiplies the rate by this", unit="factor",
+        gt=0, lt=1,
+    )  # fmt: skip
     epochs: int = option(10, help="Epochs at most", unit="epochs", ge=1)
     precision: Precision = option(
         "bf16-mixed", help="Number format; one that the device lacks falls back with a notice"

@@ -128,6 +128,7 @@ class EpochKeeper(Checkpoint):
         self._save_bundles(epoch, metrics)
         write_json(self.tracking.artifacts / HISTORY, _finite(self.history))
         self.tracking.log_epoch(epoch, metrics)
+        pl_module.end_epoch(metrics)
         trainer.should_stop = self.exhausted
         with atomic(self.tracking.artifacts / CHECKPOINTS / LAST) as partial:
             trainer.save_checkpoint(partial)

@@ -37,6 +37,8 @@ _FREE: Final = frozenset(
     {"resume_from", "data_dir", "metadata_fp", "output_dir", "dataset_stats_fp", "num_workers",
      "device", "plot_n_batches", "early_stopping_patience"}
 )  # fmt: skip
+# Whose learning rates follow from the number of epochs.
+_BY_LENGTH: Final = ("onecycle", "cosine")
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ def effective(config: TrainConfig) -> TrainConfig:
 def _check_resumable(config: TrainConfig, recorded: Path) -> None:
     before = TrainConfig.load(recorded).model_dump(mode="json", exclude=set(_FREE))
     now: dict[str, Any] = config.model_dump(mode="json", exclude=set(_FREE))
-    if config.lr_scheduler == "none":  # more epochs change nothing in those already done
+    if config.lr_scheduler not in _BY_LENGTH:  # more epochs change nothing in those already done
         now["epochs"] = before["epochs"]
     for name, value in before.items():
         if now[name] != value:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Any, Final
 
 import numpy as np
 import torch
 from lightning import LightningModule
-from torch import Tensor, nn
-from torch.optim import SGD, Adam, AdamW, Optimizer
-from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR
+from torch import Tensor
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from kelp.config import TrainConfig
 from kelp.nn import symmetry
@@ -18,12 +17,11 @@ from kelp.nn.dataset import Sample
 from kelp.nn.losses import LossSettings, build_loss
 from kelp.nn.metrics import KelpScores
 from kelp.nn.model import KelpNet
+from kelp.nn.training.rates import build_optimizer, build_scheduler
 
 TRAIN_LOSS: Final = "train/loss"
 VAL_LOSS: Final = "val/loss"
 LEARNING_RATE: Final = "lr"
-
-_MOMENTUM: Final = 0.9  # of sgd
 
 
 class KelpTask(LightningModule):
@@ -81,35 +79,27 @@ class KelpTask(LightningModule):
             return optimizer
         steps = int(self.trainer.estimated_stepping_batches)
         scheduler = build_scheduler(optimizer, self.config, steps)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        by_scores = isinstance(scheduler, ReduceLROnPlateau)
+        course = {
+            "scheduler": scheduler,
+            "interval": "epoch" if by_scores else "step",
+            "monitor": self.config.monitor_metric,
         }
+        return {"optimizer": optimizer, "lr_scheduler": course}
 
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        """After an optimizer step: on with the schedulers that go by steps."""
+        if not isinstance(scheduler, ReduceLROnPlateau):
+            scheduler.step()
 
-def build_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> Optimizer:
-    """The optimizer of `--optimizer`."""
-    match config.optimizer:
-        case "adamw":
-            return AdamW(parameters, config.lr, weight_decay=config.weight_decay)
-        case "adam":
-            return Adam(parameters, config.lr, weight_decay=config.weight_decay)
-        case "sgd":
-            return SGD(parameters, config.lr, _MOMENTUM, weight_decay=config.weight_decay)
+    def end_epoch(self, metrics: Mapping[str, float]) -> None:
+        """After an epoch's validation, before its checkpoint: on with those that go by scores.
 
-
-def build_scheduler(optimizer: Optimizer, config: TrainConfig, steps: int) -> LRScheduler:
-    """The scheduler of `--lr_scheduler` over a run of `steps` optimizer steps."""
-    if config.lr_scheduler == "cosine":
-        return CosineAnnealingLR(optimizer, T_max=steps)
-    return OneCycleLR(
-        optimizer,
-        max_lr=config.lr,
-        total_steps=steps,
-        pct_start=config.onecycle_pct_start,
-        div_factor=config.onecycle_div_factor,
-        final_div_factor=config.onecycle_final_div_factor,
-    )
+        Lightning would do this after the checkpoint, and not at all where a run is resumed.
+        """
+        schedulers = self.lr_schedulers()
+        if isinstance(schedulers, ReduceLROnPlateau):
+            schedulers.step(metrics[self.config.monitor_metric])
 
 
 def _seed(*parts: int) -> int:
