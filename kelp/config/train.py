@@ -23,7 +23,9 @@ Optimizer = Literal["adam", "adamw", "sgd"]
 Scheduler = Literal[
     "onecycle", "cosine", "cosine_with_warm_restarts", "cyclic", "reduce_lr_on_plateau", "none"
 ]
-Normalization = Literal["quantile", "z-score", "min-max"]
+Normalization = Literal[
+    "quantile", "z-score", "min-max", "per-sample-quantile", "per-sample-min-max"
+]
 ResizeStrategy = Literal["pad", "resize"]
 Interpolation = Literal["nearest", "nearest-exact", "bilinear", "bicubic"]
 Metric = Literal["val/dice", "val/iou", "val/precision", "val/recall", "val/loss"]
@@ -81,7 +83,9 @@ class TrainConfig(Config):
     mask_using_qa: bool = option(True, help="Index channels are missing where QA = 1")
     mask_using_water_mask: bool = option(True, help="Index channels are missing on land (DEM > 0)")
     normalization_strategy: Normalization = option(
-        "quantile", help="Scale channels by q01-q99, by mean and deviation, or by min-max"
+        "quantile",
+        help="Scale channels by q01-q99, by mean and deviation, or by min-max; per-sample-…: by "
+        "the range of each tile or image alone, at prediction too",
     )
 
     # sampling
