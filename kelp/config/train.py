@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import ClassVar, Literal, Self
 
@@ -28,6 +29,7 @@ Normalization = Literal[
 ]
 ResizeStrategy = Literal["pad", "resize"]
 Interpolation = Literal["nearest", "nearest-exact", "bilinear", "bicubic"]
+CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 Metric = Literal["val/dice", "val/iou", "val/precision", "val/recall", "val/loss"]
 Precision = Literal["16-true", "16-mixed", "bf16-true", "bf16-mixed", "32-true"]
 
@@ -175,7 +177,28 @@ class TrainConfig(Config):
     accumulate_grad_batches: int = option(
         1, help="Batches whose gradients make one step", unit="batches", ge=1
     )
-    swa: bool = option(False, help="Stochastic weight averaging; this version takes only False")
+    swa: bool = option(
+        False, help="Average the weights of the epochs from --swa_epoch_start on (SWA)"
+    )
+    swa_epoch_start: float = option(
+        0.75, help="First epoch of the average: its number; below 1, the share of epochs before",
+        unit="epoch or fraction", ge=0,
+    )  # fmt: skip
+    swa_lr: float = option(
+        3e-5, help="Learning rate while weights are averaged by --swa", unit="per step", gt=0
+    )
+    swa_annealing_epochs: int = option(
+        2, help="Epochs in which the rate moves to --swa_lr", unit="epochs", ge=0
+    )
+    ema_decay: float = option(
+        0.0, help="Keep a moving average of the weights, which this decays in a step, for example "
+        "0.999; 0: none", unit="fraction 0-1", ge=0, lt=1,
+    )  # fmt: skip
+
+    compile: bool = option(
+        False, help="Compile the network with torch.compile: slower to start, then faster"
+    )
+    compile_mode: CompileMode = option("default", help="Mode of torch.compile")
 
     # selection
     monitor_metric: Metric = option("val/dice", help="Metric that picks the best epoch")
@@ -190,6 +213,18 @@ class TrainConfig(Config):
     limit_val_batches: int | None = option(
         None, help="Validation batches at most; default: all", unit="batches", ge=1
     )
+    limit_test_batches: int | None = option(
+        None, help="Taken for the sake of older command lines: training has no test pass",
+        unit="batches", ge=1,
+    )  # fmt: skip
+    val_check_interval: float = option(
+        1.0, help="Validate each time this share of an epoch is done; epochs are ranked at their "
+        "ends all the same", unit="fraction 0-1", gt=0, le=1,
+    )  # fmt: skip
+    log_every_n_steps: int = option(
+        50, help="Optimizer steps between points of the curves train/loss_step, lr_step; 0: none",
+        unit="steps", ge=0,
+    )  # fmt: skip
     plot_n_batches: int = option(
         1, help="Validation batches drawn as sample pictures", unit="batches", ge=0
     )
@@ -210,8 +245,7 @@ class TrainConfig(Config):
 
     @model_validator(mode="after")
     def _options_fit(self) -> Self:
-        if self.swa:
-            raise ConfigError("--swa True: this version does not average weights; leave it False")
+        self._averages_fit()
         if self.random_crops and not self.sahi:
             raise ConfigError("--random_crops True: only tiles can be moved; add --sahi True")
         if (self.monitor_metric == "val/loss") != (self.monitor_mode == "min"):
@@ -232,3 +266,24 @@ class TrainConfig(Config):
         if Path(self.experiment).name != self.experiment or self.experiment in ("", ".."):
             raise ConfigError(f"--experiment {self.experiment!r}: a plain name, without slashes")
         return self
+
+    @property
+    def first_averaged_epoch(self) -> int:
+        """The epoch, counted from 0, from which `--swa` averages."""
+        start = self.swa_epoch_start
+        return int(start * self.epochs) if start < 1 else math.ceil(start) - 1
+
+    def _averages_fit(self) -> None:
+        if self.swa and self.ema_decay:
+            raise ConfigError("--swa True and --ema_decay: two averages of one network; keep one")
+        if self.swa and self.first_averaged_epoch >= self.epochs:
+            raise ConfigError(
+                f"--swa_epoch_start {self.swa_epoch_start:g}: the run has {self.epochs} epochs; "
+                "start earlier"
+            )
+        if (self.swa or self.ema_decay) and self.precision in ("16-true", "bf16-true"):
+            mixed = self.precision.replace("true", "mixed")
+            raise ConfigError(
+                f"--precision {self.precision}: 16 bits cannot hold an average of weights; "
+                f"give --precision {mixed}"
+            )

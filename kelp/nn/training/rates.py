@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import (
     OneCycleLR,
     ReduceLROnPlateau,
 )
+from torch.optim.swa_utils import SWALR
 
 from kelp.config import TrainConfig
 
@@ -31,6 +32,22 @@ def build_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> 
             return Adam(parameters, config.lr, weight_decay=config.weight_decay)
         case "sgd":
             return SGD(parameters, config.lr, _MOMENTUM, weight_decay=config.weight_decay)
+
+
+def build_schedulers(
+    optimizer: Optimizer, config: TrainConfig, steps: int
+) -> list[LRScheduler | ReduceLROnPlateau]:
+    """Those of `--lr_scheduler` and of `--swa`, over a run of `steps` optimizer steps.
+
+    The second takes over from the first where averaging begins, from the rate it finds.
+    """
+    schedulers: list[LRScheduler | ReduceLROnPlateau] = []
+    if config.lr_scheduler != "none":
+        schedulers.append(build_scheduler(optimizer, config, steps))
+    if config.swa:
+        annealing = config.swa_annealing_epochs * max(1, steps // config.epochs)
+        schedulers.append(SWALR(optimizer, config.swa_lr, anneal_epochs=annealing))
+    return schedulers
 
 
 def build_scheduler(
