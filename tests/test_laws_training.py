@@ -4,6 +4,7 @@
 """
 
 import shutil
+from typing import get_args
 
 import numpy as np
 import pandas as pd
@@ -17,6 +18,7 @@ from world import make_world, write_tif
 
 from kelp.bands import DEM, NODATA, QA
 from kelp.config import StatsConfig, TrainConfig
+from kelp.config.train import Normalization
 from kelp.nn import symmetry
 from kelp.nn.bundle import Bundle
 from kelp.nn.datamodule import read_fold
@@ -115,7 +117,7 @@ def any_tile(rng, shape):
         {
             "resize_strategy": st.sampled_from(["pad", "resize"]),
             "interpolation": st.sampled_from(["nearest", "nearest-exact", "bilinear", "bicubic"]),
-            "normalization_strategy": st.sampled_from(["quantile", "z-score", "min-max"]),
+            "normalization_strategy": st.sampled_from(get_args(Normalization)),
             "fill_missing_pixels_with_torch_nan": st.booleans(),
             "mask_using_qa": st.booleans(),
             "mask_using_water_mask": st.booleans(),

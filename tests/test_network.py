@@ -85,6 +85,32 @@ def test_the_fill_rule(as_nan, fill, missing):
     assert out[0, 1].item() == 1  # unknown QA is bad
 
 
+@pytest.mark.parametrize(("strategy", "tail"), [
+    ("per-sample-quantile", 0.01), ("per-sample-min-max", 0.0),
+])  # fmt: skip
+@pytest.mark.parametrize("as_nan", [True, False])
+def test_per_sample_strategies(strategy, tail, as_nan):
+    x = raw((3, 7, 12, 15))
+    x[1, NIR] = torch.nan  # nothing observed
+    x[2, NIR] = 9000.0  # no range
+    x[2, NIR, 0, 0] = -32768.0
+    spec = plain(normalization_strategy=strategy, fill_missing_pixels_with_torch_nan=as_nan)
+    out = Preprocess(spec)(x)
+    assert torch.isfinite(out).all()
+    torch.testing.assert_close(out[:, QA], x[:, QA])
+    nir = x[0, NIR].numpy()
+    low, high = np.nanquantile(nir, tail), np.nanquantile(nir, 1 - tail)
+    filled = np.where(np.isnan(nir), np.nanmin(nir) if as_nan else 0, nir)
+    expected = np.clip((filled - low) / (high - low), -10, 10).astype(np.float32)
+    np.testing.assert_allclose(out[0, NIR], expected, atol=2e-5)
+    assert (out[1, NIR] == 0).all()
+    assert (out[2, NIR, 1:] == 0).all()
+    assert out[2, NIR, 0, 0] == (0 if as_nan else -10)
+    # Each sample for itself, whatever is beside it; and one cut out has a range of its own.
+    torch.testing.assert_close(Preprocess(spec)(x[:1]), out[:1], rtol=0, atol=0)
+    assert not torch.equal(Preprocess(spec)(x[:1, :, :5]), out[:1, :, :5])
+
+
 def test_indices_are_masked_and_bands_are_not():
     statistics = {**STATISTICS, "NDVI": ChannelStats(-1, 1, 0, 0.3, -0.5, 0.5, 10, 0)}
     x = raw()

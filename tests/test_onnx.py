@@ -86,6 +86,8 @@ def difference(bundle, path, count=3):
     {"interpolation": "bicubic", "tile_size": (96, 80)},  # shrinks, antialiased
     {"resize_strategy": "pad", "tile_size": (30, 45), "normalization_strategy": "z-score"},
     {"fill_missing_pixels_with_torch_nan": False, "normalization_strategy": "min-max"},
+    {"normalization_strategy": "per-sample-min-max", "resize_strategy": "pad"},
+    {"normalization_strategy": "per-sample-quantile"},
 ])  # fmt: skip
 @pytest.mark.usefixtures("pixel_network")
 def test_the_graph_answers_as_the_modules_do(tmp_path, changes):

@@ -21,8 +21,9 @@ from kelp.errors import ConfigError, InputError, StatsError, WeightsError
 from kelp.nn import device
 from kelp.nn.bundle import load_bundle
 from kelp.nn.dataset import TileDataset
-from kelp.nn.training import fit
+from kelp.nn.training import fit, task
 from kelp.nn.training.fit import train
+from kelp.nn.training.task import KelpTask
 from kelp.nn.training.tracking import quiet_libraries
 from kelp.stats import compute_stats
 
@@ -111,6 +112,10 @@ def assert_same_weights(a, b):
 def only_run(config):
     (folder,) = (config.output_dir / config.experiment).iterdir()
     return folder
+
+
+def history(run_dir):
+    return json.loads((run_dir / "artifacts" / "history.json").read_text())
 
 
 class Stop(Exception):
@@ -286,6 +291,82 @@ def test_a_network_with_dropout_is_resumed_exactly(configure, tmp_path):
     )
 
 
+@pytest.mark.parametrize("changes", [
+    {"lr_scheduler": "cosine"},
+    {"lr_scheduler": "cosine_with_warm_restarts", "lr_cycle_epochs": 1, "lr_cycle_factor": 2},
+    {"lr_scheduler": "cyclic", "optimizer": "sgd"},
+    {"lr_scheduler": "reduce_lr_on_plateau", "lr_plateau_patience": 0, "lr": 0.3,
+     "epochs": 4},
+    {"swa": True, "swa_epoch_start": 1, "swa_annealing_epochs": 2, "optimizer": "sgd"},
+    {"swa": True, "swa_epoch_start": 0.5, "lr_scheduler": "cosine"},
+    {"ema_decay": 0.9, "accumulate_grad_batches": 2},
+])  # fmt: skip
+def test_other_courses_of_the_rate_are_resumed_exactly(configure, tmp_path, changes):
+    whole = train(configure(**changes))
+    changes = changes | {"output_dir": tmp_path / "stopped"}
+    with pytest.raises(Stop):
+        train(configure(**changes), progress=stop_at(2 * STEPS + 1))
+    run_dir = only_run(configure(**changes))
+    train(configure(**changes, resume_from=run_dir))
+    for name in ("bundle", "bundle-latest"):
+        assert_same_weights(
+            weights(whole.run_dir / "artifacts" / name), weights(run_dir / "artifacts" / name)
+        )
+    rates = [[epoch["lr"] for epoch in history(folder)] for folder in (whole.run_dir, run_dir)]
+    assert rates[0] == rates[1]
+    assert len(set(rates[0])) > 1
+
+
+def test_swa_averages_whole_epochs_and_renews_the_norms(configure, monkeypatch):
+    seen, renewed = [], []
+    ended, renew = KelpTask.end_epoch, task.renew_norms
+
+    def end_epoch(self, metrics):
+        seen.append({name: value.clone() for name, value in self.net.state_dict().items()})
+        ended(self, metrics)
+
+    monkeypatch.setattr(KelpTask, "end_epoch", end_epoch)
+    monkeypatch.setattr(task, "renew_norms", lambda *args: renewed.append(renew(*args)))
+    result = train(configure(swa=True, swa_epoch_start=2, lr_scheduler="none", swa_lr=1e-4))
+    kept = weights(result.run_dir / "artifacts" / "bundle-latest")
+    assert len(renewed) == 2
+    for name, value in kept.items():
+        if "running" in name:
+            assert not torch.equal(value, seen[2][name])
+        elif value.is_floating_point():
+            mean = (seen[1][name] + seen[2][name]) / 2
+            torch.testing.assert_close(value, mean)
+    rates = [epoch["lr"] for epoch in history(result.run_dir)]
+    assert rates[0] == pytest.approx(3e-3)
+    assert rates[2] == pytest.approx(1e-4)
+
+
+def test_the_moving_average_by_hand(configure, monkeypatch):
+    seen, step = [], KelpTask.optimizer_step
+
+    def optimizer_step(self, *args, **kwargs):
+        step(self, *args, **kwargs)
+        seen.append(self.net.state_dict()["body.encoder.model.conv1.weight"].clone())
+
+    monkeypatch.setattr(KelpTask, "optimizer_step", optimizer_step)
+    result = train(configure(ema_decay=0.15, epochs=1, lr_scheduler="none"))
+    first = seen[0].lerp(seen[1], 1 - 0.15)  # with 1 before: (1 + 1) / (10 + 1) is above 0.15
+    kept = weights(result.bundle)["body.encoder.model.conv1.weight"]
+    torch.testing.assert_close(kept, first.lerp(seen[2], 1 - 0.15))
+    assert not torch.equal(kept, seen[2])
+
+
+@pytest.mark.parametrize(("changes", "cause"), [
+    ({"swa": True, "ema_decay": 0.9}, "keep one"),
+    ({"swa": True, "swa_epoch_start": 4}, "has 3 epochs"),
+    ({"swa": True, "precision": "bf16-true"}, "give --precision bf16-mixed"),
+    ({"ema_decay": 0.9, "precision": "16-true"}, "give --precision 16-mixed"),
+])  # fmt: skip
+def test_averages_that_cannot_be(configure, changes, cause):
+    with pytest.raises(ConfigError, match=cause):
+        configure(**changes)
+
+
 def test_a_run_stopped_in_its_first_epoch_keeps_its_pretrained_weights(configure, monkeypatch):
     """Without a checkpoint it starts anew: from the same weights, not from random ones."""
 
@@ -394,6 +475,47 @@ def test_options_run_and_the_bundle_loads(configure, world, monkeypatch, changes
     assert torch.isfinite(p).all()
     if not bundle.spec.sahi:
         assert bundle.spec.tile_size == (50, 70)
+
+
+def test_points_within_epochs(configure):
+    config = configure(epochs=2, val_check_interval=0.34, log_every_n_steps=2)
+    result = train(config)
+    mlflow = client(config.output_dir)
+    curves = {
+        name: [(m.step, m.value) for m in mlflow.get_metric_history(result.run_id, name)]
+        for name in ("train/loss_step", "lr_step", "val/dice_step", "val/dice")
+    }
+    assert [step for step, _ in curves["train/loss_step"]] == [2, 4, 6]
+    assert [step for step, _ in curves["lr_step"]] == [2, 4, 6]
+    assert [step for step, _ in curves["val/dice_step"]] == [1, 2, 3, 4, 5, 6]
+    # The end of an epoch is ranked, by the last of its validations.
+    assert [value for _, value in curves["val/dice"]] == [
+        value for step, value in curves["val/dice_step"] if step % STEPS == 0
+    ]
+    with pytest.raises(ConfigError, match=r"2 does not divide the 3 batches.*batches 2$"):
+        train(configure(val_check_interval=0.5))
+
+
+def test_compiled_networks_are_the_same_and_what_fails_is_said(configure, monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "kelp")
+    compiled = []
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, mode: compiled.append((type(self), mode))
+    )
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    result = train(configure(compile=True, compile_mode="max-autotune", fast_dev_run=True))
+    assert [mode for _, mode in compiled] == ["max-autotune"]
+    assert load_bundle(result.bundle)
+
+    def fail(function):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(torch, "compile", fail)
+    train(configure(compile=True, fast_dev_run=True))
+    assert len(compiled) == 1
+    assert [line for line in caplog.messages if "no compiler" in line] == [
+        "--compile True: torch cannot compile here (no compiler); going on without"
+    ]
 
 
 def test_a_given_statistics_file_is_used_and_kept_as_it_is(configure, world, tmp_path, caplog):

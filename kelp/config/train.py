@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Final, Literal, Self
@@ -21,10 +22,15 @@ Loss = Literal[
     "combo",
 ]  # fmt: skip
 Optimizer = Literal["adam", "adamw", "sgd"]
-Scheduler = Literal["onecycle", "cosine", "none"]
-Normalization = Literal["quantile", "z-score", "min-max"]
+Scheduler = Literal[
+    "onecycle", "cosine", "cosine_with_warm_restarts", "cyclic", "reduce_lr_on_plateau", "none"
+]
+Normalization = Literal[
+    "quantile", "z-score", "min-max", "per-sample-quantile", "per-sample-min-max"
+]
 ResizeStrategy = Literal["pad", "resize"]
 Interpolation = Literal["nearest", "nearest-exact", "bilinear", "bicubic"]
+CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 Metric = Literal["val/dice", "val/iou", "val/precision", "val/recall", "val/loss"]
 Precision = Literal["16-true", "16-mixed", "bf16-true", "bf16-mixed", "32-true"]
 
@@ -93,7 +99,9 @@ class TrainConfig(Config):
     mask_using_qa: bool = option(True, help="Index channels are missing where QA = 1")
     mask_using_water_mask: bool = option(True, help="Index channels are missing on land (DEM > 0)")
     normalization_strategy: Normalization = option(
-        "quantile", help="Scale channels by q01-q99, by mean and deviation, or by min-max"
+        "quantile",
+        help="Scale channels by q01-q99, by mean and deviation, or by min-max; per-sample-…: by "
+        "the range of each tile or image alone, at prediction too",
     )
 
     # sampling
@@ -160,6 +168,22 @@ class TrainConfig(Config):
     onecycle_final_div_factor: float = option(
         100.0, help="onecycle ends at its start divided by this", unit="factor", gt=0
     )
+    lr_cycle_epochs: int = option(
+        2, help="Length of a cycle of cyclic, and of the first of cosine_with_warm_restarts",
+        unit="epochs", ge=1,
+    )  # fmt: skip
+    lr_cycle_factor: int = option(
+        1, help="Each cycle of cosine_with_warm_restarts is longer than the last by this",
+        unit="factor", ge=1,
+    )  # fmt: skip
+    lr_plateau_patience: int = option(
+        2, help="Epochs without a better --monitor_metric that reduce_lr_on_plateau bears",
+        unit="epochs", ge=0,
+    )  # fmt: skip
+    lr_plateau_factor: float = option(
+        0.3, help="reduce_lr_on_plateau then multiplies the rate by this", unit="factor",
+        gt=0, lt=1,
+    )  # fmt: skip
     epochs: int = option(10, help="Epochs at most", unit="epochs", ge=1)
     precision: Precision = option(
         "bf16-mixed", help="Number format; one that the device lacks falls back with a notice"
@@ -167,7 +191,28 @@ class TrainConfig(Config):
     accumulate_grad_batches: int = option(
         1, help="Batches whose gradients make one step", unit="batches", ge=1
     )
-    swa: bool = option(False, help="Stochastic weight averaging; this version takes only False")
+    swa: bool = option(
+        False, help="Average the weights of the epochs from --swa_epoch_start on (SWA)"
+    )
+    swa_epoch_start: float = option(
+        0.75, help="First epoch of the average: its number; below 1, the share of epochs before",
+        unit="epoch or fraction", ge=0,
+    )  # fmt: skip
+    swa_lr: float = option(
+        3e-5, help="Learning rate while weights are averaged by --swa", unit="per step", gt=0
+    )
+    swa_annealing_epochs: int = option(
+        2, help="Epochs in which the rate moves to --swa_lr", unit="epochs", ge=0
+    )
+    ema_decay: float = option(
+        0.0, help="Keep a moving average of the weights, which this decays in a step, for example "
+        "0.999; 0: none", unit="fraction 0-1", ge=0, lt=1,
+    )  # fmt: skip
+
+    compile: bool = option(
+        False, help="Compile the network with torch.compile: slower to start, then faster"
+    )
+    compile_mode: CompileMode = option("default", help="Mode of torch.compile")
 
     # selection
     monitor_metric: Metric = option("val/dice", help="Metric that picks the best epoch")
@@ -182,6 +227,18 @@ class TrainConfig(Config):
     limit_val_batches: int | None = option(
         None, help="Validation batches at most; default: all", unit="batches", ge=1
     )
+    limit_test_batches: int | None = option(
+        None, help="Taken for the sake of older command lines: training has no test pass",
+        unit="batches", ge=1,
+    )  # fmt: skip
+    val_check_interval: float = option(
+        1.0, help="Validate each time this share of an epoch is done; epochs are ranked at their "
+        "ends all the same", unit="fraction 0-1", gt=0, le=1,
+    )  # fmt: skip
+    log_every_n_steps: int = option(
+        50, help="Optimizer steps between points of the curves train/loss_step, lr_step; 0: none",
+        unit="steps", ge=0,
+    )  # fmt: skip
     plot_n_batches: int = option(
         1, help="Validation batches drawn as sample pictures", unit="batches", ge=0
     )
@@ -209,8 +266,7 @@ class TrainConfig(Config):
 
     @model_validator(mode="after")
     def _options_fit(self) -> Self:
-        if self.swa:
-            raise ConfigError("--swa True: this version does not average weights; leave it False")
+        self._averages_fit()
         if self.random_crops and not self.sahi:
             raise ConfigError("--random_crops True: only tiles can be moved; add --sahi True")
         if (self.monitor_metric == "val/loss") != (self.monitor_mode == "min"):
@@ -231,3 +287,24 @@ class TrainConfig(Config):
         if Path(self.experiment).name != self.experiment or self.experiment in ("", ".."):
             raise ConfigError(f"--experiment {self.experiment!r}: a plain name, without slashes")
         return self
+
+    @property
+    def first_averaged_epoch(self) -> int:
+        """The epoch, counted from 0, from which `--swa` averages."""
+        start = self.swa_epoch_start
+        return int(start * self.epochs) if start < 1 else math.ceil(start) - 1
+
+    def _averages_fit(self) -> None:
+        if self.swa and self.ema_decay:
+            raise ConfigError("--swa True and --ema_decay: two averages of one network; keep one")
+        if self.swa and self.first_averaged_epoch >= self.epochs:
+            raise ConfigError(
+                f"--swa_epoch_start {self.swa_epoch_start:g}: the run has {self.epochs} epochs; "
+                "start earlier"
+            )
+        if (self.swa or self.ema_decay) and self.precision in ("16-true", "bf16-true"):
+            mixed = self.precision.replace("true", "mixed")
+            raise ConfigError(
+                f"--precision {self.precision}: 16 bits cannot hold an average of weights; "
+                f"give --precision {mixed}"
+            )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -243,10 +244,8 @@ class FoldData(LightningDataModule):
             if config.use_weighted_sampler
             else None
         )
-        self.sampler = EpochSampler(
-            len(fold.train), config.seed, weights, config.samples_per_epoch, first_epoch,
-            move=config.random_crops,
-        )  # fmt: skip
+        self.weights = weights
+        self.sampler = self._sampler(first_epoch)
 
     def train_dataloader(self) -> DataLoader[Sample]:
         """Training rows, as the sampler orders them."""
@@ -255,12 +254,36 @@ class FoldData(LightningDataModule):
         drop_last = lonely and self.config.architecture in _NEEDS_TWO
         return self._loader(self.fold.train_sources, self.sampler, drop_last)
 
+    @property
+    def batches(self) -> int:
+        """Training batches of an epoch."""
+        return min(len(self.train_dataloader()), self.config.limit_train_batches or sys.maxsize)
+
+    def norm_dataloader(self, epoch: int) -> DataLoader[Sample]:
+        """Training rows as the sampler orders them in an epoch, beside those being trained on."""
+        # A lonely last sample would upset statistics as it would training.
+        return self._loader(
+            self.fold.train_sources, self._sampler(epoch),
+            drop_last=len(self.sampler) > self.config.batch_size, lasting=False,
+        )  # fmt: skip
+
     def val_dataloader(self) -> DataLoader[Sample]:
         """Validation rows, in the order of the table."""
         return self._loader(self.fold.val_sources, None, drop_last=False)
 
+    def _sampler(self, first_epoch: int) -> EpochSampler:
+        config = self.config
+        return EpochSampler(
+            len(self.fold.train), config.seed, self.weights, config.samples_per_epoch, first_epoch,
+            move=config.random_crops,
+        )  # fmt: skip
+
     def _loader(
-        self, sources: list[Source], sampler: EpochSampler | None, drop_last: bool
+        self,
+        sources: list[Source],
+        sampler: EpochSampler | None,
+        drop_last: bool,
+        lasting: bool = True,
     ) -> DataLoader[Sample]:
         config = self.config
         return DataLoader(
@@ -271,7 +294,7 @@ class FoldData(LightningDataModule):
             collate_fn=collate,
             drop_last=drop_last,
             pin_memory=self.pin,
-            persistent_workers=config.num_workers > 0,
+            persistent_workers=lasting and config.num_workers > 0,
             # Without one of its own a loader would draw from the network's random numbers.
             generator=torch.Generator().manual_seed(config.seed),
         )

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from kelp.bands import BANDS, NODATA, QA
 from kelp.errors import StatsError
 from kelp.indices import index_planes
+from kelp.nn.samplerange import PER_SAMPLE, sample_range
 from kelp.nn.spec import NetworkSpec
 
 # Saturated or broken pixels lie dozens of ranges away; bounding them keeps bf16 and batch
@@ -22,12 +23,17 @@ class Preprocess(nn.Module):
 
     `forward` takes raw DN as a canonical batch `(n, 7, h, w)`, float32, NaN (or -32768) = missing,
     and returns `(n, channels, h, w)`, float32 and finite. Pixel by pixel: it commutes with
-    cutting, turning and mirroring. The numbers are buffers, so they move with the model.
+    cutting, turning and mirroring (per-sample normalisation: not with cutting). The numbers are
+    buffers, so they move with the model.
 
     Missing values stay NaN through the indices, then become their channel's stored minimum
     (or 0, as the spec says) before normalising: `(x - q01) / (q99 - q01)` for quantile,
     `(x - mean) / std` for z-score, `(x - min) / (max - min)` for min-max; the divisor is at
     least 1e-6.
+
+    The per-sample strategies take these numbers from the observed values of each sample instead
+    (`kelp.nn.samplerange`). QA, which is 0 or 1, keeps its stored ones: a sample that is cloudy
+    all over must not look like a clear one.
 
     Raises:
         StatsError: the spec's statistics lack one of its channels.
@@ -36,6 +42,7 @@ class Preprocess(nn.Module):
     fill: Tensor
     offset: Tensor
     divisor: Tensor
+    own: Tensor
 
     def __init__(self, spec: NetworkSpec) -> None:
         super().__init__()
@@ -54,6 +61,8 @@ class Preprocess(nn.Module):
                 pairs = [(s.mean, s.std) for s in stats]
             case "min-max":
                 pairs = [(s.min, s.max - s.min) for s in stats]
+            case _:  # of QA alone
+                pairs = [(0.0, 1.0) for _ in stats]
         fill = [s.min if spec.fill_missing_pixels_with_torch_nan else 0.0 for s in stats]
         for name, values in (
             ("fill", fill),
@@ -63,6 +72,8 @@ class Preprocess(nn.Module):
             # Not in the weights file: the numbers live in bundle.json, once.
             column = torch.tensor(values, dtype=torch.float32).view(1, -1, 1, 1)
             self.register_buffer(name, column, persistent=False)
+        own = torch.tensor([name != "QA" for name in spec.channels]).view(1, -1, 1, 1)
+        self.register_buffer("own", own, persistent=False)
 
     def forward(self, raw: Tensor) -> Tensor:
         """`(n, 7, h, w)` raw DN to `(n, channels, h, w)` network input, both float32."""
@@ -72,5 +83,20 @@ class Preprocess(nn.Module):
         channels = [planes[name] for name in self.spec.bands]
         channels += index_planes(self.spec.spectral_indices, planes, self.spec.index_settings)
         x = torch.stack(channels, dim=1)
-        x = torch.where(torch.isfinite(x), x, self.fill)
-        return ((x - self.offset) / self.divisor).clamp(-_LARGEST, _LARGEST)
+        fill, offset, divisor = self._numbers(x)
+        x = torch.where(torch.isfinite(x), x, fill)
+        return ((x - offset) / divisor).clamp(-_LARGEST, _LARGEST)
+
+    def _numbers(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Fill, offset and divisor: of the spec's statistics, or of each sample."""
+        strategy = self.spec.normalization_strategy
+        if strategy not in PER_SAMPLE:
+            return self.fill, self.offset, self.divisor
+        least, low, width = sample_range(x, PER_SAMPLE[strategy])
+        if not self.spec.fill_missing_pixels_with_torch_nan:
+            least = torch.zeros_like(least)
+        return (
+            torch.where(self.own, least, self.fill),
+            torch.where(self.own, low, self.offset),
+            torch.where(self.own, width.clamp(min=1e-6), self.divisor),
+        )

@@ -20,7 +20,8 @@ from kelp.config import TrainConfig
 from kelp.errors import ConfigError, InputError
 from kelp.files import atomic, atomic_folder, write_json
 from kelp.nn.metrics import Confusion
-from kelp.nn.training.task import TRAIN_LOSS, KelpTask
+from kelp.nn.model import KelpNet
+from kelp.nn.training.task import LEARNING_RATE, TRAIN_LOSS, KelpTask
 from kelp.nn.training.tracking import Tracking
 from kelp.progress import Progress
 
@@ -32,8 +33,8 @@ HISTORY: Final = "history.json"
 BEST: Final = "bundle"
 LATEST: Final = "bundle-latest"
 
-SaveBundle = Callable[[Path, int, Mapping[str, float]], object]
-"""`save(folder, epoch, scores)`: write the network as it is now as a bundle."""
+SaveBundle = Callable[[Path, KelpNet, int, Mapping[str, float]], object]
+"""`save(folder, net, epoch, scores)`: write the network as it is now as a bundle."""
 
 
 class EpochKeeper(Checkpoint):
@@ -55,6 +56,7 @@ class EpochKeeper(Checkpoint):
         self.confusions: list[Confusion] = []
         """Pixel counts behind the scores of each finished epoch."""
         self.steps = 1
+        self.logged = 0
 
     def state_dict(self) -> dict[str, Any]:
         """What the checkpoint keeps; plain numbers, so that it loads without unpickling."""
@@ -104,12 +106,31 @@ class EpochKeeper(Checkpoint):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Tell how far the run is."""
+        """Tell how far the run is, and how it does."""
         batches = int(trainer.num_training_batches)
         self.steps = self.config.epochs * batches
         done = trainer.current_epoch * batches + batch_idx + 1
         # The end is told later: validation and the bundle still follow the last batch.
         self.progress("training", min(done, self.steps - 1), self.steps)
+
+        self._log_step(trainer, outputs)
+
+    def _log_step(self, trainer: Trainer, outputs: Any) -> None:
+        every, step = self.config.log_every_n_steps, trainer.global_step
+        if not every or step == self.logged or step % every:
+            return
+        self.logged = step
+        # Lightning has divided it, so that gradients add up to a mean.
+        loss = float(outputs["loss"]) * trainer.accumulate_grad_batches
+        rate = trainer.optimizers[0].param_groups[0]["lr"]
+        self.tracking.log_point(step, {f"{TRAIN_LOSS}_step": loss, f"{LEARNING_RATE}_step": rate})
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Curves of validations within epochs, by steps."""
+        if self.config.val_check_interval < 1:
+            metrics = trainer.callback_metrics.items()
+            scores = {f"{name}_step": float(v) for name, v in metrics if name.startswith("val/")}
+            self.tracking.log_point(trainer.global_step, scores)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Rank the epoch, save it, and decide whether to go on."""
@@ -125,9 +146,10 @@ class EpochKeeper(Checkpoint):
             )
         self.history.append(metrics)
         self.confusions.append(pl_module.scores.confusion())
-        self._save_bundles(epoch, metrics)
+        self._save_bundles(pl_module.scored, epoch, metrics)
         write_json(self.tracking.artifacts / HISTORY, _finite(self.history))
-        self.tracking.log_epoch(epoch, metrics)
+        self.tracking.log_point(epoch, metrics)
+        pl_module.end_epoch(metrics)
         trainer.should_stop = self.exhausted
         with atomic(self.tracking.artifacts / CHECKPOINTS / LAST) as partial:
             trainer.save_checkpoint(partial)
@@ -153,11 +175,11 @@ class EpochKeeper(Checkpoint):
         """Tell that training is over, be it early."""
         self.progress("training", self.steps, self.steps)
 
-    def _save_bundles(self, epoch: int, metrics: Mapping[str, float]) -> None:
+    def _save_bundles(self, net: KelpNet, epoch: int, metrics: Mapping[str, float]) -> None:
         scores = {name: v for name, v in metrics.items() if name.startswith("val/")}
         scores = {name: value for name, value in scores.items() if math.isfinite(value)}
         latest = self.tracking.artifacts / LATEST
-        self.save(latest, epoch, scores)
+        self.save(latest, net, epoch, scores)
         kept = self.ranking[: self.config.save_top_k]
         if epoch in kept:
             with atomic_folder(self._folder(epoch)) as folder:

@@ -24,6 +24,7 @@ from kelp.nn.model import KelpNet
 from kelp.nn.preprocess import Preprocess
 from kelp.nn.pretrained import load_pretrained
 from kelp.nn.spec import BundleSpec, NetworkSpec
+from kelp.nn.training.compiling import compile_network
 from kelp.nn.training.plan import (
     CONFIG_FILE,
     STATS_FOLDER,
@@ -32,6 +33,7 @@ from kelp.nn.training.plan import (
     network_spec,
     run_folder,
     run_statistics,
+    validation_interval,
 )
 from kelp.nn.training.tracking import ARTIFACTS, Tracking, quiet_libraries, reopen_run, start_run
 from kelp.progress import Progress, silent
@@ -92,6 +94,8 @@ class _Setup:
     """Where a resumed run goes on."""
     first_epoch: int
     """Epochs that it has done."""
+    validates_every: int
+    """Training batches between validations."""
 
 
 def train(config: TrainConfig, progress: Progress = silent) -> TrainResult:
@@ -144,12 +148,13 @@ def _prepare(config: TrainConfig, progress: Progress) -> _Setup:
     require_bands(fold, config)
     checkpoint, first_epoch = _resume_point(config)
     data = FoldData(fold, config, first_epoch, pin=device.type == "cuda")
+    every = validation_interval(config, data.batches)
     spec = network_spec(config, data.shape)
     net = _build_network(spec, config, resumed=checkpoint is not None)
     net.body.to(weights_dtype(precision))
     statistics = run_statistics(config, fold.train_sources, progress)
     _normalise(net, statistics.file)
-    return _Setup(config, device, precision, data, statistics, net, checkpoint, first_epoch)
+    return _Setup(config, device, precision, data, statistics, net, checkpoint, first_epoch, every)
 
 
 def _build_network(spec: NetworkSpec, config: TrainConfig, resumed: bool) -> KelpNet:
@@ -196,7 +201,7 @@ def _run(setup: _Setup, tracking: Tracking, progress: Progress) -> EpochKeeper:
     write_text(tracking.artifacts / CONFIG_FILE, recorded.to_yaml())
     tracking.log_files(CONFIG_FILE, STATS_FOLDER)
 
-    def save(folder: Path, epoch: int, scores: Mapping[str, float]) -> None:
+    def save(folder: Path, net: KelpNet, epoch: int, scores: Mapping[str, float]) -> None:
         spec = BundleSpec(
             **dict(setup.net.spec),
             scores=dict(scores),
@@ -204,18 +209,16 @@ def _run(setup: _Setup, tracking: Tracking, progress: Progress) -> EpochKeeper:
             stats_file=stats_file.name,
             training=recorded.model_dump(mode="json"),
         )
-        save_bundle(folder, setup.net, spec, [stats_file])
+        save_bundle(folder, net, spec, [stats_file])
 
     keeper = EpochKeeper(config, tracking, save, progress)
     trainer = _trainer(setup, keeper, tracking.run_dir)
     if setup.first_epoch < config.epochs:
+        task = KelpTask(setup.net, config)
+        if config.compile:
+            compile_network(setup.net.body, config.compile_mode, setup.device)
         with _plain_errors(config):
-            trainer.fit(
-                KelpTask(setup.net, config),
-                setup.data,
-                ckpt_path=setup.checkpoint,
-                weights_only=True,
-            )
+            trainer.fit(task, setup.data, ckpt_path=setup.checkpoint, weights_only=True)
     elif setup.checkpoint is not None:
         keeper.restore(setup.checkpoint)
     keeper.finish_progress()
@@ -237,6 +240,7 @@ def _trainer(setup: _Setup, keeper: EpochKeeper, run_dir: Path) -> Trainer:
         accumulate_grad_batches=config.accumulate_grad_batches,
         limit_train_batches=config.limit_train_batches,
         limit_val_batches=config.limit_val_batches,
+        val_check_interval=setup.validates_every,
         num_sanity_val_steps=0,
         callbacks=[keeper],
         logger=False,

@@ -37,8 +37,11 @@ _FEW_FILES: Final = 256  # below this, starting processes takes longer than read
 # What may change when a run is resumed: where things are and how fast they go, not the result.
 _FREE: Final = frozenset(
     {"resume_from", "data_dir", "metadata_fp", "output_dir", "dataset_stats_fp", "num_workers",
-     "device", "plot_n_batches", "early_stopping_patience"}
+     "device", "plot_n_batches", "early_stopping_patience", "limit_test_batches",
+     "log_every_n_steps"}
 )  # fmt: skip
+# Whose learning rates follow from the number of epochs.
+_BY_LENGTH: Final = ("onecycle", "cosine")
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,7 @@ def effective(config: TrainConfig) -> TrainConfig:
             "epochs": 1,
             "limit_train_batches": _DEV_BATCHES,
             "limit_val_batches": _DEV_BATCHES,
+            "val_check_interval": 1.0,
         }
         config = config.model_copy(update=limits)
     if config.resume_from is not None:
@@ -94,7 +98,8 @@ def effective(config: TrainConfig) -> TrainConfig:
 def _check_resumable(config: TrainConfig, recorded: Path) -> None:
     before = TrainConfig.load(recorded).model_dump(mode="json", exclude=set(_FREE))
     now: dict[str, Any] = config.model_dump(mode="json", exclude=set(_FREE))
-    if config.lr_scheduler == "none":  # more epochs change nothing in those already done
+    if config.lr_scheduler not in _BY_LENGTH and not config.swa:
+        # More epochs change nothing in those already done.
         now["epochs"] = before["epochs"]
     for name, value in before.items():
         if now[name] != value:
@@ -102,6 +107,22 @@ def _check_resumable(config: TrainConfig, recorded: Path) -> None:
                 f"--{name} {now[name]}: the run to resume has {value}; "
                 f"give its own settings with --config {recorded}"
             )
+
+
+def validation_interval(config: TrainConfig, batches: int) -> int:
+    """Training batches between validations, of the `batches` of an epoch.
+
+    Raises:
+        ConfigError: the last validation would not be at the end of the epoch, whose weights it is
+            to rank.
+    """
+    every = max(1, round(batches * config.val_check_interval))
+    if batches % every:
+        raise ConfigError(
+            f"--val_check_interval {config.val_check_interval:g}: {every} does not divide the "
+            f"{batches} batches of an epoch; give --limit_train_batches {batches // every * every}"
+        )
+    return every
 
 
 def run_statistics(

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, Final
+from collections.abc import Mapping
+from itertools import islice
+from typing import Any, Final, cast
 
 import numpy as np
 import torch
 from lightning import LightningModule
-from torch import Tensor, nn
-from torch.optim import SGD, Adam, AdamW, Optimizer
-from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR
+from torch import Tensor
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim.swa_utils import SWALR
 
 from kelp.config import TrainConfig
 from kelp.nn import symmetry
@@ -18,12 +19,12 @@ from kelp.nn.dataset import Sample
 from kelp.nn.losses import LossSettings, build_loss
 from kelp.nn.metrics import KelpScores
 from kelp.nn.model import KelpNet
+from kelp.nn.training.averaging import NORM_BATCHES, build_average, renew_norms
+from kelp.nn.training.rates import build_optimizer, build_schedulers
 
 TRAIN_LOSS: Final = "train/loss"
 VAL_LOSS: Final = "val/loss"
 LEARNING_RATE: Final = "lr"
-
-_MOMENTUM: Final = 0.9  # of sgd
 
 
 class KelpTask(LightningModule):
@@ -38,6 +39,15 @@ class KelpTask(LightningModule):
             config.loss, LossSettings(config.ce_smooth_factor, (background, kelp))
         )
         self.scores = KelpScores()
+        # A module of this one: so it is moved, kept in checkpoints and resumed with it.
+        self.average = build_average(net, config)
+
+    @property
+    def scored(self) -> KelpNet:
+        """The network that is validated and kept: the average, once there is one."""
+        if self.average is None or not self.average.n_averaged:
+            return self.net
+        return cast(KelpNet, self.average.module)
 
     def on_train_epoch_start(self) -> None:
         """Start the network's own random numbers (dropout) anew, so that a run can be resumed."""
@@ -53,13 +63,34 @@ class KelpTask(LightningModule):
         self.log(TRAIN_LOSS, loss, on_step=False, on_epoch=True, batch_size=len(raw))
         return loss
 
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """An optimizer step, and one of the moving average."""
+        super().optimizer_step(*args, **kwargs)
+        if self.average is not None and self.config.ema_decay:
+            self.average.update_parameters(self.net)
+
+    def on_train_batch_end(self, outputs: Any, batch: Sample, batch_idx: int) -> None:
+        """After the last batch of an epoch, before its validation: one more into the average."""
+        is_last = batch_idx + 1 == self.trainer.num_training_batches
+        if self.average is not None and self.averages_epochs and is_last:
+            self.average.update_parameters(self.net)
+            data = self.trainer.datamodule  # type: ignore[attr-defined]
+            batches = islice(data.norm_dataloader(self.current_epoch), NORM_BATCHES)
+            with self.trainer.precision_plugin.forward_context():
+                renew_norms(self.average.module, batches, self.device)
+
+    @property
+    def averages_epochs(self) -> bool:
+        """Whether `--swa` averages the current epoch."""
+        return self.config.swa and self.current_epoch >= self.config.first_averaged_epoch
+
     def on_validation_epoch_start(self) -> None:
         """Forget the counts of the epoch before."""
         self.scores.reset()
 
     def validation_step(self, batch: Sample, batch_idx: int) -> None:
         """Loss at the network's resolution, scores at that of the input."""
-        logits = self.net(batch.raw)
+        logits = self.scored(batch.raw)
         loss = self.loss(logits, self.net.resize_target(batch.target))
         self.log(VAL_LOSS, loss, batch_size=len(batch.raw))
         probabilities = self.net.to_input(logits.sigmoid(), batch.target.shape[-2:])
@@ -75,41 +106,33 @@ class KelpTask(LightningModule):
         self.log(LEARNING_RATE, self.trainer.optimizers[0].param_groups[0]["lr"])
 
     def configure_optimizers(self) -> Any:
-        """The optimizer, and its scheduler where there is one."""
+        """The optimizer, and its schedulers where there are any."""
         optimizer = build_optimizer(self.net.parameters(), self.config)
-        if self.config.lr_scheduler == "none":
-            return optimizer
         steps = int(self.trainer.estimated_stepping_batches)
-        scheduler = build_scheduler(optimizer, self.config, steps)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
-        }
+        schedulers = build_schedulers(optimizer, self.config, steps)
+        return [optimizer], [
+            {
+                "scheduler": scheduler,
+                "interval": "epoch" if isinstance(scheduler, ReduceLROnPlateau) else "step",
+                "monitor": self.config.monitor_metric,
+            }
+            for scheduler in schedulers
+        ]
 
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        """After an optimizer step: on with the schedulers that go by steps."""
+        by_scores = isinstance(scheduler, ReduceLROnPlateau)
+        if not by_scores and isinstance(scheduler, SWALR) == self.averages_epochs:
+            scheduler.step()
 
-def build_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> Optimizer:
-    """The optimizer of `--optimizer`."""
-    match config.optimizer:
-        case "adamw":
-            return AdamW(parameters, config.lr, weight_decay=config.weight_decay)
-        case "adam":
-            return Adam(parameters, config.lr, weight_decay=config.weight_decay)
-        case "sgd":
-            return SGD(parameters, config.lr, _MOMENTUM, weight_decay=config.weight_decay)
+    def end_epoch(self, metrics: Mapping[str, float]) -> None:
+        """After an epoch's validation, before its checkpoint: on with those that go by scores.
 
-
-def build_scheduler(optimizer: Optimizer, config: TrainConfig, steps: int) -> LRScheduler:
-    """The scheduler of `--lr_scheduler` over a run of `steps` optimizer steps."""
-    if config.lr_scheduler == "cosine":
-        return CosineAnnealingLR(optimizer, T_max=steps)
-    return OneCycleLR(
-        optimizer,
-        max_lr=config.lr,
-        total_steps=steps,
-        pct_start=config.onecycle_pct_start,
-        div_factor=config.onecycle_div_factor,
-        final_div_factor=config.onecycle_final_div_factor,
-    )
+        Lightning would do this after the checkpoint, and not at all where a run is resumed.
+        """
+        for course in self.trainer.lr_scheduler_configs:
+            if isinstance(course.scheduler, ReduceLROnPlateau) and not self.averages_epochs:
+                course.scheduler.step(metrics[self.config.monitor_metric])
 
 
 def _seed(*parts: int) -> int:

@@ -72,12 +72,12 @@ class Tracking:
         """The folder that everything of the run is written into."""
         return self.run_dir / ARTIFACTS
 
-    def log_epoch(self, epoch: int, metrics: Mapping[str, float]) -> None:
-        """Add a point to the curve of each metric."""
+    def log_point(self, at: int, metrics: Mapping[str, float]) -> None:
+        """Add a point to the curve of each metric, at an epoch or a step."""
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
-        points = [Metric(name, value, now, epoch) for name, value in metrics.items()]
+        points = [Metric(name, value, now, at) for name, value in metrics.items()]
         with _going_on():
             self.client.log_batch(self.run_id, metrics=points)
 

@@ -1,0 +1,52 @@
+"""Averages of a network's weights over steps (EMA) or epochs (SWA)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Final
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
+
+from kelp.config import TrainConfig
+from kelp.nn.dataset import Sample
+from kelp.nn.model import KelpNet
+
+Tensors = tuple[Tensor, ...] | list[Tensor]
+
+NORM_BATCHES: Final = 100
+"""Batches, at most, that the statistics of batch normalisation are made anew from."""
+
+
+def build_average(net: KelpNet, config: TrainConfig) -> AveragedModel | None:
+    """A copy of the network that will hold the average of its weights, if one is asked for.
+
+    `--ema_decay` averages the running statistics of batch normalisation as the weights; for
+    `--swa`, whose weights lie far apart, they must be made anew (`renew_norms`).
+    """
+    if config.ema_decay:
+        average = AveragedModel(net, multi_avg_fn=_Ema(config.ema_decay), use_buffers=True)
+    elif config.swa:
+        average = AveragedModel(net)
+    else:
+        return None
+    return average.requires_grad_(False)
+
+
+class _Ema:
+    """Exponential moving average whose decay grows with the steps: the start is soon forgotten."""
+
+    def __init__(self, decay: float) -> None:
+        self.decay = decay
+
+    def __call__(self, average: Tensors, current: Tensors, steps: Tensor | int) -> None:
+        done = float(steps)
+        decay = min(self.decay, (1 + done) / (10 + done))
+        get_ema_multi_avg_fn(decay)(average, current, steps)  # type: ignore[no-untyped-call]
+
+
+@torch.no_grad()
+def renew_norms(net: nn.Module, batches: Iterable[Sample], device: torch.device) -> None:
+    """Make the running statistics of batch normalisation anew, from batches as they come."""
+    update_bn((batch.raw for batch in batches), net, device)
