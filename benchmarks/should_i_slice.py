@@ -1,13 +1,19 @@
 """Whole images against slices at equal training compute, on simulated coasts, with `kelp compare`.
 
-    python benchmarks/should_i_slice.py [--pixels 1e8] [--seeds 0] [--world 0] [--work_dir DIR]
+    python benchmarks/should_i_slice.py [--pixels 3e8] [--worlds calibrated specks murky]
+        [--seeds 0] [--real_dir DIR] [--work_dir DIR] [--quick]
 
-Simulates a world, trains a U-Net with the packaged EfficientNet-Lite0 on whole images (350 px
-padded to 352) and on tiles (128 px enlarged to 320, bilinear), each until it has seen `--pixels`
-network pixels, and compares them on test places that neither has seen, against clean truth.
-Networks learn from noisy labels; thresholds are fitted on the other half of the test places.
-A step that is finished in `--work_dir` is not done again. 1e8 pixels take about four minutes of
-training a network on two cores; the trial of the design used 3e8.
+For each world and seed a U-Net with the packaged EfficientNet-Lite0 is trained on whole images
+(350 px padded to 352) and on tiles (`--sahi True`, its defaults), each until it has seen
+`--pixels` network pixels, and both are compared on test places that neither has seen, against
+clean truth. Networks learn from noisy labels; thresholds are fitted on other places. The last
+table is the one that decides: what slices gain over whole images, with intervals over places.
+With `--real_dir` the networks are also applied to real tiles, `<id>_satellite.tif` with
+`<id>_kelp.tif`; no real label is learned from.
+
+What is finished in `--work_dir` is not done again. 3e8 pixels take about a quarter of an hour of
+training a network on two cores. `--quick` runs the same program small, in a few minutes; its
+figures mean nothing.
 """
 
 from __future__ import annotations
@@ -16,7 +22,6 @@ import argparse
 import json
 import logging
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -24,107 +29,144 @@ import measuring
 
 import kelp
 from kelp import config
+from kelp.agreement import PATCH_SIZES
 from kelp.manifest import IMAGES_TABLE, TILES_TABLE
+from kelp.nn.comparison.result import Comparison
+from kelp.simulation.world import WORLDS
 
-TILE = 128
 SHARED: dict[str, Any] = {
     "cv_split": 0, "batch_size": 8, "num_workers": 1, "use_weighted_sampler": True,
     "has_kelp_importance_factor": 3, "kelp_pixels_pct_importance_factor": 0.2,
     "qa_ok_importance_factor": 0, "qa_corrupted_pixels_pct_importance_factor": -1,
     "almost_all_water_importance_factor": 0.5, "dem_nan_pixels_pct_importance_factor": 0.25,
     "dem_zero_pixels_pct_importance_factor": -1, "encoder": "tu-tf_efficientnet_lite0",
-    "lr": 1e-3, "lr_scheduler": "onecycle", "loss": "combo",
+    "lr": 1e-3, "lr_scheduler": "onecycle", "loss": "combo", "limit_val_batches": 32,
 }  # fmt: skip
 """What both networks share: only the picture they are shown differs."""
-RECIPES: dict[str, dict[str, Any]] = {
-    "whole": {"image_size": 352, "resize_strategy": "pad"},
-    "sliced": {
-        "image_size": 320, "resize_strategy": "resize", "interpolation": "bilinear", "sahi": True,
-    },
-}  # fmt: skip
+KINDS = ("whole", "sliced")
 
 
-def prepare(root: Path, world: int, places: int, test: int) -> None:
-    """Simulated images, tables, statistics and tiles of a world."""
-    if (root / "sahi" / TILES_TABLE).is_file():
-        return
+def prepare(root: Path, world: str, options: argparse.Namespace) -> None:
+    """Simulated images, tables and tiles of a world; the seed of a world is its number."""
     kelp.simulate(
-        config.SimulateConfig(output_dir=root / "raw", places=places, dates=3, test=test,
-                              seed=world, workers=2)
-    )  # fmt: skip
-    table = root / "processed" / IMAGES_TABLE
-    kelp.build_metadata(config.MetadataConfig(data_dir=root / "raw", output_dir=root / "processed"))
-    kelp.slice_dataset(
-        config.SliceConfig(data_dir=root / "raw" / "train", metadata_fp=table,
-                           output_dir=root / "sahi", image_size=TILE)
-    )  # fmt: skip
-
-
-def train(root: Path, kind: str, pixels: float, seed: int, epochs: int) -> Path:
-    """A bundle trained until it has seen that many network pixels."""
-    done = root / f"{kind}-{pixels:.3g}-{seed}.json"
-    if done.is_file():
-        return Path(json.loads(done.read_text())["run_dir"])
-    recipe = RECIPES[kind]
-    sliced = recipe.get("sahi", False)
-    table = root / "sahi" / TILES_TABLE if sliced else root / "processed" / IMAGES_TABLE
-    samples = round(pixels / recipe["image_size"] ** 2 / epochs / 8) * 8
-    result = kelp.train(
-        config.TrainConfig(
-            data_dir=root / "sahi" if sliced else root / "raw",
-            metadata_fp=table, output_dir=root / "runs", seed=seed, epochs=epochs,
-            early_stopping_patience=epochs,
-            samples_per_epoch=samples, **SHARED, **recipe,
+        config.SimulateConfig(
+            output_dir=root / "raw", places=options.places, dates=3, test=options.test,
+            size=options.size, seed=list(WORLDS).index(world), world=world,
         )
     )  # fmt: skip
-    done.write_text(json.dumps({"run_dir": str(result.run_dir)}))
-    return result.run_dir
+    kelp.build_metadata(config.MetadataConfig(data_dir=root / "raw", output_dir=root / "processed"))
+    kelp.slice_dataset(
+        config.SliceConfig(
+            data_dir=root / "raw" / "train", metadata_fp=root / "processed" / IMAGES_TABLE,
+            output_dir=root / "sahi",
+        )
+    )  # fmt: skip
+
+
+def train(root: Path, kind: str, seed: int, options: argparse.Namespace) -> Path:
+    """A network trained until it has seen that many pixels; the link under which it is kept."""
+    link = root / f"{options.pixels:.3g}-{seed}" / kind
+    if not link.is_symlink():
+        sliced = kind == "sliced"
+        table = root / "sahi" / TILES_TABLE if sliced else root / "processed" / IMAGES_TABLE
+        base = config.TrainConfig(
+            data_dir=root / "sahi" if sliced else root / "raw", metadata_fp=table,
+            output_dir=root / "runs", sahi=sliced, seed=seed, epochs=options.epochs,
+            early_stopping_patience=options.epochs, **SHARED,
+        )  # fmt: skip
+        samples = options.pixels / base.image_size**2 / options.epochs / base.batch_size
+        draws = {"samples_per_epoch": max(1, round(samples)) * base.batch_size}
+        run = kelp.train(base.model_copy(update=draws))
+        link.parent.mkdir(exist_ok=True)
+        link.symlink_to(run.run_dir.resolve())
+    return link
+
+
+def judge(runs: list[Path], images: Path, truth: Path, out: Path) -> measuring.Row:
+    """What slices gain over whole images on these scenes: the lines of the last table."""
+    kept = out / "reach.json"
+    if not kept.is_file():
+        result = kelp.compare(
+            config.CompareConfig(data_dir=images, gt_dir=truth, run_dir=tuple(runs), output_dir=out)
+        )
+        print(f"\n{result.text}\n", flush=True)
+        kept.write_text(json.dumps(reach(result.comparison), indent=1), encoding="utf-8")
+    row: measuring.Row = json.loads(kept.read_text(encoding="utf-8"))
+    return row
+
+
+def reach(found: Comparison) -> measuring.Row:
+    """The network trained on tiles as `kelp predict` applies it, against whole images."""
+    ways = {(one.way.name.split(":")[0], one.way.kind): one for one in reversed(found.judged)}
+    whole, ours = ways["whole", "whole"], ways["sliced", "sliced"]
+    row: measuring.Row = {
+        "whole": str(found.figure(whole, "pooled_dice")),
+        "sliced": str(found.figure(ours, "pooled_dice")),
+        "gain": str(found.difference(ours, whole)),
+        "over the seed's merge": str(found.difference(ours, ways["sliced", "seed"])),
+        "over the enlarged image": str(found.difference(ours, ways["sliced", "whole, upsampled"])),
+        "seam": str(found.figure(ours, "seam_score")),
+        "cost": round(ours.multiplier / whole.multiplier, 1),
+        "cost of the enlarged image": round(
+            ways["sliced", "whole, upsampled"].multiplier / whole.multiplier, 1
+        ),
+    }
+    equal = found.equal
+    first, second = (equal.named(one.way) for one in (ours, whole)) if equal else (None, None)
+    for size in PATCH_SIZES[:2]:
+        name, words = f"recall_{size}_px", f"found {size} px, at equal precision"
+        known = equal and first and second
+        row[words] = str(equal.difference(first, second, name)) if known else "-"
+    name = "false_kelp_share_of_open_water"
+    row["false kelp, m²/km²"] = str(found.difference(ours, whole, name).times(1e6))
+    return row
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pixels", type=float, default=1e8, help="network pixels of a training")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--world", type=int, default=0, help="seed of the simulation")
-    parser.add_argument("--places", type=int, default=60, help="to learn from")
-    parser.add_argument("--test", type=int, default=40, help="test places")
+    parser = measuring.parser(__doc__, threads=False)
+    parser.add_argument("--pixels", type=float, default=3e8, help="network pixels of a training")
+    parser.add_argument("--worlds", nargs="+", default=list(WORLDS), choices=list(WORLDS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the training")
+    parser.add_argument("--places", type=int, default=60, help="to learn from, three images each")
+    parser.add_argument("--test", type=int, default=100, help="test places")
+    parser.add_argument("--size", type=int, default=350, help="side of an image, px")
     parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--work_dir", type=Path)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--real_dir", type=Path, help="<id>_satellite.tif with <id>_kelp.tif")
+    parser.add_argument("--work_dir", type=Path, help="keep what is made, go on with it")
+    parser.add_argument("--quick", action="store_true", help="small, to try the program")
     options = parser.parse_args()
+    if options.quick:
+        options.worlds, options.places, options.test, options.size = ["specks"], 6, 8, 160
+        options.pixels, options.epochs = 2e6, 1
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    root = options.work_dir or Path(tempfile.mkdtemp(prefix="kelp-"))
-    root = root / f"world{options.world}"
-    prepare(root, options.world, options.places, options.test)
+    work = options.work_dir or Path(tempfile.mkdtemp(prefix="kelp-"))
     rows: list[measuring.Row] = []
-    texts = []
-    for seed in options.seeds:
-        started = time.monotonic()
-        runs = {kind: train(root, kind, options.pixels, seed, options.epochs) for kind in RECIPES}
-        trained = time.monotonic() - started
-        links = {kind: root / f"seed{seed}" / kind for kind in RECIPES}
-        for kind, link in links.items():
-            link.parent.mkdir(exist_ok=True)
-            if not link.is_symlink():
-                link.symlink_to(runs[kind].resolve())
-        result = kelp.compare(
-            config.CompareConfig(
-                data_dir=root / "raw" / "test" / "images", gt_dir=root / "raw" / "test_truth",
-                run_dir=tuple(links.values()), sahi_tile_size=TILE,
-                output_dir=root / f"comparison-{options.pixels:.3g}-{seed}",
-            )
-        )  # fmt: skip
-        print(f"\nworld {options.world}, seed {seed}, {trained:.0f} s of training\n{result.text}")
-        texts.append(result.advice.text)
-        for judged in result.comparison.judged:
-            dice = result.comparison.figure(judged, "pooled_dice")
-            rows.append(
-                {"seed": seed, "way": judged.way.name, "Dice": dice.value, "low": dice.low,
-                 "high": dice.high, "cost": judged.multiplier}
-            )  # fmt: skip
-    title = f"Should I slice? World {options.world}, {options.pixels:.3g} network pixels"
-    measuring.report(title, rows, texts, options.json)
-    print(f"data, runs and comparisons: {root}")
+    for world in options.worlds:
+        root = work / world
+        prepare(root, world, options)
+        for seed in options.seeds:
+            runs = [train(root, kind, seed, options) for kind in KINDS]
+            out = runs[0].parent
+            test = root / "raw" / "test" / "images", root / "raw" / "test_truth"
+            rows.append({"scenes": world, "seed": seed, **judge(runs, *test, out / "comparison")})
+            if options.real_dir:
+                scenes = real_scenes(options.real_dir, work / "real")
+                row = judge(runs, scenes, options.real_dir, out / "real")
+                rows.append({"scenes": f"real, trained on {world}", "seed": seed, **row})
+    words = list(dict.fromkeys(word for row in rows for word in row))
+    turned = [{"": word, **{str(k): row.get(word) for k, row in enumerate(rows)}} for word in words]
+    title = f"Should I slice? {options.pixels:.3g} network pixels of training"
+    measuring.report(title, turned, [f"data, runs and comparisons: {work}"], options.json)
+
+
+def real_scenes(folder: Path, links: Path) -> Path:
+    """A folder of links to the scenes that have a mask."""
+    links.mkdir(parents=True, exist_ok=True)
+    for scene in sorted(folder.glob("*_satellite.tif")):
+        link = links / scene.name
+        if (folder / scene.name.replace("_satellite", "_kelp")).is_file() and not link.exists():
+            link.symlink_to(scene.resolve())
+    return links
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from kelp.nn.inference.arrays import predict, predict_array
     from kelp.nn.inference.predict import predict_scenes
     from kelp.nn.training.fit import train
+    from kelp.reporting.run import make_report
     from kelp.scoring import evaluate
     from kelp.simulation.layout import simulate
     from kelp.stats import compute_stats
@@ -43,6 +44,7 @@ _HOMES = {
     "evaluate": "kelp.scoring",
     "export": "kelp.nn.export",
     "load_bundle": "kelp.nn.bundle",
+    "make_report": "kelp.reporting.run",
     "predict": "kelp.nn.inference.arrays",
     "predict_array": "kelp.nn.inference.arrays",
     "predict_scenes": "kelp.nn.inference.predict",
@@ -63,6 +65,7 @@ __all__ = [
     "evaluate",
     "export",
     "load_bundle",
+    "make_report",
     "predict",
     "predict_array",
     "predict_scenes",

@@ -61,7 +61,12 @@ COMMANDS: Final = {
         "A fold's validation images and masks as a folder.",
     ),
     "evaluate": Command(
-        "EvaluateConfig", "kelp.scoring:evaluate", "Scores of masks against truth.",
+        "EvaluateConfig", "kelp.reporting.run:evaluate_and_report",
+        "Scores of masks against truth.",
+    ),
+    "report": Command(
+        "ReportConfig", "kelp.reporting.run:make_report",
+        "One page about masks and their truth.",
     ),
     "compare": Command(
         "CompareConfig", "kelp.nn.comparison.compare:compare",

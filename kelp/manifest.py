@@ -15,6 +15,7 @@ from kelp.files import atomic
 IMAGE_SUFFIX: Final = "_satellite.tif"
 MASK_SUFFIX: Final = "_kelp.tif"
 PROBABILITY_SUFFIX: Final = "_kelp_prob.tif"
+SPREAD_SUFFIX: Final = "_kelp_spread.tif"
 IMAGES_TABLE: Final = "train_val_test_dataset.parquet"
 TILES_TABLE: Final = "sahi_train_val_test_dataset.parquet"
 
@@ -50,7 +51,7 @@ def output_name(path: Path, suffix: str = MASK_SUFFIX) -> str:
 
 def tile_id_of(path: Path) -> str:
     """The competition's name of a scene or mask file."""
-    for suffix in (IMAGE_SUFFIX, PROBABILITY_SUFFIX, MASK_SUFFIX):
+    for suffix in (IMAGE_SUFFIX, PROBABILITY_SUFFIX, SPREAD_SUFFIX, MASK_SUFFIX):
         if stem := _without(path.name, suffix):
             return stem
     return path.stem

@@ -28,6 +28,8 @@ Series = Sequence[tuple[float, float]]
 _INK, _QUIET_INK, _GRID = "#1c2733", "#5b6875", "#e3e7eb"
 _LINES: Final = ("#1f6fb2", "#d9820b", "#2a8c57", "#b0336f", "#6a56b8", "#5b6875")
 _PIXELS_PER_CSS_PIXEL: Final = 1.5  # pictures stay sharp on dense screens
+_FEW_SECTIONS: Final = 4
+"""Below this a page needs no list of them."""
 _SAFE_LINK: Final = re.compile(r"(https?://|[\w./#-]+$)")
 
 
@@ -75,9 +77,12 @@ class Report:
             return f"<tr>{''.join(cells)}</tr>"
 
         title = f"<caption>{_inline(caption)}</caption>" if caption else ""
+        words = html.escape(re.sub(r"[*`]", "", caption) or "table", quote=True)
         lines = "".join(line(row, "td") for row in body)
         self._body.append(
-            f'<div class="wide"><table>{title}<thead>{line(head, "th")}</thead>'
+            # Wide tables scroll in a box of their own, which the keyboard must reach.
+            f'<div class="wide" role="region" aria-label="{words}" tabindex="0">'
+            f"<table>{title}<thead>{line(head, 'th')}</thead>"
             f"<tbody>{lines}</tbody></table></div>"
         )
         return self
@@ -94,11 +99,17 @@ class Report:
         )
         return self
 
+    def details(self, summary: str, markdown: str) -> Report:
+        """Add text that is shown when its summary is opened."""
+        inner = "".join(_blocks(markdown))
+        self._body.append(f"<details><summary>{_inline(summary)}</summary>{inner}</details>")
+        return self
+
     def write(self, path: Path) -> Path:
         """Write the page to `path`, atomically, and return the path."""
         title = html.escape(self.title)
         style = resources.files("kelp").joinpath("report.css").read_text(encoding="utf-8")
-        body = "\n".join(self._body)
+        body = _with_contents("\n".join(self._body))
         write_text(
             path,
             '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -108,6 +119,22 @@ class Report:
             f"<h1>{title}</h1>\n{body}\n</main>\n</body>\n</html>\n",
         )
         return path
+
+
+def _with_contents(body: str) -> str:
+    """The body with a list of its sections before the first of them, where there are several."""
+    titles: list[str] = []
+
+    def numbered(match: re.Match[str]) -> str:
+        titles.append(match[1])
+        return f'<h2 id="s{len(titles)}">{match[1]}</h2>'
+
+    body = re.sub(r"<h2>(.*?)</h2>", numbered, body)
+    if len(titles) < _FEW_SECTIONS:
+        return body
+    items = "".join(f'<li><a href="#s{k}">{title}</a></li>' for k, title in enumerate(titles, 1))
+    contents = f'<nav aria-label="Sections"><ul>{items}</ul></nav>\n'
+    return body.replace('<h2 id="s1">', f'{contents}<h2 id="s1">', 1)
 
 
 def _cell(value: object) -> str:
@@ -200,6 +227,32 @@ def _plot(axes: Axes, quantity: str, lines: Mapping[str, Series]) -> None:
     _plain(axes)
     if any(lines):
         axes.legend(frameon=False, fontsize=9, labelcolor=_INK)
+
+
+def lines(values: Mapping[str, Series], across: str, up: str) -> bytes:
+    """A PNG of shares against shares, one line for each name; NaN is a gap.
+
+    Args:
+        values: `(x, y)` pairs between 0 and 1, by name.
+        across: what x is, for the axis.
+        up: what y is.
+    """
+    figure = _figure(7.2, 3.8)
+    axes = figure.add_subplot()
+    for color, (name, series) in zip(_LINES * len(values), values.items(), strict=False):
+        marker = "o" if 2 < len(series) < 30 else ""
+        x, y = [x for x, _ in series], [y for _, y in series]
+        style = "--" if len(series) == 2 else "-"  # a mere guide
+        axes.plot(x, y, style, color=color, lw=1.8, marker=marker, ms=4, label=name)
+    axes.set_xlim(-0.02, 1.02)
+    axes.set_ylim(-0.03, 1.03)
+    axes.set_xlabel(across, color=_QUIET_INK, size=9)
+    axes.set_ylabel(up, color=_QUIET_INK, size=9)
+    axes.grid(visible=True, color=_GRID, lw=0.8)
+    _plain(axes)
+    if len(values) > 1:
+        axes.legend(frameon=False, fontsize=9, labelcolor=_INK)
+    return _png(figure)
 
 
 def intervals(

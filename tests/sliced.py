@@ -46,7 +46,7 @@ class ArrayScene:
         self.pixels = pixels
         self.shape = pixels.shape[1:]
         self.windows: list[Tile] = []
-        self.result = np.full(self.shape, -1, np.float32)
+        self.result, self.spread = np.full((2, *self.shape), -1, np.float32)
         self.closed = self.written = self.held = 0
         self._lock = threading.Lock()
 
@@ -62,6 +62,10 @@ class ArrayScene:
         with self._lock:
             self.result[y : y + len(rows)] = rows
             self.written = y + len(rows)
+
+    def write_spread(self, y, rows):
+        assert y + len(rows) == self.written  # of rows that were just written
+        self.spread[y : self.written] = rows
 
     def close(self):
         assert self.written == self.shape[0]

@@ -20,10 +20,10 @@ from kelp.nn.inference.engine import AHEAD, Engine, Job
 from kelp.nn.inference.strip import Slicing, Strip
 
 
-def run(scenes, slicing, predict=exact):
+def run(scenes, slicing, predict=exact, spread=False):
     jobs = [ArrayScene(pixels) for pixels in scenes]
     engine = Engine(predict, slicing)
-    engine.run(Job(job, job) for job in jobs)
+    engine.run(Job(job, job, spread=job.write_spread if spread else None) for job in jobs)
     assert not engine.failures
     assert all(job.closed == 1 for job in jobs)
     return jobs, engine.counts
@@ -54,11 +54,11 @@ seeds = st.integers(0, 2**16)
 
 
 def naive(pixels, slicing, predict, seed=0):
-    """The map by its definition: all tiles, in any order, summed in one array."""
+    """Map and spread by their definition: all tiles, in any order, summed in one array."""
     shape = pixels.shape[1:]
     grown = reflected(pixels, *slicing.tile)
     seen = observed(grown, slicing.qa_as_nodata)
-    sums, weights = np.zeros(grown.shape[1:]), np.zeros(grown.shape[1:])
+    sums, squares, weights = np.zeros((3, *grown.shape[1:]))
     window = np.ones(slicing.tile)
     if slicing.blend == "hann":
         down, across = (np.sin(np.pi * (np.arange(n) + 0.5) / n) ** 2 for n in slicing.tile)
@@ -75,12 +75,18 @@ def naive(pixels, slicing, predict, seed=0):
             runs += 1
             # Counted in units of 2^-12, at least one of them.
             weight = np.maximum(np.rint(window * share * 4096), 1)
-            sums[tile.slices] += weight * predict(grown[None, :, *tile.slices])[0]
+            vote = predict(grown[None, :, *tile.slices])[0].astype(np.float64)
+            sums[tile.slices] += weight * vote
+            squares[tile.slices] += weight * vote**2
             weights[tile.slices] += weight
     inside = slice(shape[0]), slice(shape[1])
-    sums, weights, seen = sums[inside], weights[inside], seen[inside]
-    mean = np.divide(sums, weights, out=np.zeros(shape), where=weights > 0)
-    return np.where(seen, mean, np.nan), runs
+    weights, seen = weights[inside], seen[inside]
+    mean, square = (
+        np.divide(plane[inside], weights, out=np.zeros(shape), where=weights > 0)
+        for plane in (sums, squares)
+    )
+    spread = np.sqrt(np.maximum(square - mean**2, 0))
+    return np.where(seen, mean, np.nan), np.where(seen, spread, np.nan), runs
 
 
 # Coverage, identity, constancy
@@ -141,11 +147,16 @@ def test_a_constant_stays_that_constant_to_the_bit(shape, slicing, gone, constan
 @given(small, _slicings(20), missing, seeds)
 def test_tiles_that_disagree_are_weighed_by_window_and_validity(shape, slicing, gone, seed):
     pixels = random_scene(shape, seed, gone)
-    (job,), counts = run([pixels], slicing, ramp)
-    expected, runs = naive(pixels, slicing, ramp, seed)
+    (job,), counts = run([pixels], slicing, ramp, spread=True)
+    expected, spread, runs = naive(pixels, slicing, ramp, seed)
     assert counts.predicted == runs
     np.testing.assert_array_equal(np.isnan(job.result), np.isnan(expected))
     np.testing.assert_allclose(job.result, expected, rtol=0, atol=1e-6)
+    np.testing.assert_array_equal(np.isnan(job.spread), np.isnan(expected))
+    np.testing.assert_allclose(job.spread, spread, rtol=1e-6, atol=4e-5)
+    (alone,), _ = run([pixels], slicing, ramp)
+    assert alone.result.tobytes() == job.result.tobytes()
+    assert (alone.spread == -1).all()  # not asked for
 
 
 def test_a_pixel_that_no_tile_covers_is_an_error(monkeypatch):
@@ -174,13 +185,14 @@ def test_a_pixel_that_no_tile_covers_is_an_error(monkeypatch):
 )
 def test_order_of_scenes_and_batch_size_change_no_bit(shapes, slicing, batch_size, order, gone):
     scenes = [random_scene(shape, seed, gone) for seed, shape in enumerate(shapes)]
-    alone = [run([pixels], slicing, ramp)[0][0].result for pixels in scenes]
+    alone = [run([pixels], slicing, ramp, spread=True)[0][0] for pixels in scenes]
     places = list(range(len(scenes)))
     order.shuffle(places)
     other = Slicing(**{**vars(slicing), "batch_size": batch_size})
-    together, _ = run([scenes[place] for place in places], other, ramp)
+    together, _ = run([scenes[place] for place in places], other, ramp, spread=True)
     for place, job in zip(places, together, strict=True):
-        assert job.result.tobytes() == alone[place].tobytes()
+        assert job.result.tobytes() == alone[place].result.tobytes()
+        assert job.spread.tobytes() == alone[place].spread.tobytes()
 
 
 @settings(LAWS, max_examples=25)
@@ -213,11 +225,12 @@ def test_counts_add_up(shapes, slicing, gone, seed):
 def test_land_is_what_has_no_water_within_the_tolerance(shape, slicing, gone, seed):
     """And what no skipped tile touches does not change."""
     pixels = random_scene(shape, seed, gone, islands=0.6)
-    (job,), counts = run([pixels], slicing, ramp)
-    expected, runs = naive(pixels, slicing, ramp, seed)
+    (job,), counts = run([pixels], slicing, ramp, spread=True)
+    expected, spread, runs = naive(pixels, slicing, ramp, seed)
     assert counts.predicted == runs
     np.testing.assert_array_equal(np.isnan(job.result), np.isnan(expected))
     np.testing.assert_array_equal(job.result == 0, expected == 0)
+    np.testing.assert_allclose(job.spread, spread, rtol=1e-6, atol=4e-5)
     (kept,), all_counts = run([pixels], Slicing(**{**vars(slicing), "skip_land": False}), ramp)
     assert all_counts.predicted == runs + counts.land
     untouched = np.ones(shape, bool)

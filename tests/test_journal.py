@@ -34,7 +34,8 @@ from kelp.writer import RasterWriter, rows_path
 SHAPE = (70, 1040)
 SLICING = Slicing((16, 16), (8, 8), "hann", batch_size=48, skip_land=True)
 COLUMNS = len(TileGrid(SHAPE, 16, 8).columns)
-KINDS = (None, "float32", "uint8")
+KINDS = (None, "float32", "uint8", "spread")
+"""Type of the probabilities beside the mask; "spread" is both float32 files."""
 
 
 def _wide_scene():
@@ -59,10 +60,13 @@ def predict(folder, kind=None, fingerprint="f", network=ramp, pixels=PIXELS, sli
         forget(mask)
         return None
     tags = {"KELP_FINGERPRINT": fingerprint}
-    sink = Outputs(pixels.shape[1:], Georeference(), mask, 0.5, tags, kind, fingerprint)
+    spread = kind == "spread"
+    soft = "float32" if spread else kind
+    shape = pixels.shape[1:]
+    sink = Outputs(shape, Georeference(), mask, 0.5, tags, soft, fingerprint, spread=spread)
     engine = Engine(network, slicing)
     try:
-        engine.run([Job(ArrayScene(pixels), sink, sink)])
+        engine.run([Job(ArrayScene(pixels), sink, sink, sink.write_spread)])
         for _, error in engine.failures:
             raise error
     finally:
@@ -84,8 +88,9 @@ def undisturbed(tmp_path_factory):
         assert counts.land > 0
         assert counts.unobserved > 0
         made[kind] = contents(folder), counts.predicted
-        names = {"X_kelp.tif"} | ({"X_kelp_prob.tif"} if kind else set())
-        assert set(made[kind][0]) == names
+        names = ["X_kelp.tif", "X_kelp_prob.tif", "X_kelp_spread.tif"]
+        number = {None: 1, "spread": 3}.get(kind, 2)
+        assert set(made[kind][0]) == set(names[:number])
     return made
 
 
@@ -372,13 +377,22 @@ def test_other_inputs_or_settings_start_over_and_say_so(half_done, tmp_path_fact
     assert contents(half_done) == contents(expected)
 
 
-@pytest.mark.parametrize("kind", [None, "uint8"])
-def test_nothing_is_left_where_fewer_files_are_wanted(half_done, kind, tmp_path_factory):
-    """Another kind of probabilities is another setting, and so another fingerprint."""
-    predict(half_done, kind, "other")
+@pytest.mark.parametrize("finished", [False, True])
+@pytest.mark.parametrize("kind", [None, "uint8", "float32"])
+def test_nothing_is_left_where_fewer_files_are_wanted(
+    kind, finished, always_due, tmp_path, tmp_path_factory
+):
+    """Other files are another setting, and so another fingerprint."""
+    if finished:
+        predict(tmp_path, "spread")
+        (tmp_path / "X_kelp.tif").unlink()  # as `kelp predict` finds it made with other settings
+    else:
+        _stop_half_way(tmp_path, "spread")
+    assert (len(contents(tmp_path)) > 1) or not finished
+    predict(tmp_path, kind, "other")
     expected = tmp_path_factory.mktemp("expected")
     predict(expected, kind, "other")
-    assert contents(half_done) == contents(expected)
+    assert contents(tmp_path) == contents(expected)
 
 
 def _flip(path):

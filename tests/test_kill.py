@@ -41,7 +41,7 @@ def command(world, out):
     return [
         sys.executable, "-m", "kelp", "predict", "--data_dir", path, "--run_dir", bundle,
         "--output_dir", out, "--band_order", order, "--device", "cpu", "--precision", "32-true",
-        "--save_probabilities", "--batch_size", "6", "--sahi_overlap", "8",
+        "--save_probabilities", "--save_spread", "--batch_size", "6", "--sahi_overlap", "8",
     ]  # fmt: skip
 
 
@@ -91,7 +91,7 @@ def gone_on_from(said):
 def test_killed_again_and_again(world, tmp_path):
     finished(world, tmp_path / "whole")
     expected = rasters(tmp_path / "whole")
-    assert set(expected) == {"L_kelp.tif", "L_kelp_prob.tif"}
+    assert set(expected) == {"L_kelp.tif", "L_kelp_prob.tif", "L_kelp_spread.tif"}
     out = tmp_path / "out"
     mask = out / "L_kelp.tif"
 
@@ -104,8 +104,8 @@ def test_killed_again_and_again(world, tmp_path):
         (signal.SIGKILL, lambda: rows() > 400),
         (signal.SIGINT, lambda: rows() > 600),
         (signal.SIGKILL, lambda: rows() > 900),
-        # One file is finished, the other one is not.
-        (signal.SIGKILL, (out / "L_kelp_prob.tif").is_file),
+        # One file is finished, the others are not.
+        (signal.SIGKILL, (out / "L_kelp_spread.tif").is_file),
     ]
     begun = []
     for how, reached in points:

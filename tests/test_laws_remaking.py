@@ -64,6 +64,7 @@ SWAPPED = ("SWIR", "NIR", "G", "R", "B", "QA", "DEM")
         ({"band_order": SWAPPED}, None),
         ({"overwrite": True}, None),
         ({"save_probabilities": True}, None),
+        ({"save_spread": True}, None),
         ({}, rebuilt(bias=0.26)),
         ({}, rebuilt(threshold=0.41)),
         ({}, rebuilt(statistics={**STATISTICS, "G": replace(STATISTICS["G"], q99=20001)})),

@@ -44,6 +44,7 @@ FLOORS = {
     "kelp.nn.training": 4,
     "kelp.nn.inference": 4,
     "kelp.nn.comparison": 5,
+    "kelp.reporting": 6,
     "kelp.demo": 6,
     "kelp.cli": 6,
     "kelp.__main__": 7,

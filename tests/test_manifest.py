@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from kelp.manifest import PROBABILITY_SUFFIX, output_name, tile_id_of
+from kelp.manifest import PROBABILITY_SUFFIX, SPREAD_SUFFIX, output_name, tile_id_of
 
 
 @pytest.mark.parametrize(("name", "mask", "tile_id"), [
@@ -17,6 +17,8 @@ def test_names_of_products_do_not_depend_on_the_case_of_the_suffix(name, mask, t
     path = Path("folder") / name
     assert output_name(path) == mask
     assert output_name(path, PROBABILITY_SUFFIX) == mask.replace("_kelp", "_kelp_prob")
+    assert output_name(path, SPREAD_SUFFIX) == mask.replace("_kelp", "_kelp_spread")
     assert tile_id_of(path) == tile_id
     assert tile_id_of(Path(mask)) == tile_id
     assert tile_id_of(Path(mask.replace("_kelp.tif", "_KELP_PROB.TIF"))) == tile_id
+    assert tile_id_of(Path(mask.replace("_kelp.tif", "_kelp_spread.tif"))) == tile_id

@@ -136,7 +136,105 @@ def test_memory_is_that_of_the_open_rows():
     for y in range(0, 10_000, 8):
         merger.add(Tile(y, 0, 8, 16), np.ones((8, 16)))
         merger.take(y + 8)
-        assert len(merger._sums) == 0
+        assert merger.state().sums.shape == (1, 0, 16)
+
+
+# The spread
+
+
+def votes_of(grid, seed, agree):
+    """What each tile says: one map with noise of its own, or all the same."""
+    rng = np.random.default_rng(seed)
+    scene = padded(rng.random(grid.shape), grid)
+    noise = 0 if agree else rng.choice([1e-4, 1e-2, 1])
+    return [
+        np.clip(scene[tile.slices] + noise * rng.normal(size=grid.tile), 0, 1).astype(np.float32)
+        for tile in grid
+    ]
+
+
+def spread_by_definition(grid, votes, validities, blend):
+    """Two passes in float64: the mean first, then what votes differ from it."""
+    height, width = padded(np.empty(grid.shape), grid).shape
+    weights, moment = np.zeros((2, height, width))
+    # As documented: weights are counted in units of 2^-12, at least one of them.
+    units = [np.maximum(np.rint(window(blend, *grid.tile) * v * 4096), 1) for v in validities]
+    for tile, vote, weight in zip(grid, votes, units, strict=True):
+        weights[tile.slices] += weight
+        moment[tile.slices] += weight * vote
+    mean, moment = moment / weights, np.zeros((height, width))
+    for tile, vote, weight in zip(grid, votes, units, strict=True):
+        moment[tile.slices] += weight * (vote - mean[tile.slices]) ** 2
+    return np.sqrt(moment / weights)[: grid.shape[0], : grid.shape[1]]
+
+
+@given(scene=scenes(), blend=blends, agree=st.booleans(), data=st.data())
+def test_the_spread_is_the_weighted_standard_deviation_of_votes(scene, blend, agree, data):
+    grid, tiles = scene[0], list(scene[0])
+    votes = votes_of(grid, data.draw(st.integers(0, 99)), agree)
+    validities = data.draw(st.lists(st.floats(0.001, 1), min_size=len(grid), max_size=len(grid)))
+    order = data.draw(st.permutations(range(len(grid))))
+    plain, both = StripMerger(grid.shape, blend), StripMerger(grid.shape, blend, spread=True)
+    for i in order:
+        plain.add(tiles[i], votes[i], validities[i])
+        both.add(tiles[i], votes[i], validities[i])
+    mean, spread = both.take_planes(grid.shape[0])
+    assert mean.tobytes() == plain.take(grid.shape[0]).tobytes()  # it costs the mean nothing
+    expected = spread_by_definition(grid, votes, validities, blend)
+    np.testing.assert_allclose(spread, expected, rtol=1e-6, atol=4e-5)
+    number = np.zeros(padded(mean, grid).shape)
+    for tile in tiles:
+        number[tile.slices] += 1
+    alone = number[: grid.shape[0], : grid.shape[1]] == 1
+    assert (spread[alone] == 0).all()
+    if agree:
+        assert (spread == 0).all()
+
+
+@given(scene=scenes(), blend=blends, data=st.data())
+def test_order_and_stops_change_no_bit_of_the_spread(scene, blend, data):
+    """Nor does it matter where another merger goes on from a state."""
+    grid = scene[0]
+    votes = dict(zip(grid, votes_of(grid, 1, agree=False), strict=True))
+    whole = StripMerger(grid.shape, blend, spread=True)
+    for tile in data.draw(st.permutations(list(grid))):
+        whole.add(tile, votes[tile], 0.37)
+    merger, parts = StripMerger(grid.shape, blend, spread=True), []
+    for y, below in zip(grid.rows, [*grid.rows[1:], grid.shape[0]], strict=True):
+        if data.draw(st.booleans()):
+            merger = StripMerger(grid.shape, blend, merger.state(), spread=True)
+        for tile in data.draw(st.permutations(list(grid.row(y)))):
+            merger.add(tile, votes[tile], 0.37)
+        parts.append(merger.take_planes(below))
+    expected = whole.take_planes(grid.shape[0])
+    assert np.concatenate(parts, axis=1).tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("difference", [1, 0.5, 1e-2, 1e-3, 1e-4])
+@pytest.mark.parametrize("level", [0, 0.3, 0.999])
+def test_small_spreads_are_told(level, difference):
+    """Also beside a large mean, where the difference of squares is small."""
+    merger = StripMerger((1, 1), spread=True)
+    for value in (level, level - difference):
+        merger.add(Tile(0, 0, 1, 1), np.array([[value]]))
+    assert merger.take_planes(1)[1, 0, 0] == pytest.approx(difference / 2, abs=2**-15)
+
+
+def test_a_thousand_votes_are_summed_exactly():
+    """Whole numbers below 2^53, also where all of them say kelp."""
+    merger = StripMerger((1, 1), spread=True)
+    for _ in range(1024):
+        merger.add(Tile(0, 0, 1, 1), np.ones((1, 1)))
+    state = merger.state()
+    assert state.sums.ravel().tolist() == [2.0**52, 2.0**52]
+    assert merger.take_planes(1).ravel().tolist() == [1, 0]
+
+
+def test_pixels_without_a_vote_have_no_spread():
+    merger = StripMerger((1, 2), spread=True)
+    merger.add(Tile(0, 0, 1, 1), np.ones((1, 1)))
+    merger.leave_out(Tile(0, 1, 1, 1))
+    np.testing.assert_array_equal(merger.take_planes(1)[1], [[0, np.nan]])
 
 
 def test_the_hann_window_trusts_the_middle():

@@ -103,7 +103,16 @@ def test_no_text_becomes_markup(text, other):
     page = Page("".join(report._body))
     assert set(page.tags) <= ALLOWED
     for tag, attrs in page.elements:
-        assert set(attrs) <= {"class", "href", "src", "alt", "width"}
+        assert set(attrs) <= {
+            "class",
+            "href",
+            "src",
+            "alt",
+            "width",
+            "role",
+            "aria-label",
+            "tabindex",
+        }
         if tag == "a":
             assert not (attrs["href"] or "").lower().startswith(("javascript:", "data:"))
 

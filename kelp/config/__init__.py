@@ -22,6 +22,7 @@ from kelp.config.prep import (
     SplitConfig,
     StatsConfig,
 )
+from kelp.config.reporting import ReportConfig
 from kelp.config.train import TrainConfig
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "MetadataConfig",
     "PredictConfig",
     "PreviewConfig",
+    "ReportConfig",
     "SimulateConfig",
     "SliceConfig",
     "SplitConfig",

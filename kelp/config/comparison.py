@@ -37,10 +37,12 @@ class CompareConfig(Config):
     )  # fmt: skip
     use_checkpoint: Literal["best", "latest"] = option("best", help="Which bundle of a run")
     sahi_tile_size: int | None = option(
-        None, help="Side of a tile; default: as trained, else 128", unit="px", ge=1
+        None, help="Side of a tile; default: as kelp predict cuts, else 128", unit="px", ge=1
     )
-    overlaps: Integers = option((0,), help="Other overlaps than half a tile", unit="px")
-    tile_sizes: Integers = option((), help="Other tiles, at the same scale and overlap", unit="px")
+    overlaps: Integers = option((0,), help="Other overlaps than that of kelp predict", unit="px")
+    tile_sizes: Integers = option(
+        (), help="Other tiles, at the same scale, half overlap", unit="px"
+    )
     interpolations: Interpolations = option((), help="Other interpolations of tiles")
     tta: bool = option(False, help="Also with the 8 symmetries of the square (8 times the cost)")
     decision_threshold: float | None = option(

@@ -57,6 +57,11 @@ class PredictConfig(Config):
     probability_dtype: Literal["float32", "uint8"] = option(
         "float32", help="Type of the saved probabilities; uint8: steps of 0.004, a quarter the size"
     )
+    save_spread: bool = option(
+        False,
+        help="Also write <name>_kelp_spread.tif: standard deviation of the overlapping tiles' "
+        "probabilities, each tile's own after symmetries and networks are averaged",
+    )
     batch_size: int = option(8, help="Crops in a batch", unit="crops", ge=1)
     device: Literal["auto", "cpu", "cuda"] = option("auto", help="Where the network runs")
     band_order: Names = option(

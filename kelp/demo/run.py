@@ -41,7 +41,6 @@ log = logging.getLogger("kelp")
 _TILE: Final = 128
 _CROP: Final = 256
 _BATCH: Final = 8
-_OVERLAP: Final = 64
 
 
 @dataclass(frozen=True)
@@ -114,7 +113,7 @@ def demo(config: DemoConfig, progress: Progress = silent) -> DemoResult:
         comparison = compare(
             CompareConfig(
                 data_dir=raw / "test" / "images", gt_dir=raw / "test_truth",
-                run_dir=(training.run_dir,), sahi_tile_size=_TILE, output_dir=root / "comparison",
+                run_dir=(training.run_dir,), output_dir=root / "comparison",
             ),
             progress,
         )  # fmt: skip
@@ -122,7 +121,7 @@ def demo(config: DemoConfig, progress: Progress = silent) -> DemoResult:
         real = predict_scenes(
             PredictConfig(
                 data_dir=scene, output_dir=predictions / "real", run_dir=(training.run_dir,),
-                sahi_overlap=_OVERLAP, save_probabilities=True, overwrite=True,
+                save_probabilities=True, overwrite=True,
             ),
             progress,
         )  # fmt: skip
@@ -175,8 +174,6 @@ def _training(config: DemoConfig, table: Path, stats: Path) -> TrainConfig:
         batch_size=_BATCH,
         num_workers=1,
         image_size=_CROP,
-        resize_strategy="resize",
-        interpolation="bilinear",
         use_weighted_sampler=True,
         samples_per_epoch=config.samples_per_epoch,
         has_kelp_importance_factor=3,
@@ -203,8 +200,6 @@ def _prediction(
         data_dir=scenes,
         output_dir=output,
         run_dir=(training.run_dir,),
-        sahi_tile_size=_TILE,
-        sahi_overlap=_OVERLAP,
         preview_submission=config.size == SIDE,
         overwrite=True,
     )

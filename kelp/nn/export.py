@@ -175,6 +175,12 @@ def describe(model: Any, spec: BundleSpec) -> None:
         entry.key, entry.value = key, value
 
 
+def _overlap(spec: BundleSpec) -> float:
+    """Of neighbouring tiles, as `kelp predict` cuts them, in tiles."""
+    shared = spec.prediction_overlap
+    return 0.5 if shared is None else shared / spec.tile_size[0]
+
+
 def deepness_settings(spec: BundleSpec) -> dict[str, Any]:
     """The settings that the QGIS plugin Deepness reads from a model (as JSON, by these names).
 
@@ -188,7 +194,7 @@ def deepness_settings(spec: BundleSpec) -> dict[str, Any]:
         "class_names": {"0": "background", "1": "kelp"},
         "resolution": 100 * PIXEL_SIZE_M,  # cm
         "tile_size": spec.tile_size[0],
-        "tiles_overlap": 50,  # percent: half a tile, as in kelp predict
+        "tiles_overlap": round(100 * _overlap(spec)),  # percent
         "standardization_mean": [0.0] * len(BANDS),
         "standardization_std": [1 / 255] * len(BANDS),
         "seg_thresh": spec.threshold,

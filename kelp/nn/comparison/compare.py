@@ -45,8 +45,6 @@ from kelp.writer import write_mask
 
 log = logging.getLogger("kelp")
 
-_TILE: Final = 128
-"""Of a network that was trained on whole images."""
 _PARTS: Final = 10
 """Of the places, or one for each if there are fewer; a part's threshold is fitted on the others.
 
@@ -135,18 +133,10 @@ def compare(config: CompareConfig, progress: Progress = silent) -> CompareResult
 def _ways(config: CompareConfig, bundles: Sequence[Bundle]) -> list[Way]:
     ways: list[Way] = []
     for bundle, path in zip(bundles, config.run_dir, strict=True):
-        trained = bundle.spec.tile_size
-        if config.sahi_tile_size:
-            tile = config.sahi_tile_size
-        else:
-            tile = trained[0] if bundle.spec.sahi and trained[0] == trained[1] else _TILE
-        wrong = [overlap for overlap in config.overlaps if not 0 <= overlap < tile]
-        if wrong:
-            raise ConfigError(f"--overlaps {wrong[0]}: must lie between 0 and {tile - 1} px")
         name = path.name if len(bundles) > 1 else ""
         ways += ways_of(
-            bundle, name, tile, config.overlaps, config.tile_sizes, config.interpolations,
-            config.tta,
+            bundle, name, config.sahi_tile_size, config.overlaps, config.tile_sizes,
+            config.interpolations, config.tta,
         )  # fmt: skip
     names = [way.name for way in ways]
     if len(set(names)) < len(names):

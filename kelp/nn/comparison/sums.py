@@ -111,6 +111,15 @@ def sums_of(
     return Sums(np.array([values[name] for name in _NAMES], dtype=np.float64))
 
 
+def with_probabilities(decided: Sums, probable: Sums) -> Sums:
+    """The sums of a mask, with those that only probabilities tell from another `Sums`."""
+    values = decided.values.copy()
+    for name, k in _PLACE.items():
+        if name.startswith("bin_") or name == "expected_km2":
+            values[..., k] = probable.values[..., k]
+    return Sums(values)
+
+
 def _band(kelp: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """Kelp pixels that touch a pixel without kelp (Cheng et al. 2021, Boundary IoU, d = 1)."""
     inner: NDArray[np.bool_] = ndimage.binary_erosion(kelp, border_value=1)

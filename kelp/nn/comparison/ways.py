@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Final, Literal
 
 import numpy as np
 import torch
@@ -22,6 +22,10 @@ from kelp.nn.device import autocast
 from kelp.nn.inference.arrays import predict_array
 from kelp.nn.model import KelpNet
 from kelp.nn.resize import pick, to_network
+from kelp.nn.spec import BundleSpec
+
+_TILE: Final = 128
+"""Of a network that was trained on whole images."""
 
 Pixels = NDArray[np.float32]
 Kind = Literal["whole", "whole, upsampled", "sliced", "seed"]
@@ -114,7 +118,7 @@ def at_scale(bundle: Bundle, tile: int, scale: float) -> Bundle:
 def ways_of(
     bundle: Bundle,
     name: str,
-    tile: int,
+    tile: int | None,
     overlaps: Sequence[int],
     tiles: Sequence[int],
     interpolations: Sequence[Interpolation],
@@ -125,8 +129,8 @@ def ways_of(
     Args:
         bundle: a network of this package, not an ONNX file.
         name: what the names of its ways begin with; empty for a lone bundle.
-        tile: of the sliced ways, in scene pixels.
-        overlaps: other overlaps than half a tile.
+        tile: of the sliced ways, in scene pixels; None: as `kelp predict` does it.
+        overlaps: other overlaps than that.
         tiles: other tiles, at the same scale, with the same overlap where it fits.
         interpolations: other ways of resizing tiles.
         tta: also with the 8 symmetries of the square.
@@ -138,16 +142,21 @@ def ways_of(
         )
     prefix = f"{name}: " if name else ""
     scale = bundle.spec.scale
-    main = sliced(prefix, bundle, tile, tile // 2, "hann")
+    trained = max(bundle.spec.tile_size) if bundle.spec.sahi else _TILE
+    tile, overlap = (tile, tile // 2) if tile else _default(bundle.spec, trained)
+    wrong = [other for other in overlaps if not 0 <= other < tile]
+    if wrong:
+        raise ConfigError(f"--overlaps {wrong[0]}: must lie between 0 and {tile - 1} px")
+    main = sliced(prefix, bundle, tile, overlap, "hann")
     ways = [Way(f"{prefix}whole image", "whole", bundle), main]
     if scale != 1:
         words = f"{prefix}whole image, enlarged {scale:g} times"
         ways.insert(1, Way(words, "whole, upsampled", bundle))
-    ways.append(sliced(prefix, bundle, tile, tile // 2, "mean"))
-    ways += [sliced(prefix, bundle, tile, overlap, "hann") for overlap in overlaps]
+    ways.append(sliced(prefix, bundle, tile, overlap, "mean"))
+    ways += [sliced(prefix, bundle, tile, other, "hann") for other in overlaps]
     ways += [
-        sliced(prefix, bundle, other, min(tile, other) // 2, "hann")
-        for other in tiles
+        sliced(prefix, bundle, other, other // 2, "hann")
+        for other in (*tiles, trained)
         if other != tile
     ]
     if scale != 1:  # else nothing is resized
@@ -158,8 +167,15 @@ def ways_of(
                 ways.append(replace(changed, name=f"{main.name}, {interpolation}"))
     if tta:
         ways.append(replace(main, name=f"{main.name}, 8 symmetries", tta="mean"))
-    ways.append(Way(f"{prefix}the seed's merge", "seed", bundle, tile, tile // 2))
+    ways.append(Way(f"{prefix}the seed's merge", "seed", bundle, trained, trained // 2))
     return tuple({way.name: way for way in ways}.values())
+
+
+def _default(spec: BundleSpec, trained: int) -> tuple[int, int]:
+    """Tile and overlap of `kelp predict`, or what would be if it cut."""
+    if spec.prediction_tile:
+        return spec.prediction_tile, spec.prediction_overlap or 0
+    return trained, trained // 2
 
 
 def sliced(prefix: str, bundle: Bundle, tile: int, overlap: int, blend: Blend) -> Way:

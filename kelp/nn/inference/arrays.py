@@ -21,7 +21,7 @@ from kelp.merge import Blend
 from kelp.nn.bundle import Bundle
 from kelp.nn.device import resolve_device, resolve_precision
 from kelp.nn.inference.checks import needed_bands
-from kelp.nn.inference.engine import Counts, Engine, Job, Sink
+from kelp.nn.inference.engine import Counts, Engine, Job, Sink, WriteRows
 from kelp.nn.inference.network import Network
 from kelp.nn.inference.outputs import Outputs
 from kelp.nn.inference.plan import NetworkMemory, fit_memory, make_plan
@@ -47,6 +47,7 @@ def predict(
     skip_land: bool = False,
     threshold: float | None = None,
     max_memory: int | str | None = None,
+    spread: WriteRows | None = None,
     progress: Progress = silent,
 ) -> Counts:
     """Predict one scene, streaming from `source` to `sink`.
@@ -67,6 +68,8 @@ def predict(
         skip_land: leave tiles out that are all land, as `--land skip` does.
         threshold: kelp where p is at least this, for a mask file; default: the bundle's.
         max_memory: bytes, or a size as in "2GB", that the process may take.
+        spread: takes rows of the standard deviation of the overlapping tiles' probabilities, as
+            the sink's `write` takes those of their mean.
         progress: told of tiles.
 
     Raises:
@@ -79,7 +82,7 @@ def predict(
                 batch_size=batch_size, precision=precision, device=device,
                 tta=tta,
                 qa_as_nodata=qa_as_nodata, skip_land=skip_land, threshold=threshold,
-                max_memory=max_memory, progress=progress,
+                max_memory=max_memory, spread=spread, progress=progress,
             )  # fmt: skip
     bundles = [bundle] if isinstance(bundle, Bundle) else list(bundle)
     if isinstance(source, Scene):
@@ -97,7 +100,7 @@ def predict(
         except ValueError as wrong:
             raise ConfigError(f"max_memory={max_memory!r}: {wrong}") from None
         measured = NetworkMemory.measure(network, slicing.tile, budget)
-        plan = fit_memory(plan, budget, [size], slicing, measured)
+        plan = fit_memory(plan, budget, [size], slicing, measured, spread is not None)
     done = 0
 
     def advance(tiles: int) -> None:
@@ -114,7 +117,7 @@ def predict(
         sink = outputs = Outputs(source.shape, place, Path(sink), kelp_from, {})
     try:
         with decoding(plan.cache):
-            engine.run([Job(source, sink)])
+            engine.run([Job(source, sink, spread=spread)])
         for _, error in engine.failures:
             raise error
     finally:

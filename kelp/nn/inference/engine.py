@@ -32,6 +32,9 @@ Pixels = NDArray[np.float32]
 Predict = Callable[[Pixels], Pixels]
 """Raw DN `(n, 7, h, w)` (canonical, NaN = missing) to probabilities `(n, h, w)`."""
 
+WriteRows = Callable[[int, Pixels], None]
+"""Takes rows `(n, width)` from row `y` on, as `Sink.write` does."""
+
 AHEAD: Final = 2
 """Batches that are read before the network wants them, and that wait to be merged."""
 
@@ -64,6 +67,9 @@ class Job:
     source: Source
     sink: Sink
     journal: Journal | None = None
+    spread: WriteRows | None = None
+    """Takes the spread of tiles' probabilities (see `StripMerger`), after the sink its rows; NaN
+    = not observed. None: it is not worked out."""
 
 
 @dataclass
@@ -104,7 +110,8 @@ class _Scene:
         grid = TileGrid(job.source.shape, slicing.tile, slicing.overlap)
         state = job.journal.start if job.journal else None
         row = grid.rows.index(state.top) if state else 0
-        return cls(job, grid, StripMerger(grid.shape, slicing.blend, state), row)
+        merger = StripMerger(grid.shape, slicing.blend, state, spread=job.spread is not None)
+        return cls(job, grid, merger, row)
 
     def merge(self, tile: Tile, validity: float, values: Pixels | None) -> None:
         """Merge one tile; they come in the order of the grid."""
@@ -123,13 +130,16 @@ class _Scene:
         rows = self.grid.rows
         last = self.row == len(rows)
         top = self.merger.top
-        probabilities = self.merger.take(self.grid.shape[0] if last else rows[self.row])
-        for values in probabilities:
-            seen = self.seen.popleft()
-            # Observed pixels without a vote lie in tiles left out as land: certainly no kelp.
-            values[np.isnan(values)] = 0.0
-            values[~seen] = np.nan
-        self.job.sink.write(top, probabilities)
+        planes = self.merger.take_planes(self.grid.shape[0] if last else rows[self.row])
+        for row in range(planes.shape[1]):
+            unseen = ~self.seen.popleft()
+            for values in planes[:, row]:
+                # Observed pixels without a vote lie in tiles left out as land: certainly no kelp.
+                values[np.isnan(values)] = 0.0
+                values[unseen] = np.nan
+        self.job.sink.write(top, planes[0])
+        if self.job.spread:
+            self.job.spread(top, planes[1])
         if last:
             self.job.sink.close()
         elif self.job.journal:

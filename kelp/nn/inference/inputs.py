@@ -36,7 +36,7 @@ def find_scenes(data: Path) -> list[Path]:
         lines = data.read_text(encoding="utf-8").splitlines()
         scenes = [Path(line.strip()) for line in lines if line.strip()]
     else:
-        products = (manifest.MASK_SUFFIX, manifest.PROBABILITY_SUFFIX)
+        products = (manifest.MASK_SUFFIX, manifest.PROBABILITY_SUFFIX, manifest.SPREAD_SUFFIX)
         found = [p for p in input_folder(data) if p.suffix.lower() in (".tif", ".tiff")]
         scenes = [p for p in found if not p.name.endswith(products)]
     if not scenes:

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from kelp.bands import MASK_NODATA
 from kelp.grid import Shape
-from kelp.manifest import MASK_SUFFIX, PROBABILITY_SUFFIX
+from kelp.manifest import MASK_SUFFIX, PROBABILITY_SUFFIX, SPREAD_SUFFIX
 from kelp.merge import MergerState, to_mask
+from kelp.nn.inference.engine import WriteRows
 from kelp.nn.inference.journal import JournalFile, journal_path
 from kelp.raster import Georeference
 from kelp.writer import COG_SIDE, RasterWriter, remove_rows
@@ -31,8 +32,13 @@ def probability_path(mask: Path) -> Path:
     return mask.with_name(mask.name.removesuffix(MASK_SUFFIX) + PROBABILITY_SUFFIX)
 
 
+def spread_path(mask: Path) -> Path:
+    """The raster of the spread of tiles that belongs to a mask."""
+    return mask.with_name(mask.name.removesuffix(MASK_SUFFIX) + SPREAD_SUFFIX)
+
+
 class Outputs:
-    """Sink of one scene: its mask and, on request, its probabilities.
+    """Sink of one scene: its mask and, on request, its probabilities and the spread of tiles.
 
     A large scene with a fingerprint keeps a journal: what a killed process left of the same
     inputs and settings is gone on with.
@@ -46,6 +52,7 @@ class Outputs:
         probabilities: type of the probabilities to write beside the mask; None = none.
         fingerprint: stands for inputs and settings.
         resume: whether what an earlier process left is gone on with.
+        spread: whether `write_spread` is wanted.
     """
 
     def __init__(
@@ -58,17 +65,22 @@ class Outputs:
         probabilities: ProbabilityType | None = None,
         fingerprint: str | None = None,
         resume: bool = True,
+        spread: bool = False,
     ) -> None:
+        def writer(path: Path, kind: str, scale: float | None = None) -> RasterWriter:
+            nodata = MASK_NODATA if kind == "uint8" else np.nan
+            return RasterWriter(path, shape, kind, place, nodata, tags, scale)
+
         self.threshold = threshold
-        self._writers = [RasterWriter(mask, shape, "uint8", place, MASK_NODATA, tags)]
-        path = probability_path(mask)
-        if probabilities == "uint8":
-            scaled = RasterWriter(path, shape, "uint8", place, MASK_NODATA, tags, 1 / _STEPS)
-            self._writers.append(scaled)
-        elif probabilities == "float32":
-            self._writers.append(RasterWriter(path, shape, "float32", place, float("nan"), tags))
+        self._mask = writer(mask, "uint8")
         self._scaled = probabilities == "uint8"
-        self._mask = mask
+        self._probabilities = self._spread = None
+        if probabilities:
+            scale = 1 / _STEPS if self._scaled else None
+            self._probabilities = writer(probability_path(mask), probabilities, scale)
+        if spread:
+            self._spread = writer(spread_path(mask), "float32")
+        self._writers = [w for w in (self._mask, self._probabilities, self._spread) if w]
         self._begun = False
         self._journal: JournalFile | None = None
         self.start: MergerState | None = None
@@ -88,9 +100,9 @@ class Outputs:
         elif not resume:
             reason = "an earlier run was stopped in it"
         elif entry.checksums == tuple(writer.checksum for writer in self._writers):
-            log.info("%s: going on from row %d of %d", self._mask, entry.state.top, height)
+            log.info("%s: going on from row %d of %d", self._mask.path, entry.state.top, height)
             return entry.state
-        log.info("%s: %s; starting over", self._mask, reason)
+        log.info("%s: %s; starting over", self._mask.path, reason)
         journal.discard()
         self._begin()
         return None
@@ -112,10 +124,14 @@ class Outputs:
         """Write rows `(n, width)` of probabilities from row `y` on."""
         if not self._begun:
             self._begin()
-        mask, *probabilities = self._writers
-        mask.write(y, to_mask(rows, self.threshold))
-        for writer in probabilities:
-            writer.write(y, _scaled(rows) if self._scaled else rows)
+        self._mask.write(y, to_mask(rows, self.threshold))
+        if self._probabilities:
+            self._probabilities.write(y, _scaled(rows) if self._scaled else rows)
+
+    @property
+    def write_spread(self) -> WriteRows | None:
+        """Writes rows `(n, width)` of the spread, after their probabilities; None = not wanted."""
+        return self._spread.write if self._spread else None
 
     def commit(self, state: Callable[[], MergerState]) -> None:
         """Save what is needed to go on from here, unless that was done a moment ago."""
@@ -131,9 +147,11 @@ class Outputs:
         """Finish the files; the mask last: it is what marks a scene as finished."""
         for writer in reversed(self._writers):
             writer.finish()
-        if len(self._writers) == 1:  # probabilities of an earlier run would not belong to it
-            probability_path(self._mask).unlink(missing_ok=True)
-            remove_rows(probability_path(self._mask))
+        written = [writer.path for writer in self._writers]
+        for path in _products(self._mask.path):
+            if path not in written:  # of an earlier run, it would not belong to the mask
+                path.unlink(missing_ok=True)
+                remove_rows(path)
         if self._journal:
             self._journal.discard()
         self._end(keep=False)
@@ -146,9 +164,14 @@ class Outputs:
 
 def forget(mask: Path) -> None:
     """Remove what a process left that was killed just after it had finished a scene."""
-    free = [remove_rows(path) for path in (mask, probability_path(mask))]
+    free = [remove_rows(path) for path in _products(mask)]
     if all(free):
         journal_path(mask).unlink(missing_ok=True)
+
+
+def _products(mask: Path) -> tuple[Path, ...]:
+    """All files that may belong to a scene."""
+    return mask, probability_path(mask), spread_path(mask)
 
 
 def _scaled(rows: NDArray[np.float32]) -> NDArray[np.uint8]:

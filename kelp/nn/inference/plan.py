@@ -23,6 +23,8 @@ _CANONICAL: Final = 4 * len(BANDS)
 """Bytes of a pixel inside kelp."""
 _MERGING: Final = 8 + 4 + 1
 """Bytes of a pixel that waits for tiles: sum, weight, whether it was left out."""
+_MERGING_SPREAD: Final = 8
+"""The sum of squares."""
 SMALLEST_CACHE: Final = 16 << 20
 _LARGEST_CACHE: Final = 512 << 20  # without a budget
 _SLACK: Final = 1.1
@@ -112,9 +114,16 @@ class NetworkMemory:
 
 
 def fit_memory(
-    plan: Plan, budget: int, scenes: Sequence[SceneSize], slicing: Slicing, network: NetworkMemory
+    plan: Plan,
+    budget: int,
+    scenes: Sequence[SceneSize],
+    slicing: Slicing,
+    network: NetworkMemory,
+    spread: bool = False,
 ) -> Plan:
     """The plan with the largest batch, up to the wish, for which the process stays in `budget`.
+
+    `spread`: whether the spread of tiles is worked out, too.
 
     Raises:
         ConfigError: not even batches of one crop fit; names the smallest budget that works.
@@ -124,7 +133,7 @@ def fit_memory(
     def total(batch: int) -> int:
         cut = replace(slicing, batch_size=batch)
         work = network.first + (batch - 1) * network.further + _buffers(cut) + cache
-        work += max(_scene_bytes(scene, cut) for scene in scenes)
+        work += max(_scene_bytes(scene, cut, spread) for scene in scenes)
         return network.present + int(_SLACK * work)
 
     if total(1) > budget:
@@ -165,7 +174,7 @@ def _buffers(slicing: Slicing) -> int:
     return (AHEAD + 1) * pixels * _CANONICAL + (AHEAD + 1) * pixels * 4
 
 
-def _scene_bytes(scene: SceneSize, slicing: Slicing) -> int:
+def _scene_bytes(scene: SceneSize, slicing: Slicing, spread: bool) -> int:
     """Bytes of a scene under way: its strip, rows being read, merged and written."""
     height, width = scene.shape
     tile, stride = slicing.tile[0], slicing.tile[0] - slicing.overlap[0]
@@ -174,8 +183,9 @@ def _scene_bytes(scene: SceneSize, slicing: Slicing) -> int:
     # Rows of tiles that are read but not yet merged: batches under way, and one to be filled.
     columns = len(TileGrid((1, width), (1, slicing.tile[1]), (0, slicing.overlap[1])))
     ahead = -(-(2 * AHEAD + 2) * slicing.batch_size // columns) + 1
-    merging = min(tile + ahead * stride, height) * (_MERGING + 1) * 2  # twice where it grows
-    writing = min(stride, height) * 40
+    waiting = _MERGING + spread * _MERGING_SPREAD + 1
+    merging = min(tile + ahead * stride, height) * waiting * 2  # twice where it grows
+    writing = min(stride, height) * (40 + spread * 24)
     small = max(width, slicing.tile[1]) / width  # reflected up to a tile
     return int(small * width * (strip + reading + merging + writing))
 

@@ -28,7 +28,7 @@ from kelp.nn.inference.checks import check_statistics
 from kelp.nn.inference.engine import Counts, Engine, Job
 from kelp.nn.inference.inputs import Task, find_scenes, survey
 from kelp.nn.inference.network import Network
-from kelp.nn.inference.outputs import Outputs, forget, probability_path
+from kelp.nn.inference.outputs import Outputs, forget, probability_path, spread_path
 from kelp.nn.inference.plan import (
     NetworkMemory,
     Plan,
@@ -55,6 +55,7 @@ class PredictResult:
 
     masks: tuple[Path, ...]
     probabilities: tuple[Path, ...]
+    spreads: tuple[Path, ...]
     submission: Path | None
     previews: tuple[Path, ...]
     made: int
@@ -123,6 +124,7 @@ def predict_scenes(config: PredictConfig, progress: Progress = silent) -> Predic
     return PredictResult(
         masks=masks,
         probabilities=tuple(map(probability_path, masks)) if config.save_probabilities else (),
+        spreads=tuple(map(spread_path, masks)) if config.save_spread else (),
         submission=submission,
         previews=tuple(previews),
         made=len(run.todo),
@@ -174,7 +176,7 @@ class _Run:
                     with Scene(task.path, self.config.band_order) as scene:
                         sink = self._sink(scene, task, prints[task.path])
                         sinks.append((sink, task.path))
-                        yield Job(scene, sink, sink)
+                        yield Job(scene, sink, sink, sink.write_spread)
                 except KelpError as error:  # it was readable when the run was planned
                     failures[task.path] = str(error)
 
@@ -197,13 +199,17 @@ class _Run:
         pixel_bytes = 1
         if config.save_probabilities:
             pixel_bytes += np.dtype(config.probability_dtype).itemsize
+        if config.save_spread:
+            pixel_bytes += 4
         shapes = [bundle.spec.network_shape(tile) for bundle in self.bundles]
         pixels = self.network.passes(tile) * sum(height * width for height, width in shapes)
         plan = make_plan(sizes, self.slicing, pixels, pixel_bytes)
         if config.max_memory is not None and sizes:
             memory.give_back()
             measured = self._measured(config.max_memory)
-            plan = fit_memory(plan, config.max_memory, sizes, self.slicing, measured)
+            plan = fit_memory(
+                plan, config.max_memory, sizes, self.slicing, measured, config.save_spread
+            )
         check_disk(plan, config.output_dir)
         if sizes:
             log.info("%s", plan)
@@ -252,6 +258,7 @@ class _Run:
             "device": self.device.type,
             "tta": self.config.tta_merge_mode if self.config.tta else None,
             "probabilities": self.config.save_probabilities and self.config.probability_dtype,
+            "spread": self.config.save_spread,
         }
 
     def _fingerprint(self, task: Task) -> str:
@@ -266,6 +273,8 @@ class _Run:
         wanted = [task.output]
         if self.config.save_probabilities:
             wanted.append(probability_path(task.output))
+        if self.config.save_spread:
+            wanted.append(spread_path(task.output))
         if self.config.overwrite or not task.output.is_file():
             return False
         if all(read_tags(file).get(_FINGERPRINT) == fingerprint for file in wanted):
@@ -284,6 +293,7 @@ class _Run:
             self.config.probability_dtype if self.config.save_probabilities else None,
             fingerprint,
             resume=not self.config.overwrite,
+            spread=self.config.save_spread,
         )
 
     def _tiles(self, task: Task) -> int:
