@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
@@ -23,6 +24,8 @@ _FALSE: Final = "false_kelp_share_of_open_water"
 _BESIDE: Final = ("mean_image_dice", "seam_score")
 _FOUND: Final = tuple((f"recall_{size}_px", f"{size} px") for size in PATCH_SIZES)
 
+_WIDTH: Final = 100
+"""Of the words below a plain-text table."""
 _EQUAL: Final = (
     "Thresholds at which every way is as precise as that one, fitted on other places. Precision: "
     "as reached on the places judged; px: share of the patches of that size found; false: kelp "
@@ -49,11 +52,11 @@ def to_text(comparison: Comparison, advice: Advice) -> str:
         "mean Dice: of the images; cost: network pixels for each scene pixel; s: seconds an image; "
         "seam: 1 = none shows"
     )
-    lines = [*_aligned(rows), legend]
+    lines = [*_aligned(rows), *textwrap.wrap(legend, _WIDTH)]
     if advice.whole and comparison.equal:
         rows = [[_number(cell) for cell in row] for row in _equal_table(comparison, advice.whole)]
         words = f"At the precision of: {advice.whole.way.name}"
-        lines += ["", words, *_aligned(rows), _EQUAL]
+        lines += ["", words, *_aligned(rows), *textwrap.wrap(_EQUAL, _WIDTH)]
     return "\n".join([*lines, "", advice.text])
 
 
