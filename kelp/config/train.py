@@ -36,7 +36,7 @@ Precision = Literal["16-true", "16-mixed", "bf16-true", "bf16-mixed", "32-true"]
 
 
 SLICED: Final[Mapping[str, Any]] = {
-    "image_size": 320,
+    "image_size": 224,
     "resize_strategy": "resize",
     "interpolation": "bilinear",
     "random_crops": True,
@@ -85,7 +85,7 @@ class TrainConfig(Config):
 
     # preprocessing
     image_size: int = option(
-        352, help="Side of the network's input; with --sahi 320", unit="px", ge=32
+        352, help="Side of the network's input; with --sahi 224", unit="px", ge=32
     )
     resize_strategy: ResizeStrategy = option(
         "pad", help="Bring images to image_size by padding or resizing; with --sahi resize"
