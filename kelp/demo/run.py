@@ -37,9 +37,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("kelp")
 
-# The seed's recipe with the packaged encoder, cut to what two cores do in some minutes.
+# The sliced recipe with the packaged encoder, cut to what two cores do in some minutes.
 _TILE: Final = 128
-_CROP: Final = 256
 _BATCH: Final = 8
 
 
@@ -173,7 +172,6 @@ def _training(config: DemoConfig, table: Path, stats: Path) -> TrainConfig:
         sahi=True,
         batch_size=_BATCH,
         num_workers=1,
-        image_size=_CROP,
         use_weighted_sampler=True,
         samples_per_epoch=config.samples_per_epoch,
         has_kelp_importance_factor=3,
