@@ -1,4 +1,4 @@
-"""The pass mark of the seam score, on a network that was trained a few seconds.
+"""The pass mark of the seam score, on a network that was trained for half a minute.
 
 Untrained networks, and networks of one pixel, do not show what merging has to hide: that a tile's
 rim knows less than its middle.
@@ -23,7 +23,7 @@ from kelp.simulation.scene import simulate_scene
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
-SEED, TILE, SIDE, STEPS, BATCH, LR = 1000, 64, 192, 100, 16, 5e-3
+SEED, TILE, SIDE, STEPS, BATCH, LR = 1000, 64, 192, 300, 16, 5e-3
 PASS_MARK = 1.5
 """Eight networks of other seeds, decoders and steps, none trained for long, scored 0.89 to 1.36;
 with a planted fault all of them scored 4 to 29. Four were asked without any tile, too, and scored
@@ -96,8 +96,8 @@ def test_the_default_leaves_no_seam(bundle, unseen):
     assert 1 / PASS_MARK < score < PASS_MARK
     p, truth = np.stack(maps), np.stack([scene.truth for scene in unseen])
     seen = np.isfinite(p)
-    # It has learnt what kelp is, on coasts that it never saw.
-    assert p[seen & (truth == 1)].mean() > 3 * p[seen & (truth == 0)].mean()
+    # It has learnt what kelp is, on coasts that it never saw (this one: 140 times).
+    assert p[seen & (truth == 1)].mean() > 10 * p[seen & (truth == 0)].mean()
 
 
 @pytest.mark.parametrize(("blend", "overlap"), [("mean", TILE // 2), ("hann", 0), ("mean", 0)])
