@@ -18,7 +18,7 @@ from world import make_world, write_tif
 
 from kelp.bands import DEM, NODATA, QA
 from kelp.config import StatsConfig, TrainConfig
-from kelp.config.train import Normalization
+from kelp.config.choices import Normalization
 from kelp.nn import symmetry
 from kelp.nn.bundle import Bundle
 from kelp.nn.datamodule import read_fold

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from torch.nn import functional
 
-from kelp.config.train import Loss
+from kelp.config.choices import Loss
 from kelp.nn.losses import LossSettings, build_loss
 
 NAMES = typing.get_args(Loss)

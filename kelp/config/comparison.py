@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import BeforeValidator, model_validator
 
 from kelp.config.base import Config, Integers, Names, Paths, option, split
-from kelp.config.train import Interpolation, Precision
+from kelp.config.choices import Interpolation, Precision
 from kelp.errors import ConfigError
 
 Interpolations = Annotated[tuple[Interpolation, ...], BeforeValidator(split)]

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal, Self
 from pydantic import model_validator
 
 from kelp.config.base import Bytes, Config, Floats, Names, Paths, option
-from kelp.config.train import Precision
+from kelp.config.choices import Precision
 from kelp.errors import ConfigError
 
 Blend = Literal["mean", "hann"]

@@ -11,29 +11,19 @@ from pydantic import field_validator, model_validator
 
 from kelp.bands import BANDS, IndexInput, parse_bands
 from kelp.config.base import Config, Floats, Integers, Names, option
+from kelp.config.choices import (
+    Architecture,
+    CompileMode,
+    Interpolation,
+    Loss,
+    Metric,
+    Normalization,
+    Optimizer,
+    Precision,
+    ResizeStrategy,
+    Scheduler,
+)
 from kelp.errors import ConfigError
-
-Architecture = Literal[
-    "unet", "unet++", "linknet", "fpn", "manet", "pan", "pspnet", "deeplabv3", "deeplabv3+",
-    "segformer", "upernet",
-]  # fmt: skip
-Loss = Literal[
-    "dice", "jaccard", "ce", "bce", "focal", "tversky", "focal_tversky", "lovasz", "soft_ce", "mcc",
-    "combo",
-]  # fmt: skip
-Optimizer = Literal["adam", "adamw", "sgd"]
-Scheduler = Literal[
-    "onecycle", "cosine", "cosine_with_warm_restarts", "cyclic", "reduce_lr_on_plateau", "none"
-]
-Normalization = Literal[
-    "quantile", "z-score", "min-max", "per-sample-quantile", "per-sample-min-max"
-]
-ResizeStrategy = Literal["pad", "resize"]
-Interpolation = Literal["nearest", "nearest-exact", "bilinear", "bicubic"]
-CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
-Metric = Literal["val/dice", "val/iou", "val/precision", "val/recall", "val/loss"]
-Precision = Literal["16-true", "16-mixed", "bf16-true", "bf16-mixed", "32-true"]
-
 
 SLICED: Final[Mapping[str, Any]] = {
     "image_size": 224,
@@ -77,6 +67,22 @@ class TrainConfig(Config):
     augment: bool = option(
         True, help="Turn and mirror training crops: the 8 symmetries of the square"
     )
+    augment_offset: float = option(
+        0.0, help="Lift and lower the optical bands of training crops, as haze and glint do: "
+        "standard deviation", unit="reflectance", ge=0, le=1,
+    )  # fmt: skip
+    augment_gain: float = option(
+        0.0, help="Multiply the optical bands of training crops: standard deviation of the "
+        "factor's logarithm", unit="factor", ge=0, le=1,
+    )  # fmt: skip
+    augment_noise: float = option(
+        0.0, help="Noise on each pixel of training crops: standard deviation", unit="reflectance",
+        ge=0, le=1,
+    )  # fmt: skip
+    augment_dropout: float = option(
+        0.0, help="Chance of an optical band to be missing all over a training crop",
+        unit="fraction 0-1", ge=0, lt=1,
+    )  # fmt: skip
     random_crops: bool = option(
         False,
         help="With --sahi: cut training tiles anywhere up to half a tile from their place in the "

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 import kelp
-from kelp.config.train import Precision
+from kelp.config.choices import Precision
 from kelp.errors import BundleError
 from kelp.files import atomic_folder, recover_folder
 from kelp.nn.folding import folded

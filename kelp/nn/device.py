@@ -10,7 +10,7 @@ from typing import Final, Literal
 
 import torch
 
-from kelp.config.train import Precision
+from kelp.config.choices import Precision
 from kelp.errors import ConfigError
 
 log = logging.getLogger("kelp")

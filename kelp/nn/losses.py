@@ -21,7 +21,7 @@ from torch.nn import functional
 from torchvision.ops import sigmoid_focal_loss
 
 from kelp.bands import MASK_NODATA
-from kelp.config.train import Loss
+from kelp.config.choices import Loss
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 """`loss(logits, target)`: a float32 scalar."""

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kelp.bands import MASK_NODATA
-from kelp.config.train import Precision
+from kelp.config.choices import Precision
 from kelp.errors import ConfigError
 from kelp.grid import Shape
 from kelp.nn.device import compute_dtype

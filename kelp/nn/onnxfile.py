@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kelp.bands import BANDS
-from kelp.config.train import Precision
+from kelp.config.choices import Precision
 from kelp.errors import BundleError, KelpError
 from kelp.grid import Shape
 

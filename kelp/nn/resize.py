@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kelp.config.train import Interpolation
+from kelp.config.choices import Interpolation
 from kelp.grid import Shape
 
 

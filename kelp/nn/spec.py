@@ -7,7 +7,7 @@ from typing import Any, Final, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field
 
 from kelp.bands import IndexInput
-from kelp.config.train import Architecture, Interpolation, Normalization, ResizeStrategy
+from kelp.config.choices import Architecture, Interpolation, Normalization, ResizeStrategy
 from kelp.grid import Shape
 from kelp.indices import IndexSettings, channel_names
 from kelp.summary import ChannelStats

@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
+from kelp.config.choices import Interpolation, Precision
 from kelp.config.predict import MergeMode
-from kelp.config.train import Interpolation, Precision
 from kelp.errors import ConfigError
 from kelp.grid import Shape, TileGrid
 from kelp.merge import Blend

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from kelp import bands
 from kelp.bands import BANDS
 from kelp.config.base import parse_bytes
+from kelp.config.choices import Precision
 from kelp.config.predict import MergeMode
-from kelp.config.train import Precision
 from kelp.errors import BundleError, ConfigError
 from kelp.grid import Shape, Tile
 from kelp.merge import Blend

@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kelp.config.choices import Precision
 from kelp.config.predict import MergeMode
-from kelp.config.train import Precision
 from kelp.errors import BundleError
 from kelp.grid import Shape
 from kelp.nn import symmetry

@@ -7,7 +7,7 @@ import logging
 import torch
 from torch import nn
 
-from kelp.config.train import CompileMode
+from kelp.config.choices import CompileMode
 
 log = logging.getLogger("kelp")
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from kelp.config import TrainConfig
-from kelp.config.train import Precision
+from kelp.config.choices import Precision
 from kelp.errors import ConfigError, KelpError
 from kelp.files import write_text
 from kelp.nn.bundle import load_network, read_spec, save_bundle

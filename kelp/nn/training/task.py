@@ -19,6 +19,7 @@ from kelp.nn.dataset import Sample
 from kelp.nn.losses import LossSettings, build_loss
 from kelp.nn.metrics import KelpScores
 from kelp.nn.model import KelpNet
+from kelp.nn.radiometry import Radiometry
 from kelp.nn.training.averaging import NORM_BATCHES, build_average, renew_norms
 from kelp.nn.training.rates import build_optimizer, build_schedulers
 
@@ -38,6 +39,9 @@ class KelpTask(LightningModule):
         self.loss = build_loss(
             config.loss, LossSettings(config.ce_smooth_factor, (background, kelp))
         )
+        self.radiometry = Radiometry(
+            config.augment_offset, config.augment_gain, config.augment_noise, config.augment_dropout
+        )
         self.scores = KelpScores()
         # A module of this one: so it is moved, kept in checkpoints and resumed with it.
         self.average = build_average(net, config)
@@ -54,11 +58,13 @@ class KelpTask(LightningModule):
         torch.manual_seed(_seed(self.config.seed, self.current_epoch))
 
     def training_step(self, batch: Sample, batch_idx: int) -> Tensor:
-        """The loss of a batch, its crops turned and mirrored."""
+        """The loss of a batch, its crops turned and mirrored, and their light changed."""
         raw, target = batch.raw, batch.target
         if self.config.augment:
             seed = _seed(self.config.seed, self.current_epoch, batch_idx)
-            raw, target = symmetry.augment((raw, target), torch.Generator().manual_seed(seed))
+            generator = torch.Generator().manual_seed(seed)
+            raw, target = symmetry.augment((raw, target), generator)
+            raw = self.radiometry(raw, generator)
         loss = self.loss(self.net(raw), self.net.resize_target(target))
         self.log(TRAIN_LOSS, loss, on_step=False, on_epoch=True, batch_size=len(raw))
         return loss
