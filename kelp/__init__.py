@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from kelp.errors import KelpError
     from kelp.nn.bundle import load_bundle
     from kelp.nn.comparison.compare import compare
+    from kelp.nn.comparison.tune import tune
     from kelp.nn.export import export
     from kelp.nn.inference.arrays import predict, predict_array
     from kelp.nn.inference.predict import predict_scenes
@@ -53,6 +54,7 @@ _HOMES = {
     "split_fold": "kelp.data_prep.splitting",
     "submit": "kelp.submission",
     "train": "kelp.nn.training.fit",
+    "tune": "kelp.nn.comparison.tune",
 }
 
 __all__ = [
@@ -74,6 +76,7 @@ __all__ = [
     "split_fold",
     "submit",
     "train",
+    "tune",
 ]
 
 

@@ -45,6 +45,10 @@ COMMANDS: Final = {
     "train": Command(
         "TrainConfig", "kelp.nn.training.fit:train", "One tracked run, ending in a bundle.",
     ),
+    "tune": Command(
+        "TuneConfig", "kelp.nn.comparison.tune:tune",
+        "Threshold and calibration of a network, fitted on scenes it was not trained on.",
+    ),
     "predict": Command(
         "PredictConfig", "kelp.nn.inference.predict:predict_scenes",
         "Masks and probabilities of scenes, in slices or whole.",

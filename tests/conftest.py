@@ -26,3 +26,24 @@ def ramp(monkeypatch):
     from laws import use_ramp_network
 
     use_ramp_network(monkeypatch)
+
+
+@pytest.fixture
+def labelled(tmp_path):
+    """Twelve scenes of six places with their truths, and the table that says so."""
+    import numpy as np
+    import pandas as pd
+    from world import coast, write_tif
+
+    from kelp.writer import write_mask
+
+    rng = np.random.default_rng(5)
+    rows = []
+    for k in range(12):
+        image, mask = coast((100, 90), rng)
+        write_tif(tmp_path / "images" / f"K{k:02d}_satellite.tif", image)
+        (tmp_path / "masks").mkdir(exist_ok=True)
+        write_mask(tmp_path / "masks" / f"K{k:02d}_kelp.tif", mask)
+        rows.append({"tile_id": f"K{k:02d}", "aoi_id": f"place{k // 2}"})
+    pd.DataFrame(rows).to_parquet(tmp_path / "places.parquet")
+    return tmp_path

@@ -12,7 +12,7 @@ from bundles import PixelBody, tiny_bundle
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
-from world import coast, make_world, write_tif
+from world import make_world
 
 import kelp
 from kelp.agreement import Figures
@@ -184,21 +184,6 @@ def test_an_interval_of_little_is_not_told():
 
 
 # The command
-
-
-@pytest.fixture
-def labelled(tmp_path):
-    """Twelve scenes of six places with their truths, and the table that says so."""
-    rng = np.random.default_rng(5)
-    rows = []
-    for k in range(12):
-        image, mask = coast((100, 90), rng)
-        write_tif(tmp_path / "images" / f"K{k:02d}_satellite.tif", image)
-        (tmp_path / "masks").mkdir(exist_ok=True)
-        write_mask(tmp_path / "masks" / f"K{k:02d}_kelp.tif", mask)
-        rows.append({"tile_id": f"K{k:02d}", "aoi_id": f"place{k // 2}"})
-    pd.DataFrame(rows).to_parquet(tmp_path / "places.parquet")
-    return tmp_path
 
 
 def compare(folder, monkeypatch, body, bundle=None, **options):

@@ -5,7 +5,7 @@
 """
 
 from kelp.config.base import Config
-from kelp.config.comparison import CompareConfig
+from kelp.config.comparison import CompareConfig, TuneConfig
 from kelp.config.predict import (
     DemoConfig,
     EnsembleConfig,
@@ -42,4 +42,5 @@ __all__ = [
     "StatsConfig",
     "SubmitConfig",
     "TrainConfig",
+    "TuneConfig",
 ]

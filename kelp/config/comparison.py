@@ -1,4 +1,4 @@
-"""Options of `kelp compare`."""
+"""Options of the commands that judge networks on labelled scenes: compare and tune."""
 
 from __future__ import annotations
 
@@ -14,13 +14,11 @@ from kelp.errors import ConfigError
 Interpolations = Annotated[tuple[Interpolation, ...], BeforeValidator(split)]
 
 
-class CompareConfig(Config):
-    """Should I slice? Ways of applying networks to labelled scenes, side by side."""
-
-    command: ClassVar[str] = "compare"
+class JudgingConfig(Config):
+    """Networks, and labelled scenes that they were not trained on."""
 
     run_dir: Paths = option(help="Runs or bundles, comma-separated: trained whole, or on tiles")
-    output_dir: Path = option(help="Folder for report.html, comparison.json and comparison.txt")
+    output_dir: Path = option(help="Folder for report.html and the figures as JSON and text")
     data_dir: Path | None = option(
         None, help="Folder of labelled scenes that no bundle was trained on; default: the images "
         "that the fold of the runs validates on, which they must share",
@@ -28,14 +26,41 @@ class CompareConfig(Config):
     gt_dir: Path | None = option(
         None, help="Folder of their true <tile_id>_kelp.tif masks, with --data_dir"
     )
-    labels_dir: Path | None = option(
-        None, help="Folder of other, noisy <tile_id>_kelp.tif masks, for a second score beside"
-    )
     metadata_fp: Path | None = option(
         None, help="Table of kelp metadata: which scenes show one place; default: that of the "
         "fold; with --data_dir each scene is a place of its own",
     )  # fmt: skip
     use_checkpoint: Literal["best", "latest"] = option("best", help="Which bundle of a run")
+    draws: int = option(2000, help="Bootstrap draws of places", unit="draws", ge=100)
+    seed: int = option(0, help="Seed of the draws", unit="integer", ge=0)
+    precision: Precision | None = option(
+        None, help="Number format; default: bf16-mixed where the device has it, else 32-true"
+    )
+    batch_size: int = option(8, help="Crops in a batch", unit="crops", ge=1)
+    device: Literal["auto", "cpu", "cuda"] = option("auto", help="Where the network runs")
+    band_order: Names = option(
+        (), help="Band names of the files, comma-separated; default: read from the files"
+    )
+    qa_as_nodata: bool = option(True, help="Pixels with QA = 1 count as not observed")
+
+    @model_validator(mode="after")
+    def _scenes_have_masks(self) -> Self:
+        if (self.data_dir is None) != (self.gt_dir is None):
+            raise ConfigError(
+                "--data_dir and --gt_dir belong together; give both, or neither for the images "
+                "that the fold of the runs validates on"
+            )
+        return self
+
+
+class CompareConfig(JudgingConfig):
+    """Should I slice? Ways of applying networks to labelled scenes, side by side."""
+
+    command: ClassVar[str] = "compare"
+
+    labels_dir: Path | None = option(
+        None, help="Folder of other, noisy <tile_id>_kelp.tif masks, for a second score beside"
+    )
     sahi_tile_size: int | None = option(
         None, help="Side of a tile; default: as kelp predict cuts, else 128", unit="px", ge=1
     )
@@ -53,26 +78,17 @@ class CompareConfig(Config):
         2048, help="Largest side that a network is shown at once; wider ways are left out",
         unit="px", ge=32,
     )  # fmt: skip
-    draws: int = option(2000, help="Bootstrap draws of places", unit="draws", ge=100)
-    seed: int = option(0, help="Seed of the draws", unit="integer", ge=0)
-    precision: Precision | None = option(
-        None, help="Number format; default: bf16-mixed where the device has it, else 32-true"
-    )
-    batch_size: int = option(8, help="Crops in a batch", unit="crops", ge=1)
-    device: Literal["auto", "cpu", "cuda"] = option("auto", help="Where the network runs")
-    band_order: Names = option(
-        (), help="Band names of the files, comma-separated; default: read from the files"
-    )
-    qa_as_nodata: bool = option(True, help="Pixels with QA = 1 count as not observed")
     pixel_size: float = option(
         30.0, help="Side of a pixel where a mask has no CRS, for areas", unit="m", gt=0
     )
 
-    @model_validator(mode="after")
-    def _scenes_have_masks(self) -> Self:
-        if (self.data_dir is None) != (self.gt_dir is None):
-            raise ConfigError(
-                "--data_dir and --gt_dir belong together; give both, or neither for the images "
-                "that the fold of the runs validates on"
-            )
-        return self
+
+class TuneConfig(JudgingConfig):
+    """Threshold and temperature of networks, fitted to labelled scenes, kept in their bundles."""
+
+    command: ClassVar[str] = "tune"
+
+    temperature: bool = option(
+        True, help="Also fit the temperature, which makes probabilities mean what they say"
+    )
+    store: bool = option(True, help="Write what was fitted into the bundles; False: only tell")

@@ -25,7 +25,7 @@ from torch import Tensor
 import kelp
 from kelp.config.choices import Precision
 from kelp.errors import BundleError
-from kelp.files import atomic_folder, recover_folder
+from kelp.files import atomic_folder, recover_folder, write_json, write_text
 from kelp.nn.folding import folded
 from kelp.nn.model import KelpNet
 from kelp.nn.onnxfile import SPEC_KEY, SUFFIX, OnnxFile
@@ -86,14 +86,16 @@ def save_bundle(
         spec = spec.model_copy(
             update={"weights_sha256": _sha256(partial / WEIGHTS_FILE), "versions": _versions()}
         )
-        (partial / CARD_FILE).write_text(_model_card(spec), encoding="utf-8")
         for file in attachments:
             shutil.copyfile(file, partial / file.name)
-        (partial / SPEC_FILE).write_text(
-            json.dumps(spec.model_dump(mode="json"), indent=2, allow_nan=False) + "\n",
-            encoding="utf-8",
-        )
+        describe_bundle(partial, spec)
     return folder
+
+
+def describe_bundle(folder: Path, spec: BundleSpec) -> None:
+    """Write what a bundle says of its weights: `bundle.json` and the model card."""
+    write_text(folder / CARD_FILE, _model_card(spec))
+    write_json(folder / SPEC_FILE, spec.model_dump(mode="json"))
 
 
 def find_bundle(path: Path, which: Which = "best") -> Path:
@@ -221,6 +223,7 @@ def _model_card(spec: BundleSpec) -> str:
         ("Applied to", f"{how}, {spec.resize_strategy} to {spec.image_size} px"),
         ("Normalisation", f"{spec.normalization_strategy}, numbers in {SPEC_FILE}"),
         ("Threshold", f"{spec.threshold:g}"),
+        ("Tuned on", spec.tuning.get("scenes", "nothing: the threshold is the usual one")),
         ("Trained on", f"{data.get('data_dir', 'unknown')}, fold {data.get('cv_split', '?')}"),
         ("Epoch", str(spec.epoch)),
     ]
@@ -243,11 +246,21 @@ def _model_card(spec: BundleSpec) -> str:
             "- Scores are agreement with the labels it was validated on. Volunteer labels of kelp",
             "  are themselves noisy; a score near 0.7 may be close to what they allow.",
             "- It has seen the sensors, coasts and seasons of its training data only.",
-            "- Probabilities are not calibrated; the map shows presence, not canopy area.",
+            *_calibration_lines(spec),
+            "- The map shows presence, not canopy area.",
             "- Tides hide canopy: do not compare dates without them.",
             "",
         ]
     )
+
+
+def _calibration_lines(spec: BundleSpec) -> list[str]:
+    if spec.temperature == 1:
+        return ["- Probabilities are not calibrated."]
+    return [
+        f"- Probabilities are calibrated (temperature {spec.temperature:.3g}) on the scenes above;",
+        "  elsewhere they may be off.",
+    ]
 
 
 def _score_lines(scores: Mapping[str, float]) -> list[str]:

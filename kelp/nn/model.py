@@ -57,7 +57,10 @@ class KelpNet(nn.Module):
 
     def probabilities(self, raw: Tensor) -> Tensor:
         """Raw DN `(n, 7, h, w)` to float32 probabilities `(n, h, w)` at input resolution."""
-        return self.to_input(torch.sigmoid(self(raw)), raw.shape[-2:])
+        logits = self(raw)
+        if self.spec.temperature != 1:
+            logits = logits / self.spec.temperature
+        return self.to_input(torch.sigmoid(logits), raw.shape[-2:])
 
     def on(self, device: torch.device, precision: Precision) -> Self:
         """The network on `device`, its weights in that precision; the caller's keeps its type."""

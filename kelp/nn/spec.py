@@ -50,6 +50,9 @@ class NetworkSpec(BaseModel):
     decoder_channels: tuple[int, ...] = (256, 128, 64, 32, 16)
     decoder_attention_type: Literal["scse", "none"] = "none"
 
+    temperature: float = Field(1.0, gt=0)
+    """Logits are divided by this: `kelp tune` fits it, so that probabilities mean what they say."""
+
     @property
     def index_settings(self) -> IndexSettings:
         """Index input and masks."""
@@ -95,6 +98,8 @@ class BundleSpec(NetworkSpec):
     schema_version: Literal[1] = SCHEMA_VERSION
     threshold: float = Field(0.5, ge=0, le=1)
     """Kelp where the probability is at least this."""
+    tuning: dict[str, Any] = {}
+    """What `kelp tune` fitted threshold and temperature on, and what they gain; empty: nothing."""
     scores: dict[str, float] = {}
     """Of the validation fold, at the epoch of these weights."""
     epoch: int = 0

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +29,7 @@ from kelp.nn.comparison.sums import (
     Draws,
     Sums,
     best_threshold,
+    parts_of,
     pixels_by_code,
     precision_by_code,
     sums_of,
@@ -44,11 +45,6 @@ from kelp.seams import Steps, steps
 from kelp.writer import write_mask
 
 log = logging.getLogger("kelp")
-
-_PARTS: Final = 10
-"""Of the places, or one for each if there are fewer; a part's threshold is fitted on the others.
-
-With two parts the threshold would hang on which of the few large beds fell into which half."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +74,7 @@ def compare(config: CompareConfig, progress: Progress = silent) -> CompareResult
     bundles = [load_bundle(path, config.use_checkpoint) for path in config.run_dir]
     if not bundles:
         raise ConfigError("--run_dir is missing; name at least one run or bundle")
-    scenes = labelled_scenes(config, bundles)
+    scenes = labelled_scenes(config, bundles, config.labels_dir)
     images = scenes.images
     ways: list[Way] = []
     left_out: list[Way] = []
@@ -162,11 +158,8 @@ class _Judge:
         self._number = {way.name: k for k, way in enumerate(ways)}
         self._counted: dict[str, NDArray[np.int64]] = {}
         self._land: list[NDArray[np.bool_]] = []
-        count = max(image.place for image in images) + 1
-        self._parts = min(_PARTS, count)
-        order = np.random.default_rng(config.seed).permutation(count)
-        self._part = np.empty(count, dtype=np.intp)
-        self._part[order] = np.arange(count) % self._parts
+        self._part = parts_of(max(image.place for image in images) + 1, config.seed)
+        self._parts = int(self._part.max()) + 1
 
     def predict(self, progress: Progress) -> None:
         """Run every way on every scene; each scene is read once."""

@@ -1,4 +1,4 @@
-"""The scenes of a comparison: a user's folders, or the fold that no network was trained on."""
+"""Scenes to judge networks by: a user's folders, or the fold that no network was trained on."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Final, NamedTuple
 
 import pandas as pd
 
-from kelp.config import CompareConfig
+from kelp.config import CompareConfig, TuneConfig
 from kelp.errors import BundleError, ConfigError, InputError, TableError
 from kelp.grid import Shape
 from kelp.manifest import (
@@ -48,7 +48,7 @@ class Labelled:
 
 @dataclass(frozen=True)
 class Scenes:
-    """What a comparison looks at."""
+    """What networks are judged by."""
 
     images: list[Labelled]
     words: str
@@ -63,8 +63,15 @@ class _Found(NamedTuple):
     words: str
 
 
-def labelled_scenes(config: CompareConfig, bundles: Sequence[Bundle]) -> Scenes:
+def labelled_scenes(
+    config: CompareConfig | TuneConfig, bundles: Sequence[Bundle], labels_dir: Path | None = None
+) -> Scenes:
     """The scenes with their truths and places, all of them readable.
+
+    Args:
+        config: the user's folders, or none of them.
+        bundles: whose fold is meant otherwise.
+        labels_dir: folder of second masks.
 
     Raises:
         InputError: a mask is missing or of another size, or a scene cannot be read.
@@ -76,7 +83,7 @@ def labelled_scenes(config: CompareConfig, bundles: Sequence[Bundle]) -> Scenes:
     else:
         found = _of_fold(bundles)
         log.info("scenes: %s", found.words)
-    labels = _masks(found.truths, config.labels_dir, "labels_dir") if config.labels_dir else {}
+    labels = _masks(found.truths, labels_dir, "labels_dir") if labels_dir else {}
     tasks, failures = survey(
         found.truths, config.band_order, [bundle.spec for bundle in bundles]
     )  # fmt: skip

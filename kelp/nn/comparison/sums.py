@@ -7,7 +7,7 @@ bootstrap draw of places are one addition, and all draws together one product of
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +30,7 @@ OPEN_WATER: Final = "false_kelp_share_of_open_water"
 _SHORE: Final = 3
 """Pixels around true kelp that are no kelp-free water: labels are not finer than that."""
 _LEVEL: Final = 0.95
+_PARTS: Final = 10
 _MOST_UNDEFINED: Final = 0.05
 """Share of draws without a value above which an interval is not told."""
 
@@ -181,9 +182,26 @@ class Draws:
         rng = np.random.default_rng(seed)
         self._times = rng.multinomial(places, np.full(places, 1 / places), size=draws)
 
+    def sums(self, by_place: NDArray[Any]) -> NDArray[Any]:
+        """Sums of every draw, `(draws, columns)`, of `(places, columns)`."""
+        total: NDArray[Any] = self._times @ by_place
+        return total
+
     def of(self, by_place: Sums) -> Sums:
         """Sums of every draw; `by_place` has one row for each place."""
-        return Sums(self._times @ by_place.values)
+        return Sums(self.sums(by_place.values))
+
+
+def parts_of(places: int, seed: int) -> NDArray[np.intp]:
+    """The part of each place, numbered from 0; what is fitted for a part is fitted on the others.
+
+    Up to ten parts. With two, a threshold would hang on which of the few large beds fell into
+    which half.
+    """
+    order = np.random.default_rng(seed).permutation(places)
+    part = np.empty(places, dtype=np.intp)
+    part[order] = np.arange(places) % min(_PARTS, places)
+    return part
 
 
 def interval(values: Array) -> tuple[float, float] | None:
