@@ -23,5 +23,8 @@ def test_the_demo_leaves_what_it_promises(tmp_path):
     names = {path.name for path in tmp_path.iterdir()}
     assert {"submission.tar", "mlruns", "data", "predictions", "kelp-demo.yaml"} <= names
     comparison = json.loads((tmp_path / "comparison" / "comparison.json").read_text())
+    # A rival at equal compute, which was shown whole images.
+    ways = {way["name"].split(":")[0] for way in comparison["ways"]}
+    assert ways == {"sliced", "whole"}
     assert comparison["advice"]["text"].split(":")[0] in report
     assert 'href="comparison/report.html"' in report

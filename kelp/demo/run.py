@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from kelp.config import (
     CompareConfig,
@@ -82,8 +83,8 @@ class _Clock:
 def demo(config: DemoConfig, progress: Progress = silent) -> DemoResult:
     """Simulate, prepare, train, predict, score and report, all under `output_dir`.
 
-    Leaves `report.html`, `scores.json`, `submission.tar`, `mlruns/`, `data/`, `predictions/` and
-    `comparison/`.
+    Leaves `report.html`, `scores.json`, `submission.tar`, `mlruns/`, `networks/`, `data/`,
+    `predictions/` and `comparison/`.
     """
     # Known in kelp by its commands only: the demo does what a user would do.
     from kelp.nn.comparison.compare import compare
@@ -93,9 +94,11 @@ def demo(config: DemoConfig, progress: Progress = silent) -> DemoResult:
     root = output_folder(config.output_dir)
     raw, predictions = root / "data" / "raw", root / "predictions"
     clock = _Clock()
-    table, stats = _prepare(config, raw, clock, progress)
-    with clock.step("train"):
-        training = train(_training(config, table, stats), progress)
+    tables, stats = _prepare(config, raw, clock, progress)
+    with clock.step("train on slices"):
+        training = train(_sliced(config, tables.tiles, stats), progress)
+    with clock.step("train a rival on whole images, with as many network pixels"):
+        rival = train(_whole(config, tables.images, raw), progress)
     with clock.step("predict the test images in slices"):
         predict_scenes(
             _prediction(raw / "test" / "images", predictions / "test", training, config), progress
@@ -112,7 +115,8 @@ def demo(config: DemoConfig, progress: Progress = silent) -> DemoResult:
         comparison = compare(
             CompareConfig(
                 data_dir=raw / "test" / "images", gt_dir=raw / "test_truth",
-                run_dir=(training.run_dir,), output_dir=root / "comparison",
+                run_dir=_named(root / "networks", sliced=training, whole=rival),
+                output_dir=root / "comparison", overlaps=(),
             ),
             progress,
         )  # fmt: skip
@@ -133,8 +137,15 @@ def demo(config: DemoConfig, progress: Progress = silent) -> DemoResult:
     return DemoResult(report, root / "scores.json", figures["pooled_dice"], clock.total)
 
 
-def _prepare(config: DemoConfig, raw: Path, clock: _Clock, progress: Progress) -> tuple[Path, Path]:
-    """Simulated images, their table and tiles; returns the table of tiles and the statistics."""
+class _Tables(NamedTuple):
+    images: Path
+    tiles: Path
+
+
+def _prepare(
+    config: DemoConfig, raw: Path, clock: _Clock, progress: Progress
+) -> tuple[_Tables, Path]:
+    """Simulated images and tiles; returns their tables and the statistics of the bands."""
     processed, sahi = raw.parent / "processed", raw.parent / "sahi"
     with clock.step("simulate coasts"):
         simulate(
@@ -160,16 +171,40 @@ def _prepare(config: DemoConfig, raw: Path, clock: _Clock, progress: Progress) -
             ),
             progress,
         )
-    return tiles.table, stats.path
+    return _Tables(images.table, tiles.table), stats.path
 
 
-def _training(config: DemoConfig, table: Path, stats: Path) -> TrainConfig:
+def _sliced(config: DemoConfig, table: Path, stats: Path) -> TrainConfig:
+    return _training(
+        config, data_dir=table.parent, metadata_fp=table, dataset_stats_fp=stats, sahi=True
+    )
+
+
+def _whole(config: DemoConfig, table: Path, raw: Path) -> TrainConfig:
+    """The same, shown whole images: fewer of them, for as many network pixels."""
+    tile = _sliced(config, table, table).image_size
+    rival = _training(config, data_dir=raw, metadata_fp=table, sahi=False)
+    samples = config.samples_per_epoch * tile**2 / rival.image_size**2
+    batches = max(1, round(samples / _BATCH))
+    return rival.model_copy(update={"samples_per_epoch": batches * _BATCH})
+
+
+def _named(folder: Path, **runs: TrainResult) -> tuple[Path, ...]:
+    """Links to runs, under names for people."""
+    folder.mkdir(exist_ok=True)
+    links = []
+    for name, run in runs.items():
+        link = folder / name
+        link.unlink(missing_ok=True)
+        link.symlink_to(os.path.relpath(run.run_dir, folder))
+        links.append(link)
+    return tuple(links)
+
+
+def _training(config: DemoConfig, **data: Any) -> TrainConfig:
     return TrainConfig(
-        data_dir=table.parent,
-        metadata_fp=table,
+        **data,
         output_dir=config.output_dir / "mlruns",
-        dataset_stats_fp=stats,
-        sahi=True,
         batch_size=_BATCH,
         num_workers=1,
         use_weighted_sampler=True,
