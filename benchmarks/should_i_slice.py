@@ -49,6 +49,8 @@ KINDS = ("whole", "sliced")
 
 def prepare(root: Path, world: str, options: argparse.Namespace) -> None:
     """Simulated images, tables and tiles of a world; the seed of a world is its number."""
+    if (root / "sahi" / TILES_TABLE).is_file():
+        return
     kelp.simulate(
         config.SimulateConfig(
             output_dir=root / "raw", places=options.places, dates=3, test=options.test,
