@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 from pydantic.fields import FieldInfo
 
 from kelp import config as configs
+from kelp.catalogue import formula
 from kelp.cli import COMMANDS
 from kelp.config import Config
 from kelp.indices import INDICES
@@ -74,19 +75,20 @@ def cli_page() -> str:
 
 
 def indices_page() -> str:
-    """Every spectral index with its bands, bounds and source."""
+    """Every spectral index with its formula, bounds and source."""
     lines = [
         "# Spectral indices",
         "",
         "Names for `--spectral_indices` of `kelp stats` and `kelp train`. With `--index_input",
         "reflectance` (the default) the optical bands are turned into surface reflectance, clipped",
         "to 0.001-1.2, and the index is clipped to the range below. With `--index_input dn` the",
-        "stored integers go into the same formulas and nothing is clipped.",
+        "stored integers go into the same formulas and nothing is clipped. `kelp indices` prints",
+        "this table.",
         "",
-        "| name | full name | bands | range | source |",
+        "| name | full name | formula | range | source |",
         "|---|---|---|---|---|",
         *(
-            f"| `{index.name}` | {index.long_name} | {', '.join(index.bands)} "
+            f"| `{index.name}` | {index.long_name} | {formula(index)} "
             f"| {index.low:g} to {index.high:g} | {index.source} |"
             for index in INDICES.values()
         ),

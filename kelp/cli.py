@@ -39,6 +39,9 @@ COMMANDS: Final = {
     "stats": Command(
         "StatsConfig", "kelp.stats:compute_stats", "Band and index statistics.",
     ),
+    "indices": Command(
+        "IndicesConfig", "kelp.catalogue:list_indices", "The spectral indices and their formulas.",
+    ),
     "slice": Command(
         "SliceConfig", "kelp.data_prep.slicing:slice_dataset", "A dataset of small tiles.",
     ),

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import ast
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from kelp.bands import BANDS, OPTICAL
+from kelp.catalogue import formula
+from kelp.cli import main
 from kelp.errors import ConfigError
 from kelp.indices import (
     INDICES,
@@ -40,6 +45,30 @@ BY_HAND = {
     "SABI": (1.2, 2 / 3),
     "WDRVI": (-3 / 7, -3 / 7),
     "mCRIG": (6, -0.4),
+    # These from the catalogue of Awesome Spectral Indices (spyndex 0.12), but FAI and RBNDVI.
+    "FAI": (0.3, 2.92),
+    "NDWI": (-0.3333333, -0.3333333),
+    "MNDWI": (0.3333333, -0.6),
+    "NDMI": (0.6, -0.3333333),
+    "NDTI": (-0.3333333, -0.3333333),
+    "GNDVI": (0.3333333, 0.3333333),
+    "BNDVI": (0.7777778, 0.2307692),
+    "GRNDVI": (0.1428571, 0.1428571),
+    "RBNDVI": (0.4545455, 0.06666667),
+    "EVI2": (0.4573171, 1.086957),
+    "SAVI": (0.45, 0.8571429),
+    "OSAVI": (0.4545455, 0.5905512),
+    "AFRI1600": (0.7167382, -0.137931),
+    "BWDRVI": (-0.1111111, -0.7241379),
+    "CVI": (1, 1),
+    "GLI": (0.4545455, 0.06666667),
+    "SR": (4, 4),
+    "DVI": (0.3, 6),
+    "FCVI": (0.2833333, 4.333333),
+    "NIRv": (0.24, 4.8),
+    "NormR": (0.1428571, 0.1428571),
+    "NormG": (0.2857143, 0.2857143),
+    "GCC": (0.5714286, 0.3636364),
 }
 REFLECTANCE = {"SWIR": 0.1, "NIR": 0.4, "R": 0.1, "G": 0.2, "B": 0.05}
 NUMBERS = {"SWIR": 16.0, "NIR": 8.0, "R": 2.0, "G": 4.0, "B": 5.0}
@@ -115,7 +144,9 @@ def test_reflectance_indices_exist_wherever_their_bands_do(pixels):
 
 def test_zero_denominators_are_missing():
     bands = planes(dict.fromkeys(OPTICAL, 0.0))
-    for name in sorted(set(INDICES) - {"DEMWM", "AVI", "ATSAVI", "GVMI"}):
+    constants = {"ATSAVI", "GVMI", "EVI2", "SAVI", "OSAVI"}  # in the denominator
+    no_ratio = {"DEMWM", "AVI", "DVI", "FCVI", "FAI"}
+    for name in sorted(set(INDICES) - constants - no_ratio):
         assert np.isnan(compute(name, bands, "dn")).all(), name
     # Opposite numbers cancel in the denominator, too.
     assert np.isnan(compute("NDVI", planes({**NUMBERS, "NIR": -2.0}), "dn")).all()
@@ -236,3 +267,44 @@ def test_a_missing_band_is_named():
     with pytest.raises(ConfigError, match="NDVI needs the band R"):
         compute("NDVI", {"NIR": np.zeros(SHAPE, np.float32)})
     assert get_index("ndvi") is INDICES["NDVI"]
+
+
+def test_formulas_are_written_down():
+    written = {name: formula(index) for name, index in INDICES.items()}
+    assert written["NDVI"] == "(NIR - R) / (NIR + R)"
+    assert written["DEMWM"] == "max(DEM, 0)"
+    assert written["WDRVI"] == "(0.1 NIR - R) / (0.1 NIR + R)"
+    assert written["GBNDVI"] == "(NIR - (G + B)) / (NIR + G + B)"
+    assert written["FAI"] == "NIR - (R + 0.22 (SWIR - R))"
+
+
+@pytest.mark.parametrize("name", sorted(set(INDICES) - {"DEMWM"}))
+def test_what_is_written_is_what_is_computed(name):
+    """Numbers into the written formula: products are spelled by a space."""
+    text = re.sub(r"(?<=[\w)]) (?=[\w(])", " * ", formula(INDICES[name]))
+    tree = ast.parse(text, mode="eval").body
+    assert arithmetic(tree, REFLECTANCE) == pytest.approx(BY_HAND[name][0], rel=1e-4)
+
+
+def arithmetic(node, values):
+    match node:
+        case ast.Name(id=name):
+            return values[name]
+        case ast.Constant(value=number):
+            return number
+        case ast.BinOp(left=left, op=op, right=right):
+            a, b = arithmetic(left, values), arithmetic(right, values)
+            return {ast.Add: a + b, ast.Sub: a - b, ast.Mult: a * b, ast.Div: a / b}[type(op)]
+    raise AssertionError(ast.dump(node))
+
+
+def test_the_command_lists_them(capsys):
+    assert main(["indices", "--names=fai,NDVI"]) == 0
+    out = capsys.readouterr().out
+    assert "FAI  Floating Algae Index\n    = NIR - (R + 0.22 (SWIR - R))" in out
+    assert "doi:10.1016/j.rse.2009.05.012" in out
+    assert "MNDWI" not in out
+    assert main(["indices"]) == 0
+    assert capsys.readouterr().out.count("    = ") == len(INDICES)
+    assert main(["indices", "--names=NDVY"]) == 2
+    assert "did you mean NDVI" in capsys.readouterr().err

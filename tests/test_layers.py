@@ -31,6 +31,7 @@ FLOORS = {
     "kelp.workers": 1,
     "kelp.statsfile": 1,
     "kelp.stats": 2,
+    "kelp.catalogue": 2,
     "kelp.rendering": 2,
     "kelp.preview": 2,
     "kelp.submission": 2,

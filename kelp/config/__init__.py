@@ -16,6 +16,7 @@ from kelp.config.predict import (
     SubmitConfig,
 )
 from kelp.config.prep import (
+    IndicesConfig,
     MetadataConfig,
     SimulateConfig,
     SliceConfig,
@@ -32,6 +33,7 @@ __all__ = [
     "EnsembleConfig",
     "EvaluateConfig",
     "ExportConfig",
+    "IndicesConfig",
     "MetadataConfig",
     "PredictConfig",
     "PreviewConfig",

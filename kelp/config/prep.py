@@ -74,6 +74,14 @@ class StatsConfig(Config):
     workers: int = option(0, help=WORKERS_HELP, unit="processes", ge=0)
 
 
+class IndicesConfig(Config):
+    """The spectral indices that `kelp stats` and `kelp train` know, with formula and source."""
+
+    command: ClassVar[str] = "indices"
+
+    names: Names = option((), help="Only these, comma-separated; default: all")
+
+
 class SliceConfig(Config):
     """A sliced dataset: small tiles of every training image, and their table."""
 
