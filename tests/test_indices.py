@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ast
+import operator
 import re
 
 import numpy as np
@@ -293,8 +294,11 @@ def arithmetic(node, values):
         case ast.Constant(value=number):
             return number
         case ast.BinOp(left=left, op=op, right=right):
-            a, b = arithmetic(left, values), arithmetic(right, values)
-            return {ast.Add: a + b, ast.Sub: a - b, ast.Mult: a * b, ast.Div: a / b}[type(op)]
+            of = {
+                ast.Add: operator.add, ast.Sub: operator.sub,
+                ast.Mult: operator.mul, ast.Div: operator.truediv,
+            }  # fmt: skip
+            return of[type(op)](arithmetic(left, values), arithmetic(right, values))
     raise AssertionError(ast.dump(node))
 
 
