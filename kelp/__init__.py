@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from kelp.nn.inference.arrays import predict, predict_array
     from kelp.nn.inference.predict import predict_scenes
     from kelp.nn.training.fit import train
+    from kelp.nn.training.folds import train_folds
     from kelp.reporting.run import make_report
     from kelp.scoring import evaluate
     from kelp.simulation.layout import simulate
@@ -54,6 +55,7 @@ _HOMES = {
     "split_fold": "kelp.data_prep.splitting",
     "submit": "kelp.submission",
     "train": "kelp.nn.training.fit",
+    "train_folds": "kelp.nn.training.folds",
     "tune": "kelp.nn.comparison.tune",
 }
 
@@ -76,6 +78,7 @@ __all__ = [
     "split_fold",
     "submit",
     "train",
+    "train_folds",
     "tune",
 ]
 

@@ -46,7 +46,8 @@ COMMANDS: Final = {
         "SliceConfig", "kelp.data_prep.slicing:slice_dataset", "A dataset of small tiles.",
     ),
     "train": Command(
-        "TrainConfig", "kelp.nn.training.fit:train", "One tracked run, ending in a bundle.",
+        "TrainConfig", "kelp.nn.training.folds:train_one_or_all",
+        "One tracked run, ending in a bundle; or one for each fold.",
     ),
     "tune": Command(
         "TuneConfig", "kelp.nn.comparison.tune:tune",
@@ -180,6 +181,8 @@ _METAVARS: Final = (
 
 def _metavar(annotation: Any) -> str:
     text = str(annotation)
+    if "Literal['all']" in text:
+        return "N|all"
     if "Literal" in text:
         choices = text.partition("Literal[")[2].partition("]")[0]
         return "|".join(part.strip(" '\"") for part in choices.split(","))

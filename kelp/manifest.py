@@ -89,13 +89,17 @@ def fold_column(table: pd.DataFrame, fold: int, path: Path) -> str:
     """Name of the column of a fold. Raises `TableError` when the table has no such fold."""
     name = f"split_{fold}"
     if name not in table.columns:
-        folds = sum(str(column).startswith("split_") for column in table.columns)
-        raise TableError(
-            f"{path}: has no fold {fold}; --cv_split lies between 0 and {folds - 1}"
-            if folds
-            else f"{path}: the table has no folds; make it with kelp metadata"
-        )
+        folds = count_folds(table, path)
+        raise TableError(f"{path}: has no fold {fold}; --cv_split lies between 0 and {folds - 1}")
     return name
+
+
+def count_folds(table: pd.DataFrame, path: Path) -> int:
+    """Number of folds of a table, at least 1. Raises `TableError` where it has none."""
+    folds = sum(str(column).startswith("split_") for column in table.columns)
+    if not folds:
+        raise TableError(f"{path}: the table has no folds; make it with kelp metadata")
+    return folds
 
 
 def require_files(paths: Sequence[Path], table: Path) -> None:

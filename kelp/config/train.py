@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Final, Literal, Self
+from typing import Annotated, Any, ClassVar, Final, Literal, Self
 
-from pydantic import field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from kelp.bands import BANDS, IndexInput, parse_bands
 from kelp.config.base import Config, Floats, Integers, Names, option
@@ -34,6 +34,14 @@ SLICED: Final[Mapping[str, Any]] = {
 """Defaults under `--sahi True`: the recipe that docs/experiments.md found best."""
 
 
+def _number(value: Any) -> Any:
+    """Flags are text."""
+    return int(value) if isinstance(value, str) and value.strip().isdigit() else value
+
+
+Fold = Annotated[Annotated[int, Field(ge=0)] | Literal["all"], BeforeValidator(_number)]
+
+
 class TrainConfig(Config):
     """One training run: tracked in MLflow, ending in a bundle."""
 
@@ -46,7 +54,9 @@ class TrainConfig(Config):
     dataset_stats_fp: Path | None = option(
         None, help="Statistics file of kelp stats; default: computed from the training rows"
     )
-    cv_split: int = option(0, help="Number of the validation fold", unit="fold", ge=0)
+    cv_split: Fold = option(
+        0, help="Number of the validation fold, or `all`: a run for each, one after the other"
+    )
     sahi: bool = option(
         False, help="The table is one of tiles: train on slices and predict in slices"
     )
@@ -293,6 +303,13 @@ class TrainConfig(Config):
         if Path(self.experiment).name != self.experiment or self.experiment in ("", ".."):
             raise ConfigError(f"--experiment {self.experiment!r}: a plain name, without slashes")
         return self
+
+    @property
+    def fold(self) -> int:
+        """The number of the validation fold, where it is one."""
+        if self.cv_split == "all":
+            raise ConfigError("--cv_split all: kelp.train trains one fold; use kelp.train_folds")
+        return self.cv_split
 
     @property
     def first_averaged_epoch(self) -> int:

@@ -54,7 +54,7 @@ def read_fold(config: TrainConfig) -> Fold:
     path = config.metadata_fp
     table = manifest.read_table(path, ("tile_id", "image_path", "mask_path"))
     _check_kind(table, config)
-    fold = manifest.fold_column(table, config.cv_split, path)
+    fold = manifest.fold_column(table, config.fold, path)
     parts = {}
     for part in (manifest.TRAIN, manifest.VAL):
         parts[part] = table[table[fold] == part].reset_index(drop=True)

@@ -35,6 +35,7 @@ from kelp.nn.comparison.scenes import Labelled, labelled_scenes
 from kelp.nn.comparison.sums import Draws, parts_of
 from kelp.nn.comparison.tune_page import write_page
 from kelp.nn.device import resolve_device, resolve_precision
+from kelp.nn.foldruns import runs_of
 from kelp.nn.inference.arrays import predict_array
 from kelp.nn.model import KelpNet
 from kelp.progress import Progress, silent
@@ -80,7 +81,8 @@ def tune(config: TuneConfig, progress: Progress = silent) -> TuneResult:
     """
     if not config.run_dir:
         raise ConfigError("--run_dir is missing; name at least one run or bundle")
-    bundles = [load_bundle(path, config.use_checkpoint) for path in config.run_dir]
+    runs = runs_of(config.run_dir)
+    bundles = [load_bundle(path, config.use_checkpoint) for path in runs]
     for bundle in bundles:
         if not isinstance(bundle.net, KelpNet):
             raise ConfigError(
@@ -88,7 +90,7 @@ def tune(config: TuneConfig, progress: Progress = silent) -> TuneResult:
             )
     folder = output_folder(config.output_dir)
     tuned = []
-    for path, bundle in zip(config.run_dir, bundles, strict=True):
+    for path, bundle in zip(runs, bundles, strict=True):
         one = _tune(path.name, bundle, config, progress)
         tuned.append(one)
         if config.store:

@@ -22,6 +22,7 @@ from kelp.files import discard_partials, output_folder, write_json
 from kelp.grid import Shape, TileGrid
 from kelp.nn.bundle import Bundle, load_bundle
 from kelp.nn.device import resolve_device, resolve_precision
+from kelp.nn.foldruns import runs_of
 from kelp.nn.inference import memory
 from kelp.nn.inference.arrays import cut, joint_threshold
 from kelp.nn.inference.checks import check_statistics
@@ -92,7 +93,7 @@ def predict_scenes(config: PredictConfig, progress: Progress = silent) -> Predic
         KelpError: bad input. Of several scenes the good ones are done before bad ones are named.
     """
     scenes = find_scenes(config.data_dir)
-    bundles = [load_bundle(path, config.use_checkpoint) for path in config.run_dir]
+    bundles = [load_bundle(path, config.use_checkpoint) for path in runs_of(config.run_dir)]
     if config.dataset_stats_dir:
         for bundle in bundles:
             check_statistics(bundle.spec, config.dataset_stats_dir)

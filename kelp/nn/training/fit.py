@@ -6,7 +6,7 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,11 +98,20 @@ class _Setup:
     """Training batches between validations."""
 
 
-def train(config: TrainConfig, progress: Progress = silent) -> TrainResult:
+def train(
+    config: TrainConfig, progress: Progress = silent, parent: str | None = None,
+    begin: Callable[[str], None] | None = None,
+) -> TrainResult:  # fmt: skip
     """Train a network on a fold of a table of images or tiles.
 
     On a CPU the result follows from the configuration and the data alone. A run that was stopped
     goes on with `resume_from`, and ends as if it had never been stopped.
+
+    Args:
+        config: the options.
+        progress: told of batches.
+        parent: id of the run that this one is part of (see `kelp.train_folds`).
+        begin: told the id of the run when it is opened.
 
     Raises:
         KelpError: the input cannot be used, or training diverged; see the message.
@@ -111,8 +120,10 @@ def train(config: TrainConfig, progress: Progress = silent) -> TrainResult:
     started = time.monotonic()
     with quiet_libraries():
         setup = _prepare(effective(config), progress)
-        tracking = _open(setup.config)
+        tracking = _open(setup.config, parent)
         try:
+            if begin:
+                begin(tracking.run_id)
             keeper = _run(setup, tracking, progress)
             bundle = _finish(setup, tracking, keeper)
         except KeyboardInterrupt:
@@ -182,9 +193,9 @@ def _resume_point(config: TrainConfig) -> tuple[Path | None, int]:
     return read_checkpoint(run_folder(config.resume_from) / ARTIFACTS)
 
 
-def _open(config: TrainConfig) -> Tracking:
+def _open(config: TrainConfig, parent: str | None) -> Tracking:
     if config.resume_from is None:
-        return start_run(config)
+        return start_run(config, parent)
     return reopen_run(run_folder(config.resume_from), config)
 
 

@@ -143,11 +143,11 @@ def run_statistics(
     if given is not None:
         file = StatsFile.load(given, channels)
         file.check(channels, settings, given)
-        if file.about.cv_split != config.cv_split:
+        if file.about.cv_split != config.fold:
             seen = "all rows" if file.about.cv_split is None else f"fold {file.about.cv_split}"
             log.info(
                 "%s: made from %s, so it saw validation rows of fold %d; scores may flatter "
-                "a little", given, seen, config.cv_split,
+                "a little", given, seen, config.fold,
             )  # fmt: skip
         return Statistics(file, given.name, given)
     stats = file_statistics(
@@ -159,7 +159,7 @@ def run_statistics(
         progress=progress,
     )
     about = About(
-        cv_split=config.cv_split,
+        cv_split=config.fold,
         row_count=len(sources),
         **asdict(settings),
         fill_value="nan" if config.fill_missing_pixels_with_torch_nan else "0",

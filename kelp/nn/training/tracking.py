@@ -109,14 +109,25 @@ def _going_on() -> Iterator[None]:
         log.warning("MLflow's store failed (%s); training goes on", reason)
 
 
-def start_run(config: TrainConfig) -> Tracking:
-    """Open a new run and create its folder. Raises `InputError` when the store cannot be used."""
+def start_run(config: TrainConfig, parent: str | None = None) -> Tracking:
+    """Open a new run and create its folder.
+
+    Args:
+        config: of the run.
+        parent: id of the run that it is part of, as one of its folds.
+
+    Raises:
+        InputError: the store cannot be used.
+    """
     from mlflow.exceptions import MlflowException
 
     output_dir = output_folder(config.output_dir).resolve()
     try:
         client = _client(output_dir)
-        run = client.create_run(_experiment(client, config.experiment, output_dir))
+        experiment = _experiment(client, config.experiment, output_dir)
+        name = f"fold {config.cv_split}" if parent else None
+        tags = {"mlflow.parentRunId": parent} if parent else {}
+        run = client.create_run(experiment, tags=tags, run_name=name)
         _log_parameters(client, run.info.run_id, config)
     except MlflowException as error:
         raise _unusable(error) from error
