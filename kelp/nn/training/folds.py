@@ -83,7 +83,8 @@ def train_folds(config: TrainConfig, progress: Progress = silent) -> FoldsResult
 def _numbers(path: Path) -> list[int]:
     """The folds that have something to train and to validate on."""
     table = read_table(path, ("tile_id",))
-    numbers, empty = [], []
+    numbers: list[int] = []
+    empty: list[int] = []
     for number in range(count_folds(table, path)):
         parts = set(table[fold_column(table, number, path)])
         (numbers if {TRAIN, VAL} <= parts else empty).append(number)
