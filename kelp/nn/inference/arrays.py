@@ -94,6 +94,9 @@ def predict(
     slicing = Slicing(shape, shared, blend, batch_size, qa_as_nodata, skip_land)
     size = source.size if isinstance(source, Scene) else SceneSize(source.shape, (1, 1), 0)
     plan = make_plan([size], slicing, 0, 0)
+    # Batches have one shape: filled up, the last of few tiles would cost as much as a full one.
+    slicing = replace(slicing, batch_size=even_batch(plan.tiles, batch_size))
+    plan = make_plan([size], slicing, 0, 0)
     if max_memory is not None:
         try:
             budget = parse_bytes(max_memory)
@@ -191,6 +194,12 @@ class _Array:
 
     def close(self) -> None:
         """Nothing to do: the array is the product."""
+
+
+def even_batch(tiles: int, most: int) -> int:
+    """Crops in a batch, `most` at most, so that as many batches as needed are filled evenly."""
+    batches = -(-tiles // most)
+    return -(-tiles // batches) if batches else most
 
 
 def joint_threshold(bundles: Sequence[Bundle], wish: float | None) -> float:
