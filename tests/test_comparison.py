@@ -407,6 +407,22 @@ def test_two_bundles_and_scenes_too_large_for_one_pass(labelled, monkeypatch, ca
     assert "too large to be shown to a network at once" in nothing.advice.text
 
 
+def test_with_both_kinds_of_networks_it_tells_what_to_train_on(labelled, monkeypatch):
+    monkeypatch.setattr(model, "_build_body", lambda spec: Shy(spec.channels))
+    whole = tiny_bundle(labelled / "whole", sahi=False, resize_strategy="pad", image_size=128)
+    pair = (whole, tiny_bundle(labelled / "tiles"))
+    advice = compare(labelled, monkeypatch, Shy, run_dir=pair).advice
+    told = json.loads((labelled / "out" / "comparison.json").read_text())["advice"]
+    assert told["training"]["low"] > 0
+    start = "In training: slice, +0."
+    assert advice.text.startswith(start)
+    assert "hann against whole: whole image). At prediction: Slice: +0." in advice.text
+    blind = compare(labelled, monkeypatch, Wide, run_dir=pair).advice
+    assert blind.text.startswith("In training: do not slice, -0.")
+    # Of one kind only, nothing is said about training.
+    assert compare(labelled, monkeypatch, Shy).advice.training is None
+
+
 def test_wrong_input_is_one_line(labelled, monkeypatch, capfd):
     monkeypatch.setattr(model, "_build_body", lambda spec: PixelBody(spec.channels))
     bundle = tiny_bundle(labelled / "bundle")
@@ -466,7 +482,7 @@ def fold(tmp_path, monkeypatch):
 
 def scenes_of(*runs, **options):
     config = CompareConfig(run_dir=runs, output_dir="out", **options)
-    return labelled_scenes(config, [load_bundle(run) for run in runs])
+    return labelled_scenes(config, [load_bundle(run) for run in runs], config.labels_dir)
 
 
 def test_the_scenes_are_those_of_the_runs_fold(fold, caplog):

@@ -77,6 +77,9 @@ FIELDS: Final[dict[str, str]] = {
     "advice.sliced": "the sliced way with the highest pooled Dice, of the first of each network",
     "advice.difference": "pooled Dice, advice.sliced less advice.whole",
     **{f"advice.difference.{name}": words for name, words in _ESTIMATE.items()},
+    "advice.training": "pooled Dice of the best network trained on tiles, as kelp predict applies "
+    "it, less that of the best trained on whole images, applied to whole images; null unless "
+    "there are both; value, low and high as in advice.difference",
     "scenes": "where the labelled scenes are from",
     "images": "number of scenes",
     "places": "number of places that they show",

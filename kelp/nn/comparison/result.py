@@ -128,15 +128,16 @@ class Comparison:
         drawn = [function(self._drawn[way.way.name]) for way in (one, other)]
         return Estimate.of(function(one.total) - function(other.total), drawn[0] - drawn[1])
 
-    def best(self, kinds: Sequence[str]) -> Judged | None:
+    def best(self, kinds: Sequence[str], sahi: bool | None = None) -> Judged | None:
         """The way of these kinds with the highest pooled Dice.
 
         Of a bundle's sliced ways only the first counts: the best of many would owe some of its
-        lead to chance.
+        lead to chance. With `sahi` only networks count that were trained on tiles (True) or on
+        whole images (False).
         """
         first: dict[object, Judged] = {}
         for one in self.judged:
-            if one.way.kind in kinds:
+            if one.way.kind in kinds and sahi in (None, one.way.bundle.spec.sahi):
                 first.setdefault((one.way.bundle.path, one.way.kind), one)
         known = [one for one in first.values() if self.figure(one, "pooled_dice").value is not None]
         return max(known, key=lambda one: self.figure(one, "pooled_dice").value or 0, default=None)
