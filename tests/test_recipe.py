@@ -39,10 +39,10 @@ def test_sahi_brings_its_own_defaults_and_explicit_options_win():
 
 def test_training_on_resized_tiles_leaves_the_recipe_in_the_bundle():
     spec = network_spec(config_of(sahi=True), (128, 128))
-    assert (spec.prediction_tile, spec.prediction_overlap) == (384, 64)
-    assert spec.at_scale(384).network_shape((384, 384)) == (672, 672)
+    assert (spec.prediction_tile, spec.prediction_overlap) == (352, 64)
+    assert spec.at_scale(352).network_shape((352, 352)) == (640, 640)  # 616, rounded up
     assert spec.at_scale(192).network_shape((192, 192)) == (352, 352)  # 336, rounded up
-    assert spec.at_scale(384).at_scale(384) == spec.at_scale(384)
+    assert spec.at_scale(352).at_scale(352) == spec.at_scale(352)
     for other in (config_of(), config_of(sahi=True, resize_strategy="pad")):
         assert network_spec(other, (128, 128)).prediction_tile is None
 

@@ -213,7 +213,7 @@ def _seeds_way(way: Way, scene: Pixels, runtime: Runtime) -> tuple[Pixels, int]:
             part = functional.pad(part, (0, columns - tile, 0, rows - tile))
         with autocast(runtime.precision, runtime.device):
             logits = net.body(part.contiguous(memory_format=torch.channels_last))[:, 0].float()
-        p = torch.sigmoid(logits)
+        p = torch.sigmoid(logits / bundle.spec.temperature)
         if bundle.spec.resize_strategy == "resize":
             p = pick(p, tile, "nearest")
         inside = place.clipped((height, width))

@@ -29,7 +29,7 @@ log = logging.getLogger("kelp")
 CONFIG_FILE: Final = "config.yaml"
 STATS_FOLDER: Final = "stats"
 
-_LARGER: Final = 3
+_LARGER: Final = 2.75
 """Tiles at prediction beside those of training: more is seen around each pixel, for less cost."""
 _DEV_BATCHES: Final = 2
 _FEW_FILES: Final = 256  # below this, starting processes takes longer than reading
@@ -207,6 +207,6 @@ def _application(config: TrainConfig, tile_size: Shape) -> dict[str, int]:
     if not config.sahi or config.resize_strategy == "pad":
         return {}
     return {
-        "prediction_tile": max(tile_size) * _LARGER,
+        "prediction_tile": round(max(tile_size) * _LARGER),
         "prediction_overlap": max(tile_size) // 2,
     }
