@@ -45,11 +45,15 @@ SHARED: dict[str, Any] = {
 }  # fmt: skip
 """What both networks share: only the picture they are shown differs."""
 KINDS = ("whole", "sliced")
+_WORLD = ("places", "test", "size")
 
 
 def prepare(root: Path, world: str, options: argparse.Namespace) -> None:
     """Simulated images, tables and tiles of a world; the seed of a world is its number."""
-    if (root / "sahi" / TILES_TABLE).is_file():
+    record, made = root / "world.json", {name: getattr(options, name) for name in _WORLD}
+    if record.is_file():
+        if json.loads(record.read_text(encoding="utf-8")) != made:
+            raise SystemExit(f"{root}: was made with other options; give another --work_dir")
         return
     kelp.simulate(
         config.SimulateConfig(
@@ -64,6 +68,7 @@ def prepare(root: Path, world: str, options: argparse.Namespace) -> None:
             output_dir=root / "sahi",
         )
     )  # fmt: skip
+    record.write_text(json.dumps(made), encoding="utf-8")
 
 
 def train(root: Path, kind: str, seed: int, options: argparse.Namespace) -> Path:

@@ -10,7 +10,7 @@ from kelp.config import IndicesConfig
 from kelp.indices import INDICES, Index, parse_indices
 from kelp.progress import Progress, silent
 
-_SUM, _PRODUCT, _ATOM = range(3)
+_SUM, _QUOTIENT, _PRODUCT, _ATOM = range(4)
 _WIDTH: Final = 100
 
 
@@ -31,7 +31,7 @@ class _Term:
         return _term(other) + self
 
     def __sub__(self, other: Any) -> _Term:
-        return _Term(f"{self.text} - {_term(other)._in(_PRODUCT)}", _SUM)
+        return _Term(f"{self.text} - {_term(other)._in(_QUOTIENT)}", _SUM)
 
     def __rsub__(self, other: Any) -> _Term:
         return _term(other) - self
@@ -43,7 +43,7 @@ class _Term:
         return _Term(f"{_term(other).text} {self._in(_PRODUCT)}", _PRODUCT)
 
     def __truediv__(self, other: Any) -> _Term:
-        return _Term(f"{self._in(_PRODUCT)} / {_term(other)._in(_ATOM)}", _PRODUCT)
+        return _Term(f"{self._in(_PRODUCT)} / {_term(other)._in(_ATOM)}", _QUOTIENT)
 
     def __abs__(self) -> _Term:
         return self
@@ -97,4 +97,4 @@ def list_indices(config: IndicesConfig, progress: Progress = silent) -> Catalogu
     Raises:
         ConfigError: no index has such a name.
     """
-    return Catalogue(tuple(INDICES[name] for name in parse_indices(config.names or ("all",))))
+    return Catalogue(tuple(INDICES[name] for name in parse_indices(config.names) or INDICES))

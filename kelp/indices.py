@@ -198,7 +198,7 @@ _ALL: Final = (
           lambda n, r, g, b: n - (r + g + b) / 3, -1, 1,
           "Yang et al. 2020, doi:10.1016/j.rse.2020.111676"),
     Index("NIRv", "Near-Infrared Reflectance of Vegetation", ("NIR", "R"),
-          lambda n, r: ratio(n - r, n + r) * n, -1, 1,
+          lambda n, r: n * ratio(n - r, n + r), -1, 1,
           "Badgley et al. 2017, doi:10.1126/sciadv.1602244"),
     Index("NormR", "Normalized Red", ("NIR", "R", "G"),
           lambda n, r, g: ratio(r, n + r + g), 0, 1,

@@ -131,6 +131,37 @@ def test_stopped_in_the_second_fold_it_goes_on_with_that(
     assert trained == [0, 1, 1]
 
 
+def test_stopped_in_the_middle_of_a_fold_it_goes_on_with_its_last_epoch(options, tmp_path):
+    longer = options | {"epochs": 2, "lr_scheduler": "none"}
+    whole = train_folds(TrainConfig(**longer, output_dir=tmp_path / "whole"))
+    config = TrainConfig(**longer, output_dir=tmp_path / "stopped")
+
+    def stop(stage, done, total):
+        if stage == "training" and done > total / 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_folds(config, stop)
+    (kept,) = (tmp_path / "stopped" / "kelp").glob("*/artifacts/folds.json")
+    begun = json.loads(kept.read_text())["runs"]["0"]
+    assert begun["scores"] is None
+    parent = kept.parents[1]
+    again = train_folds(config.model_copy(update={"resume_from": parent, "cv_split": 0}))
+    assert again.folds.runs[0].run == begun["run"]
+    for number in (0, 1):
+        ours, theirs = (
+            result.run_dir.parent / result.folds.runs[number].run / "artifacts" / "bundle"
+            for result in (again, whole)
+        )
+        name = "weights.safetensors"
+        assert (ours / name).read_bytes() == (theirs / name).read_bytes()
+    with pytest.raises(ConfigError, match=r"--epochs 3: the folds of .* have 2"):
+        train_folds(config.model_copy(update={"resume_from": parent, "epochs": 3}))
+    with pytest.raises(BundleError, match="the parent of runs of all folds; name one of them"):
+        kelp.load_bundle(parent)
+    assert runs_of([parent / "artifacts"]) == runs_of([parent])
+
+
 def test_wrong_use(options, table, tmp_path, capsys):
     with pytest.raises(ConfigError, match=r"use kelp\.train_folds"):
         kelp.train(TrainConfig(**options, output_dir=tmp_path))

@@ -276,6 +276,8 @@ def test_formulas_are_written_down():
     assert written["DEMWM"] == "max(DEM, 0)"
     assert written["WDRVI"] == "(0.1 NIR - R) / (0.1 NIR + R)"
     assert written["GBNDVI"] == "(NIR - (G + B)) / (NIR + G + B)"
+    assert written["CVI"] == "(NIR / G) (R / G)"
+    assert written["NIRv"] == "NIR ((NIR - R) / (NIR + R))"
     assert written["FAI"] == "NIR - (R + 0.22 (SWIR - R))"
 
 

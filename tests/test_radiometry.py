@@ -34,7 +34,6 @@ def reflectance(raw):
 
 def test_nothing_is_changed_unless_asked_for():
     raw = crops()
-    assert torch.equal(Radiometry()(raw, drawn()), raw) or raw.isnan().any()
     assert Radiometry()(raw, drawn()) is raw
 
 
@@ -86,6 +85,14 @@ def test_noise_is_one_number_a_pixel_of_the_stated_size():
     added = (reflectance(Radiometry(noise=0.005)(raw, drawn())) - reflectance(raw)).numpy()
     assert added.std() == pytest.approx(0.005, rel=0.02)
     assert abs(np.corrcoef(added[0, 0].ravel(), added[0, 1].ravel())[0, 1]) < 0.05
+
+
+def test_only_bands_that_a_network_sees_are_lost_and_never_all_of_them():
+    raw = torch.full((400, 7, 1, 1), 9000.0)
+    lost = Radiometry(dropout=0.9, droppable=(1, 2))(raw, drawn())[:, :COUNT, 0, 0].isnan()
+    assert lost.any(0).tolist() == [False, True, True, False, False]
+    assert not lost[:, 1:3].all(1).any()
+    assert not Radiometry(dropout=0.9, droppable=(1,))(raw, drawn()).isnan().any()
 
 
 def test_bands_are_lost_as_often_as_asked_for():

@@ -1,6 +1,7 @@
 """`kelp tune`: threshold and temperature, fitted as prediction is done, kept where they help."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,16 +16,18 @@ from kelp.cli import main
 from kelp.config import PredictConfig, TuneConfig
 from kelp.errors import ConfigError, InputError
 from kelp.nn import model
-from kelp.nn.bundle import load_bundle, read_spec
+from kelp.nn.bundle import describe_bundle, load_bundle, read_spec
 from kelp.nn.comparison.counted import (
     EDGES,
     THRESHOLDS,
     Counted,
+    Tuned,
     as_threshold,
     best_temperature,
     count,
     dice,
 )
+from kelp.nn.comparison.sums import Draws, parts_of
 from kelp.raster import read_mask, read_probability
 from kelp.writer import write_mask
 
@@ -107,6 +110,54 @@ def test_what_was_not_observed_is_missed_but_does_not_calibrate():
     assert (tp, fp, fn) == (4, 0, 12)
 
 
+def tuned(by_place, threshold, temperature=(1.0, 1.0)):
+    counted = Counted(np.array(by_place), np.zeros(len(by_place), np.int64))
+    part = parts_of(len(by_place), 0)
+    draws = Draws(len(by_place), 200, 0)
+    best = as_threshold(int(dice(counted.outcomes().sum(axis=0)).argmax()))
+    return Tuned(
+        "run", Path(), "scenes", counted, counted, temperature, (threshold, best), part, draws, 1
+    )
+
+
+def place(seed, kelp=True):
+    rng = np.random.default_rng(seed)
+    honest = rng.normal(-2, 2, (1, 5000))
+    truth = (rng.random(honest.shape) < special.expit(honest)) & kelp
+    return count(special.expit(honest).astype(np.float32), truth.astype(np.uint8))[0]
+
+
+def test_an_old_threshold_moves_with_the_temperature():
+    places = [place(k) for k in range(6)]
+    best = tuned(places, 0.5).threshold[1]
+    one = tuned(places, best, (1.0, 2.5))
+    assert not one.gains
+    assert (
+        one.kept == one.carried == pytest.approx(special.expit(special.logit(best) / 2.5), rel=0.01)
+    )
+    assert tuned(places, 1.0, (1.0, 2.5)).carried == 1
+    assert tuned(places, 0.3).carried == 0.3
+
+
+def test_with_one_place_the_threshold_stays():
+    one = tuned([place(1)], 0.9)
+    assert not one.gains
+    assert one.kept == 0.9
+    assert one.scores()["difference"][0] == 0
+
+
+def test_places_without_kelp_fit_nothing():
+    places = [place(1), *(place(k, kelp=False) for k in range(2, 9))]
+    one = tuned(places, 0.4)
+    # A third of the draws miss the one place with kelp.
+    assert one.threshold_interval() is None
+    # That place is judged at the old threshold, since the others have nothing to fit to.
+    old, fitted = one._outcomes
+    assert (old[0] == fitted[0]).all()
+    low, high = tuned([place(k) for k in range(8)], 0.4).threshold_interval()
+    assert 0.1 < low < high < 0.9
+
+
 # The network
 
 
@@ -164,11 +215,22 @@ def test_what_was_fitted_is_what_prediction_uses(labelled, run, capsys):
     assert f"At a probability of {spec.threshold:g}" in page
     assert f"{spec.threshold:g} on gains +0." in result.summary()
 
-    # Tuned again, nothing is left to gain.
+    # Tuned again, nothing is left to gain, and what was predicted stays valid.
+    made = {path: path.stat().st_mtime_ns for path in out.glob("*.tif")}
     again = tune(labelled, run).tuned[0]
+    bundle = {"temperature": spec.temperature, "threshold": spec.threshold}
+    describe_bundle(run, read_spec(run).model_copy(update=bundle))
+    assert read_spec(run).tuning != spec.tuning
+    kelp.predict_scenes(
+        PredictConfig(
+            data_dir=labelled / "images", output_dir=out, run_dir=(run,), precision="32-true",
+            device="cpu", save_probabilities=True,
+        )
+    )  # fmt: skip
+    assert {path: path.stat().st_mtime_ns for path in out.glob("*.tif")} == made
     assert again.temperature == (spec.temperature, pytest.approx(spec.temperature, rel=0.03))
     assert abs(again.scores()["difference"][0]) < 0.02
-    assert read_spec(run).threshold == pytest.approx(spec.threshold, abs=0.03)
+    assert again.kept == pytest.approx(spec.threshold, abs=0.03)
 
 
 def test_nothing_is_stored_unless_wished_for(labelled, run):

@@ -17,7 +17,10 @@ Interpolations = Annotated[tuple[Interpolation, ...], BeforeValidator(split)]
 class JudgingConfig(Config):
     """Networks, and labelled scenes that they were not trained on."""
 
-    run_dir: Paths = option(help="Runs or bundles, comma-separated: trained whole, or on tiles")
+    run_dir: Paths = option(
+        help="Runs or bundles, comma-separated: trained whole, or on tiles; for kelp tune also the "
+        "parent of --cv_split all"
+    )
     output_dir: Path = option(help="Folder for report.html and the figures as JSON and text")
     data_dir: Path | None = option(
         None, help="Folder of labelled scenes that no bundle was trained on; default: the images "

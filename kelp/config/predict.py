@@ -28,7 +28,8 @@ class PredictConfig(Config):
     )
     output_dir: Path = option(help="Folder for <name>_kelp.tif")
     run_dir: Paths = option(
-        help="Run folder, its artifacts/, a bundle, or an .onnx file; several: an ensemble"
+        help="Run folder, its artifacts/, a bundle, or an .onnx file; several, or the parent of "
+        "--cv_split all: an ensemble"
     )
     dataset_stats_dir: Path | None = option(
         None, help="Folder of statistics files: checked against the bundle's numbers"

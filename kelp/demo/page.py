@@ -99,9 +99,9 @@ def _comparison_section(report: Report, found: CompareResult) -> None:
 
     report.text(
         f"## Should I slice?\n\n**{found.advice.text}** Two networks, of one kind and trained "
-        "alike until each had seen the same number of network pixels: one was shown slices (the "
-        "recipe of `kelp train --sahi True`), the other whole images. Thresholds are fitted, each "
-        "on other places; more is in [the whole comparison](comparison/report.html)."
+        "alike until each had seen about the same number of network pixels: one was shown slices "
+        "(the recipe of `kelp train --sahi True`), the other whole images. Thresholds are fitted, "
+        "each on other places; more is in [the whole comparison](comparison/report.html)."
     )
     report.table(
         dice_table(found.comparison, found.advice.whole), "Intervals: 95 %, over the test places"

@@ -184,7 +184,8 @@ def _whole(config: DemoConfig, table: Path, raw: Path) -> TrainConfig:
     """The same, shown whole images: fewer of them, for as many network pixels."""
     tile = _sliced(config, table, table).image_size
     rival = _training(config, data_dir=raw, metadata_fp=table, sahi=False)
-    samples = config.samples_per_epoch * tile**2 / rival.image_size**2
+    side = max(rival.image_size, -(-config.size // 32) * 32)  # larger images are padded to that
+    samples = config.samples_per_epoch * tile**2 / side**2
     batches = max(1, round(samples / _BATCH))
     return rival.model_copy(update={"samples_per_epoch": batches * _BATCH})
 

@@ -27,6 +27,7 @@ from kelp.config.choices import Precision
 from kelp.errors import BundleError
 from kelp.files import atomic_folder, recover_folder, write_json, write_text
 from kelp.nn.folding import folded
+from kelp.nn.foldruns import FoldRuns
 from kelp.nn.model import KelpNet
 from kelp.nn.onnxfile import SPEC_KEY, SUFFIX, OnnxFile
 from kelp.nn.spec import SCHEMA_VERSION, BundleSpec
@@ -113,6 +114,9 @@ def find_bundle(path: Path, which: Which = "best") -> Path:
             return candidate
     if not path.is_dir():
         raise BundleError(f"{path}: no such folder; name a run folder or a bundle")
+    if folds := FoldRuns.read(path):
+        names = ", ".join(run.run for run in folds.runs.values())
+        raise BundleError(f"{path}: the parent of runs of all folds; name one of them: {names}")
     raise BundleError(
         f"{path}: holds no complete {name}; the run may have been killed before its first epoch "
         "ended (go on with kelp train --resume_from), or this is no run folder"

@@ -80,6 +80,7 @@ def runs_of(paths: Iterable[Path]) -> list[Path]:
     """
     found: list[Path] = []
     for path in paths:
+        path = path.parent if path.name == _ARTIFACTS else path
         folds = FoldRuns.read(path)
         if folds is None:
             found.append(path)

@@ -27,12 +27,14 @@ class Radiometry:
         gain: standard deviation of the logarithm of the factor on all bands.
         noise: standard deviation of what is added to each pixel of each band, reflectance.
         dropout: chance of a band to be missing all over a crop; one at least is left.
+        droppable: positions of the bands that may be missing: those that a network looks at.
     """
 
     offset: float = 0.0
     gain: float = 0.0
     noise: float = 0.0
     dropout: float = 0.0
+    droppable: tuple[int, ...] = tuple(range(_COUNT))
 
     def __call__(self, raw: Tensor, generator: torch.Generator) -> Tensor:
         """Raw DN `(n, 7, h, w)`, float32, NaN or -32768 = missing, changed alike; a new tensor.
@@ -41,7 +43,7 @@ class Radiometry:
             raw: a canonical batch; QA, DEM and missing values stay as they are.
             generator: draws the changes, on the CPU.
         """
-        if self == Radiometry():
+        if not (self.offset or self.gain or self.noise or self.dropout):
             return raw
         drawn = torch.randn(len(raw), _COUNT + 2, 1, 1, generator=generator)
         dropped = torch.rand(len(raw), _COUNT, 1, 1, generator=generator)
@@ -57,7 +59,11 @@ class Radiometry:
             noise = torch.empty_like(changed).normal_(generator=local)
             changed += self.noise * noise
         changed = (changed - REFLECTANCE_OFFSET) / REFLECTANCE_SCALE
-        lost = (dropped < self.dropout) & (dropped < dropped.amax(1, keepdim=True))
-        changed = torch.where(lost, torch.nan, changed)
+        if self.dropout and self.droppable:
+            seen = list(self.droppable)
+            last = dropped[:, seen].amax(1, keepdim=True)
+            lost = torch.zeros_like(dropped, dtype=torch.bool)
+            lost[:, seen] = (dropped[:, seen] < self.dropout) & (dropped[:, seen] < last)
+            changed = torch.where(lost, torch.nan, changed)
         changed = torch.where(optical == NODATA, optical, changed)
         return torch.cat([changed, raw[:, _COUNT:]], 1)

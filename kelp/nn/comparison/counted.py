@@ -101,6 +101,12 @@ def dice(outcomes: NDArray[Any]) -> NDArray[np.float64]:
     return np.where(whole == 0, 0.0, 2 * tp / np.maximum(whole, 1))
 
 
+def _nearest(threshold: float) -> int:
+    """The class of `THRESHOLDS` that begins nearest to a threshold."""
+    edge = special.logit(np.clip(threshold, 1e-3, 1 - 1e-3))
+    return int(np.abs(EDGES[THRESHOLDS] - edge).argmin())
+
+
 def as_threshold(k: int) -> float:
     """The threshold that begins with the class `THRESHOLDS[k]`, in few digits."""
     p = float(special.expit(EDGES[THRESHOLDS[k]]))
@@ -144,13 +150,13 @@ class Tuned:
     def _outcomes(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """TP, FP, FN of each place, `(places, 3)`: before; and at thresholds of other places."""
         by_place = self.after.outcomes()
-        total, own = by_place.sum(axis=0), _by_part(by_place, self.part)
-        others = total - own if len(own) > 1 else own  # one place: nothing else to fit to
-        fitted = dice(others).argmax(axis=-1)[self.part]
-        after = by_place[np.arange(self.places), :, fitted]
-        edge = special.logit(np.clip(self.threshold[0], 1e-3, 1 - 1e-3))
-        nearest = int(np.abs(EDGES[THRESHOLDS] - edge).argmin())
-        return self.before.outcomes()[:, :, nearest], after
+        own = _by_part(by_place, self.part)
+        others = by_place.sum(axis=0) - own
+        # Without kelp on the others there is nothing to fit to.
+        kelp = (others[:, 0, 0] + others[:, 2, 0]) > 0
+        fitted = np.where(kelp, dice(others).argmax(axis=-1), _nearest(self.carried))
+        after = by_place[np.arange(self.places), :, fitted[self.part]]
+        return self.before.outcomes()[:, :, _nearest(self.threshold[0])], after
 
     def scores(self) -> dict[str, tuple[float, tuple[float, float] | None]]:
         """Pooled Dice before, as fitted, and the difference, with intervals over places."""
@@ -167,21 +173,33 @@ class Tuned:
     @property
     def gains(self) -> bool:
         """Whether the fitted threshold is better, where it was not fitted, than the old one."""
-        return self.scores()["difference"][0] > 0
+        return self.places > 1 and self.scores()["difference"][0] > 0
+
+    @property
+    def carried(self) -> float:
+        """The old threshold where the temperature has moved it to."""
+        old, (was, now) = self.threshold[0], self.temperature
+        if was == now or not 0 < old < 1:
+            return old
+        return float(f"{special.expit(special.logit(old) * was / now):.3g}")
 
     @property
     def kept(self) -> float:
-        """The threshold to decide by: the fitted one, if it gains."""
-        return self.threshold[self.gains]
+        """The threshold to decide by: the fitted one if it gains, else the old one."""
+        return self.threshold[1] if self.gains else self.carried
 
-    def threshold_interval(self) -> tuple[float, float]:
-        """The middle 95 % of the best thresholds of bootstrap draws of places."""
+    def threshold_interval(self) -> tuple[float, float] | None:
+        """The middle 95 % of the best thresholds of bootstrap draws of places.
+
+        `None` where more than 5 % of the draws have no kelp.
+        """
         by_place = self.after.outcomes()
         flat = by_place.reshape(self.places, -1)
         drawn = self.draws.sums(flat).reshape(-1, *by_place.shape[1:])
-        best = dice(drawn).argmax(axis=-1)
-        low, high = np.quantile(best, [0.025, 0.975], method="nearest")
-        return as_threshold(int(low)), as_threshold(int(high))
+        best = dice(drawn).argmax(axis=-1).astype(np.float64)
+        best[drawn[:, 0, 0] + drawn[:, 2, 0] == 0] = np.nan
+        found = interval(best)
+        return found and (as_threshold(round(found[0])), as_threshold(round(found[1])))
 
     def to_json(self) -> dict[str, Any]:
         """All figures by name."""

@@ -31,7 +31,7 @@ from kelp.nn.comparison.counted import (
     count,
     dice,
 )
-from kelp.nn.comparison.scenes import Labelled, labelled_scenes
+from kelp.nn.comparison.scenes import Labelled, Scenes, labelled_scenes
 from kelp.nn.comparison.sums import Draws, parts_of
 from kelp.nn.comparison.tune_page import write_page
 from kelp.nn.device import resolve_device, resolve_precision
@@ -88,34 +88,33 @@ def tune(config: TuneConfig, progress: Progress = silent) -> TuneResult:
             raise ConfigError(
                 f"{bundle.path}: an ONNX file stays as it is; tune the run and export it again"
             )
+    scenes = [labelled_scenes(config, [bundle]) for bundle in bundles]  # all, before hours of one
     folder = output_folder(config.output_dir)
-    tuned = []
-    for path, bundle in zip(runs, bundles, strict=True):
-        one = _tune(path.name, bundle, config, progress)
-        tuned.append(one)
-        if config.store:
-            facts = {
-                key: value for key, value in one.to_json().items() if key not in ("run", "bundle")
-            }
-            changed = {"temperature": one.temperature[1], "threshold": one.kept}
-            describe_bundle(
-                bundle.path, bundle.spec.model_copy(update={**changed, "tuning": facts})
-            )
+    tuned = [
+        _tune(path.name, bundle, where, config, progress)
+        for path, bundle, where in zip(runs, bundles, scenes, strict=True)
+    ]
     write_json(folder / "tuning.json", {"networks": [one.to_json() for one in tuned]})
     page = write_page(folder / "report.html", config, tuned)
     config.record(folder)
+    for one, bundle in zip(tuned, bundles, strict=True):
+        if config.store:
+            facts = {k: value for k, value in one.to_json().items() if k not in ("run", "bundle")}
+            changed = {"temperature": one.temperature[1], "threshold": one.kept, "tuning": facts}
+            describe_bundle(bundle.path, bundle.spec.model_copy(update=changed))
     return TuneResult(tuple(tuned), config.store, (page, folder / "tuning.json"))
 
 
-def _tune(name: str, bundle: Bundle, config: TuneConfig, progress: Progress) -> Tuned:
-    scenes = labelled_scenes(config, [bundle])
+def _tune(
+    name: str, bundle: Bundle, scenes: Scenes, config: TuneConfig, progress: Progress
+) -> Tuned:
     places = np.unique([image.place for image in scenes.images])
     counted = partial(_count_scenes, images=scenes.images, config=config, progress=progress)
     before = after = counted(bundle)
     if not before.pixels[1].any():
         raise InputError(f"{scenes.words}: no kelp to be seen in any scene; nothing can be fitted")
     if len(places) == 1:
-        log.info("one place only: what is gained is told for the place that was fitted to")
+        log.info("one place only: whether a threshold gains elsewhere cannot be told; it stays")
     was = bundle.spec.temperature
     temperature = was
     if config.temperature:

@@ -34,14 +34,25 @@ def _network(report: Report, one: Tuned) -> None:
     gain, bounds = scores["difference"]
     between = f" (95 % interval {bounds[0]:+.3f} to {bounds[1]:+.3f})" if bounds else ""
     stays = "" if one.gains else ", as before"
+    if one.carried != one.threshold[0] and not one.gains:
+        stays = f", as before: at the new temperature that is what {one.threshold[0]:g} was"
+    flat = (
+        f" Had other places been at hand, it might as well have become {low_high[0]:g} to "
+        f"{low_high[1]:g}."
+        if low_high
+        else ""
+    )
+    judged = (
+        "for each place the threshold was fitted on others."
+        if one.places > 1
+        else "with one place nobody can tell what a threshold is worth elsewhere."
+    )
     report.text(
         f"## {one.name}\n\n"
         f"Where should kelp begin? **At a probability of {one.kept:g}{stays}**. Fitted, it "
         f"is {one.threshold[1]:g}: pooled Dice {scores['fitted'][0]:.3f}, at "
         f"{one.threshold[0]:g} {scores['before'][0]:.3f}, {gain:+.3f}{between}. Judged on "
-        f"{one.images:,} scenes of "
-        f"{one.places:,} places; for each place the threshold was fitted on others. Had other "
-        f"places been at hand, it might as well have become {low_high[0]:g} to {low_high[1]:g}."
+        f"{one.images:,} scenes of {one.places:,} places; {judged}{flat}"
     )
     errors = one.before.calibration_error(), one.after.calibration_error()
     rows: list[Sequence[object]] = [

@@ -252,7 +252,9 @@ class _Run:
         return {
             "versions": [kelp.__version__, torch.__version__],
             "threads": torch.get_num_threads(),
-            "bundles": [bundle.spec.model_dump(mode="json") for bundle in self.bundles],
+            "bundles": [
+                bundle.spec.model_dump(mode="json", exclude={"tuning"}) for bundle in self.bundles
+            ],
             "slicing": asdict(self.slicing),
             "threshold": self.threshold,
             "precision": self.precision,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from kelp.config import TrainConfig
-from kelp.errors import TableError
+from kelp.errors import ConfigError, TableError
 from kelp.files import write_text
 from kelp.manifest import TRAIN, VAL, count_folds, fold_column, read_table
 from kelp.nn.foldruns import FOLDS_FILE, FoldRun, FoldRuns
@@ -60,6 +61,7 @@ def train_folds(config: TrainConfig, progress: Progress = silent) -> FoldsResult
         KeyboardInterrupt: Ctrl-C, or SIGTERM.
     """
     started = time.monotonic()
+    config = config.model_copy(update={"cv_split": "all"})
     numbers = _numbers(config.metadata_fp)
     with quiet_libraries():
         parent, folds = _open(effective(config), numbers)
@@ -100,7 +102,14 @@ def _numbers(path: Path) -> list[int]:
 def _open(config: TrainConfig, numbers: list[int]) -> tuple[Tracking, FoldRuns]:
     """The parent's run, and what is done already."""
     if config.resume_from is not None:
-        parent = reopen_run(run_folder(config.resume_from), config)
+        folder = run_folder(config.resume_from)
+        epochs = TrainConfig.load(folder / ARTIFACTS / CONFIG_FILE).epochs
+        if epochs != config.epochs:
+            raise ConfigError(
+                f"--epochs {config.epochs}: the folds of {folder} have {epochs}, and all folds "
+                "share their settings; give that, or begin anew without --resume_from"
+            )
+        parent = reopen_run(folder, config)
         return parent, FoldRuns.read(parent.run_dir) or FoldRuns(numbers)
     parent = start_run(config)
     folds = FoldRuns(numbers)
@@ -126,7 +135,8 @@ def _train_one(
         folds.write(parent.run_dir)
 
     result: TrainResult = train(child, progress, parent.run_id, begin)
-    folds.runs[number] = FoldRun(result.run_id, result.scores)
+    finite = {name: value for name, value in result.scores.items() if math.isfinite(value)}
+    folds.runs[number] = FoldRun(result.run_id, finite)
     folds.write(parent.run_dir)
 
 

@@ -13,13 +13,16 @@ from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.optim.swa_utils import SWALR
 
+from kelp.bands import OPTICAL
 from kelp.config import TrainConfig
+from kelp.indices import needed_bands
 from kelp.nn import symmetry
 from kelp.nn.dataset import Sample
 from kelp.nn.losses import LossSettings, build_loss
 from kelp.nn.metrics import KelpScores
 from kelp.nn.model import KelpNet
 from kelp.nn.radiometry import Radiometry
+from kelp.nn.spec import NetworkSpec
 from kelp.nn.training.averaging import NORM_BATCHES, build_average, renew_norms
 from kelp.nn.training.rates import build_optimizer, build_schedulers
 
@@ -40,8 +43,9 @@ class KelpTask(LightningModule):
             config.loss, LossSettings(config.ce_smooth_factor, (background, kelp))
         )
         self.radiometry = Radiometry(
-            config.augment_offset, config.augment_gain, config.augment_noise, config.augment_dropout
-        )
+            config.augment_offset, config.augment_gain, config.augment_noise,
+            config.augment_dropout, _optical(net.spec),
+        )  # fmt: skip
         self.scores = KelpScores()
         # A module of this one: so it is moved, kept in checkpoints and resumed with it.
         self.average = build_average(net, config)
@@ -60,11 +64,11 @@ class KelpTask(LightningModule):
     def training_step(self, batch: Sample, batch_idx: int) -> Tensor:
         """The loss of a batch, its crops turned and mirrored, and their light changed."""
         raw, target = batch.raw, batch.target
+        seed = _seed(self.config.seed, self.current_epoch, batch_idx)
+        generator = torch.Generator().manual_seed(seed)
         if self.config.augment:
-            seed = _seed(self.config.seed, self.current_epoch, batch_idx)
-            generator = torch.Generator().manual_seed(seed)
             raw, target = symmetry.augment((raw, target), generator)
-            raw = self.radiometry(raw, generator)
+        raw = self.radiometry(raw, generator)
         loss = self.loss(self.net(raw), self.net.resize_target(target))
         self.log(TRAIN_LOSS, loss, on_step=False, on_epoch=True, batch_size=len(raw))
         return loss
@@ -139,6 +143,12 @@ class KelpTask(LightningModule):
         for course in self.trainer.lr_scheduler_configs:
             if isinstance(course.scheduler, ReduceLROnPlateau) and not self.averages_epochs:
                 course.scheduler.step(metrics[self.config.monitor_metric])
+
+
+def _optical(spec: NetworkSpec) -> tuple[int, ...]:
+    """Positions of the optical bands that a network looks at, itself or by its indices."""
+    needed = needed_bands(spec.bands, spec.spectral_indices, spec.index_settings)
+    return tuple(k for k, name in enumerate(OPTICAL) if name in needed)
 
 
 def _seed(*parts: int) -> int:
