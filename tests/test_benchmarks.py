@@ -21,7 +21,8 @@ def test_should_i_slice_in_small(tmp_path):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     first = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert first.returncode == 0, first.stderr
-    assert "\nDo not slice" in first.stdout  # after so little training nothing can be shown
+    assert "\nIn training: " in first.stdout
+    assert "At prediction: Do not slice" in first.stdout  # after so little training
     lines = {row[""]: row["0"] for row in json.loads(table.read_text("utf-8"))["rows"]}
     assert lines["scenes"] == "specks"
     for name in ("whole", "sliced", "gain", "over the seed's merge", "over the enlarged image"):
