@@ -55,14 +55,18 @@ def test_recipes_run(tmp_path, name):
             SliceConfig(data_dir=world.train_dir, metadata_fp=table, image_size=32, workers=1,
                         output_dir=data_dir)
         ).table  # fmt: skip
+    paths = {
+        "config": RECIPES / f"{name}.yaml", "data_dir": data_dir, "metadata_fp": table,
+        "output_dir": tmp_path / "mlruns",
+    }  # fmt: skip
     arguments = (
-        f"train --config {RECIPES / name}.yaml --data_dir {data_dir} --metadata_fp {table} "
-        f"--output_dir {tmp_path / 'mlruns'} --fast_dev_run True --pretrained False --quiet "
+        "--fast_dev_run True --pretrained False --quiet "
         # Smaller than the recipe, but in nothing that it is about.
         "--encoder tu-resnet18 --image_size 96 --batch_size 2 --num_workers 0 --plot_n_batches 0 "
         "--precision 32-true"
     )
-    assert main(arguments.split()) == 0
+    given = [f"--{option}={path}" for option, path in paths.items()]  # paths may have spaces
+    assert main(["train", *given, *arguments.split()]) == 0
     (run_dir,) = (tmp_path / "mlruns" / "kelp").iterdir()
     spec = load_bundle(run_dir).spec
     assert spec.sahi == (name == "sahi_seed")
