@@ -11,7 +11,7 @@ demo: $(VENV)/.ready
 	$(BIN)/kelp demo --output_dir demo
 
 test: lint wheel
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff format --check .

@@ -42,7 +42,7 @@ from kelp.indices import IndexSettings
 from kelp.nn.bundle import Bundle, load_bundle, load_network, save_bundle
 from kelp.nn.device import autocast, resolve_device, resolve_precision
 from kelp.nn.inference import predict
-from kelp.nn.inference.engine import Counts
+from kelp.nn.inference.jobs import Counts
 from kelp.nn.inference.network import Network
 from kelp.nn.model import KelpNet
 from kelp.nn.spec import BundleSpec

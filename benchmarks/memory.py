@@ -28,7 +28,8 @@ from rasterio.windows import Window
 
 from kelp.bands import BANDS
 from kelp.nn.inference import memory
-from kelp.nn.inference.engine import Engine, Job
+from kelp.nn.inference.engine import Engine
+from kelp.nn.inference.jobs import Job
 from kelp.nn.inference.outputs import Outputs
 from kelp.nn.inference.plan import make_plan
 from kelp.nn.inference.strip import Slicing

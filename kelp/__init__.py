@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from kelp.nn.export import export
     from kelp.nn.inference.arrays import predict, predict_array
     from kelp.nn.inference.predict import predict_scenes
+    from kelp.nn.search.run import sweep
+    from kelp.nn.training.baseline import train_baseline
     from kelp.nn.training.fit import train
     from kelp.nn.training.folds import train_folds
     from kelp.reporting.run import make_report
@@ -54,7 +56,9 @@ _HOMES = {
     "slice_dataset": "kelp.data_prep.slicing",
     "split_fold": "kelp.data_prep.splitting",
     "submit": "kelp.submission",
+    "sweep": "kelp.nn.search.run",
     "train": "kelp.nn.training.fit",
+    "train_baseline": "kelp.nn.training.baseline",
     "train_folds": "kelp.nn.training.folds",
     "tune": "kelp.nn.comparison.tune",
 }
@@ -77,7 +81,9 @@ __all__ = [
     "slice_dataset",
     "split_fold",
     "submit",
+    "sweep",
     "train",
+    "train_baseline",
     "train_folds",
     "tune",
 ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,6 +49,14 @@ COMMANDS: Final = {
     "train": Command(
         "TrainConfig", "kelp.nn.training.folds:train_one_or_all",
         "One tracked run, ending in a bundle; or one for each fold.",
+    ),
+    "baseline": Command(
+        "BaselineConfig", "kelp.nn.training.baseline:train_baseline",
+        "Boosted trees on single pixels: what a network has to beat.",
+    ),
+    "sweep": Command(
+        "SweepConfig", "kelp.nn.search.run:sweep",
+        "A search for better options of training: many runs, the best one's settings.",
     ),
     "tune": Command(
         "TuneConfig", "kelp.nn.comparison.tune:tune",
@@ -173,6 +182,7 @@ _CONFIG_HELP: Final = "YAML file of options; flags on the command line win."
 _METAVARS: Final = (
     ("parse_bytes", "SIZE"),
     ("tuple", "A,B,…"),
+    ("Url", "PATH|URL"),
     ("Path", "PATH"),
     ("int", "N"),
     ("float", "X"),
@@ -181,8 +191,8 @@ _METAVARS: Final = (
 
 def _metavar(annotation: Any) -> str:
     text = str(annotation)
-    if "Literal['all']" in text:
-        return "N|all"
+    if word := re.search(r"int.*Literal\['(\w+)'\]", text):  # a number, or this
+        return f"N|{word[1]}"
     if "Literal" in text:
         choices = text.partition("Literal[")[2].partition("]")[0]
         return "|".join(part.strip(" '\"") for part in choices.split(","))
@@ -216,7 +226,8 @@ def _run(
     module, _, function = command.target.partition(":")
     with reporting(quiet) as progress:
         result = getattr(importlib.import_module(module), function)(config, progress=progress)
-    click.echo(result.summary())
+    if text := result.summary():
+        click.echo(text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -15,12 +15,14 @@ from numpy.typing import NDArray
 from kelp.bands import MASK_NODATA
 from kelp.config.predict import EnsembleConfig
 from kelp.errors import InputError
-from kelp.files import input_folder, output_folder
+from kelp.files import input_folder, output_folder, write_json
 from kelp.grid import Shape, Tile
 from kelp.manifest import MASK_SUFFIX, PROBABILITY_SUFFIX, tile_id_of
 from kelp.merge import to_mask
 from kelp.progress import Progress, silent
 from kelp.raster import Georeference, georeference_of, raster_shape, read_mask, read_probability
+from kelp.scoring import places_of
+from kelp.weighting import Fitted, Weighting
 from kelp.writer import RasterWriter
 
 log = logging.getLogger("kelp")
@@ -37,16 +39,19 @@ class EnsembleResult:
         masks: the masks written.
         probabilities: the probabilities written; empty where masks were merged.
         folders: how many folders voted.
+        fitted: weights and threshold, where they were fitted.
     """
 
     masks: tuple[Path, ...]
     probabilities: tuple[Path, ...]
     folders: int
+    fitted: Fitted | None = None
 
     def summary(self) -> str:
-        """One line for the terminal."""
+        """One line for the terminal, and two more where weights were fitted."""
         merged = "probabilities" if self.probabilities else "masks"
-        return (
+        fitted = f"{self.fitted.summary()}\n" if self.fitted else ""
+        return fitted + (
             f"merged the {merged} of {self.folders} folders into {len(self.masks)} masks "
             f"in {self.masks[0].parent}"
         )
@@ -81,6 +86,9 @@ def ensemble(config: EnsembleConfig, progress: Progress = silent) -> EnsembleRes
     of 0 and 1; the threshold is applied once, to the mean. A pixel that a folder did not observe
     has no vote of that folder; one that none observed stays 255.
 
+    With `gt_dir` weights and threshold are fitted first. `kelp-ensemble.yaml` in the output folder
+    holds them, for `--config` with other folders of the same networks; `fitted.json` tells more.
+
     Raises:
         InputError: a folder lacks a scene of another, sizes or places differ, a file cannot be
             read, or the output folder is one of the inputs.
@@ -90,22 +98,58 @@ def ensemble(config: EnsembleConfig, progress: Progress = silent) -> EnsembleRes
         raise InputError(
             f"{config.output_dir}: the output folder is one of the inputs; choose another one"
         )
-    weights = np.array(config.weights or [1.0] * len(folders))
-    weights = weights / weights.sum()
     sources, suffix = _sources(folders)
     output = output_folder(config.output_dir)
+    fitted = None
+    if config.gt_dir:
+        fitted = _fit(config.gt_dir, config.metadata_fp, sources, suffix, progress)
+        config = config.model_copy(
+            update={
+                "weights": fitted.weights, "decision_threshold": fitted.threshold,
+                "gt_dir": None, "metadata_fp": None,
+            }
+        )  # fmt: skip
+        write_json(output / "fitted.json", fitted.to_json())
+    weights = np.array(config.weights or [1.0] * len(folders))
+    weights = weights / weights.sum()
+    threshold = 0.5 if config.decision_threshold is None else config.decision_threshold
     masks, probabilities = [], []
     for done, (tile_id, files) in enumerate(sources.items(), 1):
         mask = output / f"{tile_id}{MASK_SUFFIX}"
         probability = output / f"{tile_id}{PROBABILITY_SUFFIX}"
         soft = suffix == PROBABILITY_SUFFIX
-        _merge(files, weights.tolist(), config.decision_threshold, mask, probability, soft)
+        _merge(files, weights.tolist(), threshold, mask, probability, soft)
         masks.append(mask)
         if soft:
             probabilities.append(probability)
         progress("merging", done, len(sources))
     config.record(output)
-    return EnsembleResult(tuple(masks), tuple(probabilities), len(folders))
+    return EnsembleResult(tuple(masks), tuple(probabilities), len(folders), fitted)
+
+
+def _fit(
+    gt_dir: Path,
+    table: Path | None,
+    sources: Mapping[str, Sequence[Path]],
+    suffix: str,
+    progress: Progress,
+) -> Fitted:
+    """Weights and threshold for the scenes of which there is truth."""
+    truths = {tile_id_of(path): path for path in input_folder(gt_dir, f"*{MASK_SUFFIX}")}
+    truths = {tile_id: path for tile_id, path in truths.items() if tile_id in sources}
+    if not truths:
+        raise InputError(f"{gt_dir}: no truth of a scene of --predictions_dirs; check the names")
+    place = places_of(table, truths) if table else {tile_id: tile_id for tile_id in truths}
+    count = len(next(iter(sources.values())))
+    weighting = Weighting([place[tile_id] for tile_id in truths], count)
+    for number, (tile_id, truth) in enumerate(truths.items()):
+        files = sources[tile_id]
+        shape, _ = _common_ground([*files, truth])
+        for strip in _strips(shape):
+            votes = (_vote(path, strip, suffix == PROBABILITY_SUFFIX) for path in files)
+            weighting.add(number, votes, read_mask(truth, strip))
+        progress("fitting", number + 1, len(truths))
+    return weighting.fit()
 
 
 def _merge(

@@ -6,6 +6,9 @@ A message names the cause (the file, the value) and the way out.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class KelpError(Exception):
     """Bad input or usage. The message is one line: what is wrong, where, and what to do."""
@@ -17,6 +20,10 @@ class ConfigError(KelpError):
 
 class InputError(KelpError):
     """A file or folder is missing, unreadable, or does not hold what it should."""
+
+
+class BusyError(InputError):
+    """Another process is writing the file."""
 
 
 class TableError(InputError):
@@ -35,5 +42,23 @@ class WeightsError(KelpError):
     """Pretrained weights cannot be obtained or do not fit the network."""
 
 
+class ProcessError(KelpError):
+    """One of the processes that train together was lost: killed, or cut off from the others."""
+
+
 class CoverageError(KelpError):
     """A pixel was covered by no tile. Merging never fills such a hole with a value."""
+
+
+@contextmanager
+def fit_to_travel() -> Iterator[None]:
+    """An error leaves for another process alone, without what caused it.
+
+    Once Dask is imported, pickle takes the causes along, and those of GDAL cannot be unpickled:
+    a file that is no raster would look like a worker that was killed.
+    """
+    try:
+        yield
+    except Exception as error:
+        error.__cause__ = error.__context__ = None
+        raise

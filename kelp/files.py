@@ -143,9 +143,14 @@ def write_text(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
+def json_text(value: Any) -> str:
+    """`value` as indented JSON. NaN and Infinity are refused."""
+    return json.dumps(value, indent=2, allow_nan=False) + "\n"
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically. NaN and Infinity are refused."""
-    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+    write_text(path, json_text(value))
 
 
 def output_folder(path: Path) -> Path:
@@ -172,3 +177,11 @@ def input_folder(path: Path, pattern: str = "*") -> list[Path]:
     if not found:
         raise InputError(f"{path}: the folder holds no {pattern} file")
     return found
+
+
+def amount(size: int) -> str:
+    """A number of bytes to read, rounded up: 1.54 GB."""
+    for unit, parts, name in ((10**9, 100, "GB"), (10**6, 10, "MB")):
+        if size >= unit:
+            return f"{-(-size * parts // unit) / parts:g} {name}"
+    return f"{-(-size // 1000)} kB"

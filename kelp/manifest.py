@@ -9,6 +9,7 @@ from typing import Final
 import pandas as pd
 import pyarrow
 
+from kelp.config.location import Url
 from kelp.errors import TableError
 from kelp.files import atomic
 
@@ -16,6 +17,8 @@ IMAGE_SUFFIX: Final = "_satellite.tif"
 MASK_SUFFIX: Final = "_kelp.tif"
 PROBABILITY_SUFFIX: Final = "_kelp_prob.tif"
 SPREAD_SUFFIX: Final = "_kelp_spread.tif"
+WORKERS_FILE: Final = "kelp-workers.json"
+"""Beside maps that a cluster made: what each worker did."""
 IMAGES_TABLE: Final = "train_val_test_dataset.parquet"
 TILES_TABLE: Final = "sahi_train_val_test_dataset.parquet"
 
@@ -44,7 +47,7 @@ TILE_KEY: Final = ("tile_id", "x", "y")
 """Key of a row of a table of tiles; `x` and `y` are the column and row offset in pixels."""
 
 
-def output_name(path: Path, suffix: str = MASK_SUFFIX) -> str:
+def output_name(path: Path | Url, suffix: str = MASK_SUFFIX) -> str:
     """Name of the product of a scene: X_satellite.tif gives X_kelp.tif, name.tif name_kelp.tif."""
     return (_without(path.name, IMAGE_SUFFIX) or path.stem) + suffix
 

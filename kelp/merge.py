@@ -60,6 +60,31 @@ class MergerState:
     weights: NDArray[np.float32]
     left_out: NDArray[np.bool_]
 
+    @classmethod
+    def empty(cls, top: int, width: int, planes: int) -> MergerState:
+        """Nothing yet, from row `top` on."""
+        return cls(
+            top, np.zeros((planes, 0, width)), np.zeros((0, width), dtype=np.float32),
+            np.zeros((0, width), dtype=np.bool_),
+        )  # fmt: skip
+
+    @property
+    def bottom(self) -> int:
+        """First row below those that are held."""
+        return self.top + len(self.weights)
+
+    def joined(self, other: MergerState) -> MergerState:
+        """What one merger would hold, had it been given the tiles of both.
+
+        Exact, as all sums are whole numbers. Raises `ValueError` unless both hold the same rows.
+        """
+        if (self.top, self.bottom) != (other.top, other.bottom):
+            raise ValueError(f"rows {self.top}-{self.bottom} beside {other.top}-{other.bottom}")
+        return MergerState(
+            self.top, self.sums + other.sums, self.weights + other.weights,
+            self.left_out | other.left_out,
+        )  # fmt: skip
+
 
 class StripMerger:
     """Weighted mean of overlapping tiles of one scene, handed out row by row from the top.
@@ -88,16 +113,12 @@ class StripMerger:
     ) -> None:
         self.shape = shape
         self.blend: Blend = blend
-        self.top = 0  # first row not yet taken
-        self._sums = np.zeros((2 if spread else 1, 0, shape[1]))
-        self._weights = np.zeros((0, shape[1]), dtype=np.float32)
-        self._left_out = np.zeros((0, shape[1]), dtype=np.bool_)
         self._window: NDArray[np.float64] = np.zeros((0, 0))
         self._vote = (0.0, np.zeros((0, 0), dtype=np.float32))  # validity, its rounded weights
-        if state:
-            self.top = state.top
-            self._sums, self._weights = state.sums.copy(), state.weights.copy()
-            self._left_out = state.left_out.copy()
+        state = state or MergerState.empty(0, shape[1], 2 if spread else 1)
+        self.top = state.top  # first row not yet taken
+        self._sums, self._weights = state.sums.copy(), state.weights.copy()
+        self._left_out = state.left_out.copy()
 
     def add(self, tile: Tile, values: NDArray[np.floating], validity: float = 1.0) -> None:
         """Add a tile's vote.
@@ -139,27 +160,35 @@ class StripMerger:
 
     def take_planes(self, end: int) -> NDArray[np.float32]:
         """As `take`, `(planes, rows, width)`: the mean and, where asked for, the spread."""
-        end = min(end, self.shape[0])
-        self._reach(end)
-        count = end - self.top
-        weights = self._weights[:count]
-        holes = (weights == 0) & ~self._left_out[:count]
+        top = self.top
+        state = self.cut(end)
+        holes = (state.weights == 0) & ~state.left_out
         if holes.any():
             y, x = np.argwhere(holes)[0]
-            raise CoverageError(f"no tile covers the pixel at row {self.top + y}, column {x}")
+            raise CoverageError(f"no tile covers the pixel at row {top + y}, column {x}")
         with np.errstate(invalid="ignore"):  # 0 / 0 where all tiles were left out
-            merged = np.divide(self._sums[:, :count], weights)
+            merged = np.divide(state.sums, state.weights)
         merged /= _VALUE_UNIT
         if len(merged) > 1:
             variance = merged[1]
             variance -= merged[0] ** 2
             variance[variance < _LEAST_VARIANCE] = 0
             np.sqrt(variance, out=variance)
+        return merged.astype(np.float32)
+
+    def cut(self, end: int) -> MergerState:
+        """Rows `top … end` as sums, to which another merger may still have tiles to add."""
+        end = min(end, self.shape[0])
+        self._reach(end)
+        count = end - self.top
+        state = MergerState(
+            self.top, self._sums[:, :count], self._weights[:count], self._left_out[:count]
+        )
         self._sums = self._sums[:, count:].copy()
         self._weights = self._weights[count:].copy()
         self._left_out = self._left_out[count:].copy()
         self.top = end
-        return merged.astype(np.float32)
+        return state
 
     def state(self) -> MergerState:
         """What was added to rows that are not yet taken."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import threading
 import warnings
 from collections.abc import Iterator
@@ -20,7 +21,9 @@ from rasterio._err import CPLE_BaseError
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.windows import Window
 
+from kelp import store
 from kelp.bands import MASK_NODATA
+from kelp.config.location import Url
 from kelp.errors import InputError
 from kelp.grid import Shape, Tile
 
@@ -80,13 +83,14 @@ _silence: Final = _Silence()
 
 
 @contextmanager
-def quietly(path: Path, writing: bool = False) -> Iterator[None]:
+def quietly(path: Path | Url, writing: bool = False) -> Iterator[None]:
     """Competition files have no georeference, which is no news; errors name the file."""
     try:
         with _silence:
             yield
     except (RasterioError, CPLE_BaseError) as error:  # copying lets GDAL's own errors through
         reason = " ".join(str(error).split()) or "no reason given"
+        reason = re.sub(r"/vsiriopener_\w+/", "", reason)  # rasterio's name for a store
         if writing:
             raise InputError(
                 f"{path}: cannot be written ({reason}); check the free space"
@@ -103,8 +107,14 @@ def decoding(cache: int) -> Iterator[None]:
         yield
 
 
-def open_dataset(path: Path) -> Any:
-    """Open a raster for reading with rasterio. Raises `InputError` naming the file."""
+def open_dataset(path: Path | Url) -> Any:
+    """Open a raster for reading with rasterio. Raises `InputError` naming the file.
+
+    Of one in a store the header is fetched, and later what is read: nobody should read much.
+    """
+    if isinstance(path, Url):
+        with quietly(path):
+            return store.open_raster(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file; check the path")
     with quietly(path):
@@ -164,10 +174,8 @@ def raster_shape(path: Path) -> Shape:
         return dataset.height, dataset.width
 
 
-def read_tags(path: Path) -> dict[str, str]:
+def read_tags(path: Path | Url) -> dict[str, str]:
     """The metadata tags of a raster; empty for a file that is missing or unreadable."""
-    if not path.is_file():
-        return {}
     try:
         with open_dataset(path) as dataset:
             return dict(dataset.tags())

@@ -7,7 +7,7 @@ everywhere; what was not observed is hatched in grey.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -118,6 +118,46 @@ def mask_picture(mask: Mask) -> Picture:
     return _hatched(colors, mask == MASK_NODATA)
 
 
+def error_picture(truth: Mask, prediction: Mask) -> Picture:
+    """Hits, misses and false alarms on plain ground; hatched where either mask is 255."""
+    colors = np.full((*truth.shape, 3), NO_KELP)
+    for is_kelp, is_found, color in ((1, 1, KELP), (1, 0, MISSED), (0, 1, FALSE)):
+        colors[(truth == is_kelp) & (prediction == is_found)] = color
+    return _hatched(colors, (truth == MASK_NODATA) | (prediction == MASK_NODATA))
+
+
+def ramp(name: Literal["viridis", "gray"], steps: int = 48, gamma: float = 1) -> Picture:
+    """Colours of an even colormap from its low end to its high one, shape `(1, steps, 3)`.
+
+    A `gamma` below 1 lifts the low end.
+    """
+    from matplotlib import colormaps
+
+    colors = colormaps[name](np.linspace(0, 1, steps) ** gamma)[None, :, :3]
+    return np.round(255 * colors).astype(np.uint8)
+
+
+def shaded(plane: NDArray[np.float32], limits: tuple[float, float], colors: Picture) -> Picture:
+    """Values in the colours of a `ramp` between two limits; those that are not finite are hatched.
+
+    Args:
+        plane: shape `(height, width)`.
+        limits: values at the ends of the ramp; what lies beyond has the colour of the end.
+        colors: of the ramp.
+    """
+    low, high = limits
+    known = np.isfinite(plane)
+    scaled = (np.where(known, plane, low) - low) / max(high - low, 1e-6)
+    steps = colors.shape[1]
+    place = np.clip((scaled * steps).astype(np.int64), 0, steps - 1)
+    return _hatched(colors[0, place], ~known)
+
+
+def hatch(shape: tuple[int, int]) -> Picture:
+    """What stands for "not observed"."""
+    return _hatched(np.zeros((*shape, 3), np.uint8), np.ones(shape, dtype=np.bool_))
+
+
 def overlay_picture(pixels: NDArray[np.float32], mask: Mask) -> Picture:
     """Kelp over dimmed true colour, the edge of each patch solid; not observed is hatched."""
     picture = _backdrop(pixels, mask == MASK_NODATA)
@@ -173,6 +213,27 @@ def shrink_pixels(pixels: NDArray[np.float32], step: int) -> NDArray[np.float32]
     small = np.divide(total, number, out=np.full_like(total, np.nan), where=number > 0)
     small[bands.QA] = small[bands.QA] >= 0.5
     return small
+
+
+def shrink_plane(plane: NDArray[np.float32], step: int) -> NDArray[np.float32]:
+    """A plane `step` times smaller: means of what is known in each block, NaN where nothing is."""
+    if step == 1:
+        return plane
+    known = np.isfinite(plane)
+    number = _block_sums(known, step)
+    total = _block_sums(np.where(known, plane, 0), step)
+    return np.divide(total, number, out=np.full_like(total, np.nan), where=number > 0)
+
+
+def shrink_highest(plane: NDArray[np.float32], step: int) -> NDArray[np.float32]:
+    """A plane `step` times smaller: the highest of each block, NaN where none is known."""
+    height, width = plane.shape
+    extra = (-height % step, -width % step)
+    filled = np.pad(np.where(np.isnan(plane), -np.inf, plane), [(0, n) for n in extra],
+                    constant_values=-np.inf)  # fmt: skip
+    blocks = filled.reshape(filled.shape[0] // step, step, filled.shape[1] // step, step)
+    highest = blocks.max(axis=(1, 3))
+    return np.where(np.isfinite(highest), highest, np.nan).astype(np.float32)
 
 
 def shrink_mask(mask: Mask, step: int) -> Mask:

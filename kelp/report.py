@@ -193,26 +193,35 @@ def _inline(text: str) -> str:
     return "".join(pieces)
 
 
-def curves(history: Mapping[str, Series]) -> bytes:
+def curves(history: Mapping[str, Series], best: int | None = None) -> bytes:
     """A PNG of training curves: one panel for each quantity, one line for each split.
 
     Args:
         history: `(step, value)` pairs by name; `train/loss` and `val/loss` share the panel
             "loss". Values that are not finite are gaps.
+        best: the epoch to mark in every panel, where the steps are epochs.
     """
     panels: dict[str, dict[str, Series]] = {}
     for name, series in history.items():
         split, _, quantity = name.rpartition("/")
         panels.setdefault(quantity, {})[split] = series
-    columns = min(3, max(1, len(panels)))
+    columns = 2 if len(panels) == 4 else min(3, max(1, len(panels)))
     rows = max(1, -(-len(panels) // columns))
     figure = _figure(4.2 * columns, 2.9 * rows)
     for k, (quantity, lines) in enumerate(panels.items(), 1):
-        _plot(figure.add_subplot(rows, columns, k), quantity, lines)
+        _plot(figure.add_subplot(rows, columns, k), quantity, lines, best)
+    if best is not None:
+        figure.supxlabel("epoch", size=9, color=_QUIET_INK)
     return _png(figure)
 
 
-def _plot(axes: Axes, quantity: str, lines: Mapping[str, Series]) -> None:
+def _plot(axes: Axes, quantity: str, lines: Mapping[str, Series], best: int | None) -> None:
+    if best is not None:
+        axes.axvline(best, color=_QUIET_INK, lw=1.2, ls=":")
+        top = axes.get_xaxis_transform()  # of the panel, whatever its values
+        side: Any = {"ha": "right", "xytext": (-4, -2)} if best > 1 else {"xytext": (4, -2)}
+        axes.annotate(f"best: {best}", (best, 1), xycoords=top, textcoords="offset points",
+                      va="top", size=8, color=_QUIET_INK, **side)  # fmt: skip
     for color, (split, series) in zip(_LINES * len(lines), lines.items(), strict=False):
         steps = [step for step, _ in series]
         values = [value if math.isfinite(value) else math.nan for _, value in series]

@@ -19,6 +19,7 @@ from rasterio.windows import Window
 
 from kelp import bands
 from kelp.bands import BANDS, FEWEST_OPTICAL, NODATA, OPTICAL
+from kelp.config.location import Url
 from kelp.errors import ConfigError, InputError
 from kelp.grid import Shape, Tile
 from kelp.raster import georeference_from, open_dataset, quietly
@@ -55,7 +56,7 @@ class Scene:
         InputError: the file cannot be read, or its bands cannot be named.
     """
 
-    def __init__(self, path: Path, band_order: Sequence[str] = ()) -> None:
+    def __init__(self, path: Path | Url, band_order: Sequence[str] = ()) -> None:
         self.path = path
         self._dataset = open_dataset(path)
         try:
@@ -213,7 +214,7 @@ def read_scene(path: Path, band_order: Sequence[str] = ()) -> NDArray[np.float32
         return scene.read()
 
 
-def _band_names(dataset: Any, path: Path, band_order: Sequence[str]) -> tuple[str, ...]:
+def _band_names(dataset: Any, path: Path | Url, band_order: Sequence[str]) -> tuple[str, ...]:
     """Names of the file's bands; '' for one that kelp does not know."""
     if band_order:
         if len(band_order) != dataset.count:

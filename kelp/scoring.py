@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
@@ -17,6 +18,7 @@ from kelp.files import input_folder, output_folder, write_json, write_text
 from kelp.manifest import MASK_SUFFIX, read_table, tile_id_of
 from kelp.progress import Progress, silent
 from kelp.raster import georeference_of, read_mask
+from kelp.workers import gather, spread
 
 _NAMES_SHOWN: Final = 5
 
@@ -174,6 +176,7 @@ def evaluate(config: EvaluateConfig, progress: Progress = silent) -> Scores:
         InputError: a prediction is missing (named), a mask unreadable, or a pair's sizes differ.
         TableError: the metadata table has no row for an image.
     """
+    config = config.absolute() if config.scheduler else config
     truths = {tile_id_of(p): p for p in input_folder(config.gt_dir, f"*{MASK_SUFFIX}")}
     found = {tile_id_of(p): p for p in input_folder(config.preds_dir, f"*{MASK_SUFFIX}")}
     absent = [tile_id for tile_id in truths if tile_id not in found]
@@ -186,16 +189,20 @@ def evaluate(config: EvaluateConfig, progress: Progress = silent) -> Scores:
     everything, seen = Figures(), Figures()
     areas = Areas(assumed_pixel_size_m=config.pixel_size)
     by_place: dict[str, Figures] = {}
-    for done, (tile_id, path) in enumerate(truths.items(), 1):
-        truth, prediction = _pair(path, found[tile_id])
-        figures, observed = Figures.of(truth, prediction), Figures.of(truth, prediction, True)
-        everything, seen = everything.plus(figures), seen.plus(observed)
-        pixel = pixel_area_m2(path) or pixel_area_m2(found[tile_id])
-        areas = areas.plus(figures.counts, observed.counts, pixel)
-        if places:
-            place = places[tile_id]
-            by_place[place] = by_place.get(place, Figures()).plus(figures)
-        progress("scoring", done, len(truths))
+    pairs = [(path, found[tile_id]) for tile_id, path in truths.items()]
+    with (
+        gather(config.workers, config.scheduler) as workers,
+        closing(spread(_figures, pairs, workers)) as judged,
+    ):
+        for done, (tile_id, (figures, observed, pixel)) in enumerate(
+            zip(truths, judged, strict=True), 1
+        ):
+            everything, seen = everything.plus(figures), seen.plus(observed)
+            areas = areas.plus(figures.counts, observed.counts, pixel)
+            if places:
+                place = places[tile_id]
+                by_place[place] = by_place.get(place, Figures()).plus(figures)
+            progress("scoring", done, len(truths))
     scores = Scores(everything, seen, areas, dict(sorted(by_place.items())))
     if config.output_dir is None:
         return scores
@@ -205,6 +212,13 @@ def evaluate(config: EvaluateConfig, progress: Progress = silent) -> Scores:
     write_text(files[1], scores.to_text() + "\n")
     config.record(folder)
     return replace(scores, files=files)
+
+
+def _figures(pair: tuple[Path, Path]) -> tuple[Figures, Figures, float | None]:
+    """Figures of all pixels and of those observed, and the area of a pixel, where it is known."""
+    truth, prediction = _pair(*pair)
+    area = pixel_area_m2(pair[0]) or pixel_area_m2(pair[1])
+    return Figures.of(truth, prediction), Figures.of(truth, prediction, True), area
 
 
 def _pair(truth_path: Path, prediction_path: Path) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:

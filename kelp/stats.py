@@ -29,11 +29,12 @@ from kelp.progress import Progress, silent
 from kelp.scene import Scene
 from kelp.statsfile import About, StatsFile
 from kelp.summary import ChannelStats, ChannelSummary, unit_stats
-from kelp.workers import spread
+from kelp.workers import gather, spread
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from kelp.cluster import Cluster
     from kelp.config import StatsConfig
 
 __all__ = [
@@ -103,10 +104,12 @@ def file_statistics(
     settings: IndexSettings,
     *,
     band_order: Sequence[str] = (),
-    workers: int = 1,
+    workers: int | Cluster = 1,
     progress: Progress = silent,
 ) -> dict[str, ChannelStats]:
     """`channel_statistics` of files, read by `workers` processes (0 = one for each core).
+
+    `workers` may be a cluster, see `kelp.workers.gather`.
 
     Law: the same numbers, to the last bit, whatever the number of workers. Raises `InputError`
     naming the file that cannot be read.
@@ -125,15 +128,17 @@ def file_statistics(
 
 def compute_stats(config: StatsConfig, progress: Progress = silent) -> StatsResult:
     """Statistics of the training images (or of one fold's) as a file that `kelp train` takes."""
+    config = config.absolute() if config.scheduler else config
     indices = parse_indices(config.spectral_indices)
     settings = IndexSettings(config.index_input, config.mask_using_qa, config.mask_using_water_mask)
     sources = _sources(config)
     output_folder(config.output_dir)
     channels = channel_names(BANDS, indices)
-    stats = file_statistics(
-        sources, channels, settings,
-        band_order=config.band_order, workers=config.workers, progress=progress,
-    )  # fmt: skip
+    with gather(config.workers, config.scheduler) as workers:
+        stats = file_statistics(
+            sources, channels, settings,
+            band_order=config.band_order, workers=workers, progress=progress,
+        )  # fmt: skip
     empty = [name for name, values in stats.items() if not values.count]
     if empty:
         log.warning("no image has a valid pixel of %s", ", ".join(empty))

@@ -7,15 +7,20 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from functools import partial
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from kelp.errors import KelpError
+from kelp.errors import ConfigError, KelpError, fit_to_travel
+
+if TYPE_CHECKING:
+    from kelp.cluster import Cluster
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -29,7 +34,30 @@ def worker_count(workers: int, jobs: int) -> int:
     return max(1, min(workers, jobs))
 
 
-def spread(function: Callable[[T], R], jobs: Sequence[T], workers: int) -> Generator[R, None, None]:
+@contextmanager
+def gather(workers: int, scheduler: str | None) -> Iterator[int | Cluster]:
+    """Where `spread` is to work: that many processes of this machine, or a cluster.
+
+    Raises:
+        ConfigError: a cluster is wished and Dask is not installed, or no scheduler answers.
+    """
+    if scheduler is None:
+        yield workers
+        return
+    try:
+        from kelp.cluster import connect
+    except ImportError:
+        raise ConfigError(
+            f"--scheduler {scheduler}: clusters need Dask; "
+            'pip install "kelp-slicer[dask]", or leave the option out'
+        ) from None
+    with connect(scheduler) as cluster:
+        yield cluster
+
+
+def spread(
+    function: Callable[[T], R], jobs: Sequence[T], workers: int | Cluster
+) -> Generator[R, None, None]:
     """`map(function, jobs)` over processes, in the order of `jobs`.
 
     With one worker it runs in this process. When the caller stops early, on an error, on Ctrl-C
@@ -39,11 +67,14 @@ def spread(function: Callable[[T], R], jobs: Sequence[T], workers: int) -> Gener
     Args:
         function: a module-level function, or a partial of one.
         jobs: its arguments, small ones: they travel to the workers.
-        workers: processes; 0 = one for each core.
+        workers: processes; 0 = one for each core. Or a cluster, see `gather`.
 
     Raises:
         KelpError: a worker process was killed from outside. Errors of `function` as they are.
     """
+    if not isinstance(workers, int):
+        yield from workers.map(function, jobs)
+        return
     workers = worker_count(workers, len(jobs))
     if workers == 1:
         yield from map(function, jobs)
@@ -56,7 +87,7 @@ def spread(function: Callable[[T], R], jobs: Sequence[T], workers: int) -> Gener
         with warnings.catch_warnings():
             # Python 3.12 warns of any fork beside threads, also those of idle BLAS pools.
             warnings.simplefilter("ignore", DeprecationWarning)
-            results = pool.map(function, jobs, chunksize=chunk)
+            results = pool.map(partial(_call, function), jobs, chunksize=chunk)
         yield from results
     except BrokenProcessPool:
         lifeline.close()
@@ -71,6 +102,11 @@ def spread(function: Callable[[T], R], jobs: Sequence[T], workers: int) -> Gener
         pool.shutdown(cancel_futures=True)
         lifeline.close()
         alive.close()
+
+
+def _call(function: Callable[[T], R], job: T) -> R:
+    with fit_to_travel():
+        return function(job)
 
 
 def _context() -> BaseContext:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from rasterio.windows import Window
 
 from kelp.bands import MASK_NODATA
-from kelp.errors import InputError
+from kelp.errors import BusyError, InputError
 from kelp.files import atomic
 from kelp.grid import Shape
 from kelp.raster import Georeference, quietly
@@ -106,14 +106,14 @@ class RasterWriter:
     def begin(self, kept: int = 0) -> None:
         """Start to write, after the first `kept` rows of what an earlier process left.
 
-        `checksum` then tells whether they are what was written. Raises `InputError` when another
+        `checksum` then tells whether they are what was written. Raises `BusyError` when another
         process is writing the raster.
         """
         size = kept * self._shape[1] * self._dtype.itemsize
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if self._rows is None:
-                self._rows = _open_locked(self._path_of_rows)
+                self._rows = open_locked(self._path_of_rows)
             self._rows.truncate(size)
             self._rows.seek(0)
             self.checksum = 0
@@ -121,7 +121,7 @@ class RasterWriter:
                 piece = self._rows.read(min(1 << 24, size - start))
                 self.checksum = zlib.crc32(piece, self.checksum)
         except BlockingIOError as error:
-            raise InputError(f"{self.path}: another process is writing it; wait for it") from error
+            raise BusyError(f"{self.path}: another process is writing it; wait for it") from error
         except OSError as error:
             raise self._unwritable(error) from error
 
@@ -259,15 +259,15 @@ def remove_rows(path: Path) -> bool:
     rows = rows_path(path)
     if rows.is_file():
         try:
-            with _open_locked(rows):
+            with open_locked(rows):
                 rows.unlink()
         except BlockingIOError:
             return False
     return True
 
 
-def _open_locked(path: Path) -> IO[bytes]:
-    """Open a file of rows for this process alone. A killed process holds no lock.
+def open_locked(path: Path) -> IO[bytes]:
+    """Open a file for this process alone. A killed process holds no lock.
 
     Raises `BlockingIOError` while another process holds it.
     """

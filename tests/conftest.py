@@ -1,8 +1,13 @@
 """Fixtures for the tests of several laws. Torch is slow to load: only when one is asked for."""
 
+import os
 import signal
 
 import pytest
+
+# `make test` runs two files at a time: networks that take all cores would wait for one another.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # A background job of a shell inherits an ignored Ctrl-C, and would hand that on to the programs
 # that tests start and stop.

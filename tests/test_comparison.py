@@ -23,21 +23,12 @@ from kelp.nn import model
 from kelp.nn.bundle import load_bundle
 from kelp.nn.comparison.fields import FIELDS
 from kelp.nn.comparison.scenes import labelled_scenes
-from kelp.nn.comparison.sums import (
-    CODES,
-    FIGURES,
-    Draws,
-    Sums,
-    best_threshold,
-    interval,
-    pixels_by_code,
-    precision_by_code,
-    sums_of,
-)
+from kelp.nn.comparison.sums import FIGURES, Draws, Sums, interval, sums_of
 from kelp.nn.comparison.ways import Runtime, majority
 from kelp.raster import read_mask
 from kelp.scene import read_scene
 from kelp.seams import Steps
+from kelp.thresholds import CODES, best_threshold, pixels_by_code, precision_by_code
 from kelp.writer import write_mask
 
 

@@ -23,7 +23,8 @@ from kelp.nn.datamodule import (
     training_shape,
 )
 from kelp.nn.dataset import Draw, Sample, Source, TileDataset, collate
-from kelp.nn.inference.engine import Engine, Job
+from kelp.nn.inference.engine import Engine
+from kelp.nn.inference.jobs import Job
 from kelp.nn.inference.strip import Slicing
 from kelp.scene import Scene, read_scene
 from kelp.stats import Source as StatsSource

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from kelp.bands import BANDS, DEM, QA, canonical, observed
 from kelp.errors import InputError
 from kelp.grid import TileGrid
-from kelp.nn.inference.engine import Engine, Job
+from kelp.nn.inference.engine import Engine
+from kelp.nn.inference.jobs import Job
 from kelp.nn.inference.strip import Slicing
 
 NIR = BANDS.index("NIR")

@@ -16,7 +16,8 @@ from kelp.bands import DEM, QA, observed, reflected
 from kelp.errors import CoverageError, InputError
 from kelp.grid import TileGrid, origins
 from kelp.merge import MergerState
-from kelp.nn.inference.engine import AHEAD, Engine, Job
+from kelp.nn.inference.engine import AHEAD, Engine
+from kelp.nn.inference.jobs import Job
 from kelp.nn.inference.strip import Slicing, Strip
 
 

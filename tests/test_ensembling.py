@@ -19,6 +19,7 @@ from kelp.ensembling import ensemble, weighted_mean
 from kelp.errors import InputError
 from kelp.merge import to_mask
 from kelp.raster import Georeference, georeference_of, read_mask, read_probability
+from kelp.weighting import mixtures
 from kelp.writer import RasterWriter, write_mask
 
 UTM = Georeference(CRS.from_epsg(32621), Affine(30, 0, 500_000, 0, -30, -5_700_000))
@@ -207,3 +208,131 @@ def test_a_file_that_holds_no_probabilities_leaves_no_mask(tmp_path):
     with pytest.raises(InputError, match=r"b/T_kelp_prob\.tif: .* between 0 and 1, .* 87"):
         run(tmp_path, "a", "b")
     assert list((tmp_path / "out").iterdir()) == []
+
+
+class Coast:
+    """Two networks on labelled scenes: one sees kelp through noise, the other mostly noise."""
+
+    def __init__(self, root: Path, scenes: int = 8, seed: int = 0) -> None:
+        rng = np.random.default_rng(seed)
+        for number in range(scenes):
+            truth = np.zeros((40, 50), np.uint8)
+            truth[5 + number : 20 + number, 10:30] = 1
+            for name, noise in (("good", 0.25), ("poor", 0.6)):
+                soft = np.clip(0.2 + 0.4 * truth + noise * rng.normal(size=truth.shape), 0, 1)
+                write_both(root / name, f"S{number}", soft)
+            truth[0, :5] = 255
+            write_mask(root / "truth" / f"S{number}_kelp.tif", truth)
+
+
+def fit(root: Path, *names: str, out: str = "out", **options: object):
+    return ensemble(
+        EnsembleConfig(
+            predictions_dirs=tuple(root / name for name in names),
+            output_dir=root / out,
+            gt_dir=root / "truth",
+            **options,
+        )
+    )
+
+
+def dice_of(folder: Path, truth: Path) -> float:
+    tp = wrong = 0
+    for path in sorted(truth.glob("*.tif")):
+        right, said = read_mask(path), read_mask(folder / path.name)
+        seen = right != 255
+        tp += int(((right == 1) & (said == 1)).sum())
+        wrong += int(((right != said) & seen).sum())
+    return 2 * tp / (2 * tp + wrong)
+
+
+def test_weights_are_fitted_to_truth(tmp_path):
+    Coast(tmp_path)
+    found = fit(tmp_path, "good", "poor").fitted
+    assert found.weights[0] > found.weights[1] > 0
+    assert found.held_out > found.held_out_equal
+    assert found.dice >= max(found.dice_equal, *found.dice_alone)
+    # The figures are those of the maps: nothing but rounding to 1/250 lies between.
+    assert dice_of(tmp_path / "out", tmp_path / "truth") == pytest.approx(found.dice, abs=2e-3)
+    for weights, wanted in (((1, 1), found.dice_equal), ((1, 0), found.dice_alone[0])):
+        merged = [
+            run(tmp_path, "good", "poor", weights=weights, at=at, out=f"w{weights[1]}-{at}")
+            and dice_of(tmp_path / f"w{weights[1]}-{at}", tmp_path / "truth")
+            for at in (0.3, 0.36, 0.4, 0.44, 0.5)
+        ]
+        assert max(merged) <= wanted + 2e-3
+
+
+def test_what_was_fitted_is_applied_to_other_folders(tmp_path):
+    Coast(tmp_path)
+    found = fit(tmp_path, "good", "poor").fitted
+    record = tmp_path / "out" / "kelp-ensemble.yaml"
+    again = EnsembleConfig.load(record, {"output_dir": tmp_path / "again"})
+    assert again.weights == found.weights
+    assert again.decision_threshold == found.threshold
+    ensemble(again)
+    for path in sorted((tmp_path / "again").glob("*_kelp.tif")):
+        assert (read_mask(path) == read_mask(tmp_path / "out" / path.name)).all()
+
+
+def test_equal_networks_keep_equal_weights(tmp_path):
+    Coast(tmp_path)
+    found = fit(tmp_path, "good", "good", "good").fitted
+    assert found.weights == (1 / 3, 1 / 3, 1 / 3)
+    assert found.dice == found.dice_equal == found.dice_alone[0]
+    assert "equal weights are kept" in found.summary()
+
+
+def test_one_folder_gets_a_threshold(tmp_path):
+    Coast(tmp_path)
+    assert fit(tmp_path, "good").fitted.weights == (1.0,)
+
+
+def test_pixels_that_no_network_saw_or_no_one_labelled(tmp_path):
+    Coast(tmp_path)
+    before = fit(tmp_path, "good", "poor").fitted
+    soft = read_probability(tmp_path / "good" / "S0_kelp_prob.tif")
+    soft[0, :5] = 0.99  # not labelled
+    write_soft(tmp_path / "good" / "S0_kelp_prob.tif", soft)
+    assert fit(tmp_path, "good", "poor").fitted == before
+    soft[6, 12] = NAN  # then the other network decides alone
+    write_soft(tmp_path / "good" / "S0_kelp_prob.tif", soft)
+    found = fit(tmp_path, "good", "poor").fitted
+    assert dice_of(tmp_path / "out", tmp_path / "truth") == pytest.approx(found.dice, abs=2e-3)
+
+
+def test_images_of_one_place_stay_together(tmp_path):
+    Coast(tmp_path)
+    table = tmp_path / "table.csv"
+    rows = [f"S{number},{'AB'[number % 2]}\n" for number in range(8)]
+    table.write_text("tile_id,aoi_id\n" + "".join(rows))
+    assert fit(tmp_path, "good", "poor", metadata_fp=table).fitted.places == 2
+    table.write_text("tile_id,aoi_id\n" + "".join(f"S{number},A\n" for number in range(8)))
+    with pytest.raises(InputError, match="all labelled scenes are of one place"):
+        fit(tmp_path, "good", "poor", metadata_fp=table)
+
+
+def test_truth_must_fit_and_hold_kelp(tmp_path):
+    Coast(tmp_path)
+    for path in (tmp_path / "truth").glob("*.tif"):
+        write_mask(path, np.zeros((40, 50), np.uint8))
+    with pytest.raises(InputError, match="no labelled pixel is kelp"):
+        fit(tmp_path, "good", "poor")
+    write_mask(tmp_path / "truth" / "S3_kelp.tif", np.zeros((40, 51), np.uint8))
+    with pytest.raises(InputError, match=r"S3_kelp\.tif has 40 x 51 pixels"):
+        fit(tmp_path, "good", "poor")
+    for path in (tmp_path / "truth").glob("*.tif"):
+        path.rename(path.with_name(f"X{path.name}"))
+    with pytest.raises(InputError, match="no truth of a scene"):
+        fit(tmp_path, "good", "poor")
+
+
+@pytest.mark.parametrize(("count", "least"), [(1, 1), (2, 21), (3, 200), (5, 100), (12, 12)])
+def test_mixtures_are_few_and_hold_the_equal_and_the_single_ones(count, least):
+    found = mixtures(count)
+    assert least <= len(found) <= 301
+    assert np.allclose(found.sum(axis=1), 1)
+    assert (found >= 0).all()
+    assert np.allclose(found[0], 1 / count)
+    assert len(np.unique(found.round(9), axis=0)) == len(found)
+    assert {tuple(row) for row in np.eye(count)} <= {tuple(row) for row in found}

@@ -24,7 +24,8 @@ from kelp.errors import InputError
 from kelp.files import discard_partials
 from kelp.grid import TileGrid
 from kelp.merge import MergerState
-from kelp.nn.inference.engine import AHEAD, Engine, Job
+from kelp.nn.inference.engine import AHEAD, Engine
+from kelp.nn.inference.jobs import Job
 from kelp.nn.inference.journal import JournalFile, journal_path
 from kelp.nn.inference.outputs import Outputs, forget
 from kelp.nn.inference.strip import Slicing

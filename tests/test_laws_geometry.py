@@ -14,7 +14,8 @@ from laws import LAWS, Memory
 
 from kelp.bands import BANDS, QA, canonical, observed
 from kelp.grid import TileGrid
-from kelp.nn.inference.engine import Engine, Job
+from kelp.nn.inference.engine import Engine
+from kelp.nn.inference.jobs import Job
 from kelp.nn.inference.strip import Slicing
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -21,6 +21,7 @@ from world import coast, read_tif
 
 import kelp
 from kelp.bands import canonical
+from kelp.errors import ConfigError
 from kelp.nn.bundle import Bundle, load_bundle, save_bundle
 from kelp.nn.inference.network import Network
 from kelp.nn.model import KelpNet
@@ -70,6 +71,26 @@ def test_views_and_bundles_are_averaged_as_probabilities(tmp_path, merge, shape,
     assert np.ptp(parts, axis=0).max() > 0.2
     got = Network(bundles, CPU, "32-true", merge)(raw[None])
     np.testing.assert_allclose(got[0], np.mean(parts, axis=0), atol=1e-6)
+    got = Network(bundles, CPU, "32-true", merge, (2, 0, 6))(raw[None])
+    np.testing.assert_allclose(got[0], np.average(parts, axis=0, weights=(2, 0, 6)), atol=1e-6)
+
+
+@pytest.mark.usefixtures("ramp")
+def test_weights_say_whose_vote_and_threshold_count(tmp_path):
+    write_scenes(tmp_path / "s", [(40, 50)])
+    a, b = (biased_bundle(tmp_path / name, bias, threshold=cut)
+            for name, bias, cut in (("a", -2.5, 0.2), ("b", 1.0, 0.9)))  # fmt: skip
+    options = {"save_probabilities": True}
+    predict(tmp_path / "s", b, tmp_path / "b_alone", **options)
+    weighed = predict(tmp_path / "s", (a, b), tmp_path / "weighed", weights=(0, 3), **options)
+    for path in (tmp_path / "b_alone").glob("*.tif"):
+        np.testing.assert_array_equal(read_tif(path), read_tif(tmp_path / "weighed" / path.name))
+    again = predict(tmp_path / "s", (a, b), tmp_path / "weighed", weights=(1, 3), **options)
+    assert (weighed.made, again.made) == (1, 1)
+    with pytest.raises(ConfigError, match="--weights: 3 weights for 2 networks"):
+        predict(tmp_path / "s", (a, b), tmp_path / "no", weights=(1, 1, 1))
+    with pytest.raises(ConfigError, match="--weights: none may be negative"):
+        predict(tmp_path / "s", (a, b), tmp_path / "no", weights=(1, -1))
 
 
 @pytest.mark.usefixtures("ramp")

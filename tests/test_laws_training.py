@@ -23,7 +23,8 @@ from kelp.nn import symmetry
 from kelp.nn.bundle import Bundle
 from kelp.nn.datamodule import read_fold
 from kelp.nn.dataset import Source, TileDataset, collate
-from kelp.nn.inference.engine import Engine, Job
+from kelp.nn.inference.engine import Engine
+from kelp.nn.inference.jobs import Job
 from kelp.nn.inference.network import Network
 from kelp.nn.inference.strip import Slicing
 from kelp.nn.model import KelpNet

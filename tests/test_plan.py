@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bundles import tiny_bundle, use_pixel_network
+from bundles import tiny_bundle, tiny_spec, use_pixel_network
 from hypothesis import example, given
 from hypothesis import strategies as st
 from laws import LAWS, predict, rasters
@@ -20,10 +20,12 @@ from world import coast, write_tif
 from kelp.config import PredictConfig
 from kelp.config.base import parse_bytes
 from kelp.errors import ConfigError, InputError
+from kelp.files import amount
+from kelp.nn.bundle import Bundle
 from kelp.nn.inference import memory
+from kelp.nn.inference.arrays import fitting_batch
 from kelp.nn.inference.plan import (
     NetworkMemory,
-    amount,
     check_disk,
     fit_memory,
     make_plan,
@@ -391,7 +393,7 @@ def kelp(scene, *more):
         [sys.executable, "-c", PROGRAM, here, "predict", f"--data_dir={path}",
          f"--run_dir={bundle}", f"--output_dir={out}", "--device=cpu", "--precision=32-true",
          *more],
-        capture_output=True, text=True, timeout=120,
+        capture_output=True, text=True, timeout=300,
     )  # fmt: skip
 
 
@@ -420,3 +422,15 @@ def test_a_wide_scene_stays_within_its_memory(scene, tmp_path):
         assert parse_bytes(said.replace(" ", "")) <= budget * 1.1  # rounded up to read
     small, large = batches.values()
     assert small < large <= 64
+
+
+@pytest.mark.parametrize(
+    ("sides", "device", "batch"),
+    [
+        ((64,), "cpu", 8), ((224,), "cpu", 8), ((320,), "cpu", 3), ((640,), "cpu", 1),
+        ((2048,), "cpu", 1), ((64, 640), "cpu", 1), ((640,), "cuda", 8),
+    ],
+)  # fmt: skip
+def test_a_batch_suits_its_processor(sides, device, batch):
+    bundles = [Bundle(Path(), tiny_spec(image_size=side), None) for side in sides]
+    assert fitting_batch(bundles, (32, 32), device) == batch

@@ -14,7 +14,7 @@ from world import coast, read_tif, write_tif
 import kelp
 from kelp.bands import BANDS, observed
 from kelp.cli import main
-from kelp.nn.inference import predict as module
+from kelp.nn.inference import run as module
 from kelp.raster import Georeference, georeference_of, read_mask
 from kelp.scene import read_scene
 from kelp.statsfile import About, StatsFile

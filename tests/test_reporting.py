@@ -12,8 +12,8 @@ import kelp
 from kelp.cli import main
 from kelp.config import ReportConfig
 from kelp.errors import InputError
-from kelp.nn.comparison.sums import CODES
 from kelp.reporting.judged import Sweep
+from kelp.thresholds import CODES
 from kelp.writer import write_mask
 
 TRUTH = np.zeros((20, 20), np.uint8)
@@ -42,6 +42,20 @@ def make_folders(root, probabilities=True):
         gt_dir=root / "truth", preds_dir=root / "masks", output_dir=root / "out",
         data_dir=root / "scenes", draws=200,
     )  # fmt: skip
+
+
+def test_workers_of_a_cluster_are_shown(tmp_path):
+    config = make_folders(tmp_path, probabilities=False)
+    share = {"scenes": 3, "tiles": 4321, "reading": 1.25, "network": 30.5, "writing": 0.5,
+             "peak_memory": 512_000_000}  # fmt: skip
+    record = config.preds_dir / "kelp-workers.json"
+    record.write_text(json.dumps({"tcp://10.0.0.7:4001": share}))
+    page = kelp.make_report(config).page.read_text()
+    row = page[page.index("tcp://10.0.0.7:4001") :][:400]
+    assert all(number in row for number in ("4321", "30.5", "512"))
+    record.write_text("{")
+    with pytest.raises(InputError, match=r"kelp-workers\.json: damaged"):
+        kelp.make_report(config)
 
 
 def test_the_figures_are_those_counted_by_hand(tmp_path):

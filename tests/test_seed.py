@@ -275,3 +275,19 @@ def test_the_program_on_a_virtual_dataset_and_whole_images(world):
         masks = sorted((world / f"out-{runs}").glob("*.tif"))
         assert len(masks) == 2
         assert np.isin(read_mask(masks[0]), (0, 1, 255)).all()
+
+
+def test_the_program_asked_for_a_cluster(world):
+    """The wheel alone brings no Dask: one line tells what to install. With it: a cluster."""
+    asked = "stats --data_dir data/raw/train --output_dir there --scheduler local:1 --quiet"
+    known = subprocess.run(
+        [BIN / "python", "-c", "import distributed"], env=ENVIRONMENT, capture_output=True
+    )
+    if known.returncode:
+        told = program(world, asked, expect=2).stderr
+        assert told.count("\n") == 1
+        assert 'pip install "kelp-slicer[dask]"' in told
+        assert not (world / "there").exists()
+    else:
+        program(world, asked)
+        assert list((world / "there").glob("*-stats-*.json"))

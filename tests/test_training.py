@@ -139,11 +139,12 @@ def test_the_run_folder(run):
     artifacts = result.run_dir / "artifacts"
     assert {path.name for path in artifacts.iterdir()} == {
         "bundle", "bundle-2", "bundle-latest", "checkpoints", "config.yaml", "history.json",
-        "stats", "samples", "confusion_matrix.png", "confusion_matrix.json",
+        "stats", "samples", "confusion_matrix.png", "confusion_matrix.json", "curves.png",
     }  # fmt: skip
-    assert {path.name for path in config.output_dir.iterdir()} == {"kelp", "mlflow.db"}
+    assert {path.name for path in config.output_dir.iterdir()} == {"kelp", "mlflow.db", "packed"}
     assert TrainConfig.load(artifacts / "config.yaml") == config
-    assert len(list((artifacts / "samples").glob("*.png"))) == 8
+    assert len(list((artifacts / "samples").glob("epoch-*.png"))) == 3
+    assert len(list((artifacts / "samples" / "best").glob("*.png"))) == 6
     assert len(list((artifacts / "checkpoints").glob("epoch-*"))) == 2
     assert not list(result.run_dir.rglob(".*"))
 
@@ -275,6 +276,33 @@ def test_a_stopped_run_ends_as_if_it_had_not_been(run, configure, step, error, w
     mlflow = client(config.output_dir)
     assert mlflow.get_run(run_dir.name).info.status == "FINISHED"
     assert [m.step for m in mlflow.get_metric_history(run_dir.name, "val/dice")] == [1, 2, 3]
+
+
+def test_a_killed_run_ends_as_if_it_had_not_been(run, configure):
+    config = configure(save_top_k=2)
+    program = f"""
+import os, signal, sys
+from kelp.config import TrainConfig
+from kelp.nn.training.fit import train
+
+def kill(stage, done, total):
+    if stage == "training" and done == {STEPS + 2}:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+train(TrainConfig.model_validate_json(sys.argv[1]), kill)
+"""
+    arguments = [sys.executable, "-c", program, config.model_dump_json()]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    run_dir = only_run(config)
+    assert not (run_dir / "artifacts" / "bundle").exists()
+    assert len(history(run_dir)) == 1
+
+    resumed = train(configure(resume_from=run_dir, save_top_k=2))
+    assert resumed.scores == run[1].scores
+    for name in ("bundle", "bundle-latest"):
+        whole = weights(run[1].run_dir / "artifacts" / name)
+        assert_same_weights(whole, weights(run_dir / "artifacts" / name))
 
 
 def test_a_network_with_dropout_is_resumed_exactly(configure, tmp_path):

@@ -27,8 +27,9 @@ from kelp.nn.comparison.counted import (
     count,
     dice,
 )
-from kelp.nn.comparison.sums import Draws, parts_of
+from kelp.nn.comparison.sums import Draws
 from kelp.raster import read_mask, read_probability
+from kelp.thresholds import parts_of
 from kelp.writer import write_mask
 
 

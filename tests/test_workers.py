@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from contextlib import closing
 
@@ -56,6 +58,24 @@ def test_there_are_not_more_workers_than_jobs_or_than_asked_for():
 def test_an_error_comes_through_as_it_is(workers):
     with pytest.raises(InputError, match="five"):
         list(spread(fail_at_five, range(100), workers))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_error_of_gdal_comes_through_beside_dask(workers, tmp_path):
+    """Dask makes pickle take along what caused an error, which GDAL's own cannot."""
+    pytest.importorskip("distributed")
+    (tmp_path / "no.tif").write_bytes(b"II*\0 no tiff")
+    program = f"""
+from pathlib import Path
+from kelp.raster import open_dataset
+from kelp.workers import spread
+import distributed  # after them: it is their errors that it changes
+list(spread(open_dataset, [Path("no.tif")] * 2, {workers}))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert "InputError: no.tif: not a readable raster" in done.stderr.splitlines()[-1]
 
 
 def test_a_killed_worker_is_one_line_not_a_hang():

@@ -5,7 +5,9 @@
 """
 
 from kelp.config.base import Config
+from kelp.config.baseline import BaselineConfig
 from kelp.config.comparison import CompareConfig, TuneConfig
+from kelp.config.fold import FoldConfig
 from kelp.config.predict import (
     DemoConfig,
     EnsembleConfig,
@@ -24,15 +26,18 @@ from kelp.config.prep import (
     StatsConfig,
 )
 from kelp.config.reporting import ReportConfig
+from kelp.config.sweep import SweepConfig
 from kelp.config.train import TrainConfig
 
 __all__ = [
+    "BaselineConfig",
     "CompareConfig",
     "Config",
     "DemoConfig",
     "EnsembleConfig",
     "EvaluateConfig",
     "ExportConfig",
+    "FoldConfig",
     "IndicesConfig",
     "MetadataConfig",
     "PredictConfig",
@@ -43,6 +48,7 @@ __all__ = [
     "SplitConfig",
     "StatsConfig",
     "SubmitConfig",
+    "SweepConfig",
     "TrainConfig",
     "TuneConfig",
 ]

@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Final, Self
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from kelp.config.location import is_url
 from kelp.errors import ConfigError
 from kelp.files import write_text
 
@@ -67,6 +68,12 @@ def parse_bytes(value: int | str) -> int:
     return round(size)
 
 
+WORKERS_HELP: Final = "Worker processes; 0 = one for each core. The result does not depend on it"
+SCHEDULER_HELP: Final = (
+    "Work on a Dask cluster: local, local:N, the address of a scheduler (tcp://host:8786), or its "
+    "scheduler file; default: on this machine. The result does not depend on it"
+)
+
 Names = Annotated[tuple[str, ...], BeforeValidator(split)]
 Paths = Annotated[tuple[Path, ...], BeforeValidator(split)]
 Integers = Annotated[tuple[int, ...], BeforeValidator(split)]
@@ -84,7 +91,9 @@ class Config(BaseModel):
     # `KelpError` of one line instead of pydantic's report.
     def __init__(self, **values: Any) -> None:
         try:
-            super().__init__(**self._by_field(values))
+            named = self._by_field(values)
+            self._refuse_urls(named)
+            super().__init__(**named)
         except ValidationError as error:
             raise ConfigError(_explain(error)) from None
 
@@ -108,15 +117,47 @@ class Config(BaseModel):
             named[name] = value
         return named
 
+    @classmethod
+    def _refuse_urls(cls, values: Mapping[str, Any]) -> None:
+        """Raise `ConfigError` for a URL where a local path is wanted."""
+        for name, value in values.items():
+            kind = str(cls.model_fields[name].annotation) if name in cls.model_fields else ""
+            parts = split(value) if "Path" in kind and "Url" not in kind else ()
+            for url in filter(is_url, parts if isinstance(parts, tuple) else ()):
+                raise ConfigError(
+                    f"--{name} {url}: takes local paths only (URLs are for --data_dir and "
+                    "--output_dir of kelp predict); fetch it first"
+                )
+
+    def absolute(self) -> Self:
+        """The same with absolute paths: what workers started in other folders can use."""
+
+        def made(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return tuple(made(part) for part in value)
+            return value.absolute() if isinstance(value, Path) else value
+
+        fields = {name: made(getattr(self, name)) for name in type(self).model_fields}
+        return self.model_copy(update=fields)
+
     def to_yaml(self) -> str:
         """The resolved configuration as YAML, readable by `load` and `--config`."""
         text: str = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
         return text
 
+    @property
+    def record_name(self) -> str:
+        """Name of the file that a run's record has."""
+        return f"kelp-{self.command}.yaml"
+
+    def to_record(self) -> str:
+        """The record of a run: `to_yaml` and a line that says what to do with it."""
+        return f"# kelp {self.command} --config {self.record_name}\n" + self.to_yaml()
+
     def record(self, output_dir: Path) -> Path:
         """Write the resolved configuration to `<output_dir>/kelp-<command>.yaml`."""
-        path = output_dir / f"kelp-{self.command}.yaml"
-        write_text(path, f"# kelp {self.command} --config {path.name}\n" + self.to_yaml())
+        path = output_dir / self.record_name
+        write_text(path, self.to_record())
         return path
 
 

@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, model_validator
 
 from kelp.config.base import Config, Integers, Names, Paths, option, split
 from kelp.config.choices import Interpolation, Precision
+from kelp.config.predict import BATCH_HELP
 from kelp.errors import ConfigError
 
 Interpolations = Annotated[tuple[Interpolation, ...], BeforeValidator(split)]
@@ -39,7 +40,7 @@ class JudgingConfig(Config):
     precision: Precision | None = option(
         None, help="Number format; default: bf16-mixed where the device has it, else 32-true"
     )
-    batch_size: int = option(8, help="Crops in a batch", unit="crops", ge=1)
+    batch_size: int | None = option(None, help=BATCH_HELP, unit="crops", ge=1)
     device: Literal["auto", "cpu", "cuda"] = option("auto", help="Where the network runs")
     band_order: Names = option(
         (), help="Band names of the files, comma-separated; default: read from the files"

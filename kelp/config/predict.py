@@ -7,15 +7,31 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import model_validator
 
-from kelp.config.base import Bytes, Config, Floats, Names, Paths, option
+from kelp.config.base import (
+    SCHEDULER_HELP,
+    WORKERS_HELP,
+    Bytes,
+    Config,
+    Floats,
+    Names,
+    Paths,
+    option,
+)
 from kelp.config.choices import Precision
+from kelp.config.location import Location
 from kelp.errors import ConfigError
 
 Blend = Literal["mean", "hann"]
 MergeMode = Literal["mean", "max", "min", "gmean"]
 
 _THRESHOLD_HELP = "Kelp where the probability is at least this"
+BATCH_HELP = "Crops in a batch; default: 8, on a CPU fewer of more than 224 x 224 px"
 _PREVIEWS_HELP = "Previews at most, in the order of names"
+
+
+def _check_weights(weights: Floats) -> None:
+    if weights and (min(weights) < 0 or sum(weights) == 0):
+        raise ConfigError("--weights: none may be negative, and not all zero")
 
 
 class PredictConfig(Config):
@@ -23,13 +39,17 @@ class PredictConfig(Config):
 
     command: ClassVar[str] = "predict"
 
-    data_dir: Path = option(
-        help="Folder of .tif scenes, one file, or a .txt list of files, one a line"
+    data_dir: Location = option(
+        help="Folder of .tif scenes, one file, or a .txt list of files, one a line; or the URL of "
+        "one, as in s3://bucket/scenes"
     )
-    output_dir: Path = option(help="Folder for <name>_kelp.tif")
+    output_dir: Location = option(help="Folder for <name>_kelp.tif, or its URL")
     run_dir: Paths = option(
         help="Run folder, its artifacts/, a bundle, or an .onnx file; several, or the parent of "
         "--cv_split all: an ensemble"
+    )
+    weights: Floats = option(
+        (), help="Weights of an ensemble's networks, in their order; default: equal", unit="factors"
     )
     dataset_stats_dir: Path | None = option(
         None, help="Folder of statistics files: checked against the bundle's numbers"
@@ -63,7 +83,7 @@ class PredictConfig(Config):
         help="Also write <name>_kelp_spread.tif: standard deviation of the overlapping tiles' "
         "probabilities, each tile's own after symmetries and networks are averaged",
     )
-    batch_size: int = option(8, help="Crops in a batch", unit="crops", ge=1)
+    batch_size: int | None = option(None, help=BATCH_HELP, unit="crops", ge=1)
     device: Literal["auto", "cpu", "cuda"] = option("auto", help="Where the network runs")
     band_order: Names = option(
         (), help="Band names of the files, comma-separated; default: read from the files"
@@ -79,10 +99,15 @@ class PredictConfig(Config):
     )
     max_memory: Bytes | None = option(
         None,
-        help="Memory that the process may fill, as in 2GB; default: no limit",
+        help="Memory that a process may fill, as in 2GB; default: no limit",
         unit="bytes",
         gt=0,
     )
+    threads: int | None = option(
+        None, help="Threads of the network in a process; default: as many as torch takes, on a "
+        "cluster as many as a worker has", unit="threads", ge=1,
+    )  # fmt: skip
+    scheduler: str | None = option(None, help=SCHEDULER_HELP)
     overwrite: bool = option(False, help="Make finished outputs anew")
     preview_submission: bool = option(
         False, help="Also write submission.tar and previews/ for the first images"
@@ -94,6 +119,7 @@ class PredictConfig(Config):
     def _overlap_fits(self) -> Self:
         if not self.run_dir:
             raise ConfigError("--run_dir is missing; name a run folder or a bundle")
+        _check_weights(self.weights)
         if (
             self.sahi_tile_size is not None
             and self.sahi_overlap is not None
@@ -148,18 +174,34 @@ class EnsembleConfig(Config):
     predictions_dirs: Paths = option(help="Prediction folders, comma-separated")
     output_dir: Path = option(help="Folder for the merged masks")
     weights: Floats = option((), help="Weights, one a folder; default: equal", unit="factors")
-    decision_threshold: float = option(0.5, help=_THRESHOLD_HELP, unit="0-1", ge=0, le=1)
+    decision_threshold: float | None = option(
+        None, help=f"{_THRESHOLD_HELP}; default: 0.5", unit="0-1", ge=0, le=1
+    )
+    gt_dir: Path | None = option(
+        None,
+        help="Fit weights and threshold: folder of true <tile_id>_kelp.tif masks of scenes that no "
+        "network was trained on",
+    )
+    metadata_fp: Path | None = option(
+        None, help="With --gt_dir, table of kelp metadata: which scenes show one place; default: "
+        "each scene is a place of its own",
+    )  # fmt: skip
 
     @model_validator(mode="after")
     def _weights_fit(self) -> Self:
+        if self.gt_dir and (self.weights or self.decision_threshold is not None):
+            raise ConfigError(
+                "--gt_dir fits weights and threshold; leave out --weights and --decision_threshold"
+            )
+        if self.metadata_fp and not self.gt_dir:
+            raise ConfigError("--metadata_fp tells places for fitting; it goes with --gt_dir")
         if not self.predictions_dirs:
             raise ConfigError("--predictions_dirs is missing; name at least one folder")
         if self.weights and len(self.weights) != len(self.predictions_dirs):
             raise ConfigError(
                 f"--weights: {len(self.weights)} weights for {len(self.predictions_dirs)} folders"
             )
-        if self.weights and (min(self.weights) < 0 or sum(self.weights) == 0):
-            raise ConfigError("--weights: none may be negative, and not all zero")
+        _check_weights(self.weights)
         return self
 
 
@@ -177,6 +219,8 @@ class EvaluateConfig(Config):
     pixel_size: float = option(
         30.0, help="Side of a pixel where a mask has no CRS, for areas", unit="m", gt=0
     )
+    workers: int = option(1, help=WORKERS_HELP, unit="processes", ge=0)
+    scheduler: str | None = option(None, help=SCHEDULER_HELP)
 
 
 class DemoConfig(Config):

@@ -8,12 +8,10 @@ from typing import ClassVar, Literal, Self
 from pydantic import model_validator
 
 from kelp.bands import IndexInput
-from kelp.config.base import Config, Names, option
+from kelp.config.base import SCHEDULER_HELP, WORKERS_HELP, Config, Names, option
 from kelp.errors import ConfigError
 
 WorldName = Literal["calibrated", "specks", "murky"]
-
-WORKERS_HELP = "Worker processes; 0 = one for each core. The result does not depend on it"
 
 
 class MetadataConfig(Config):
@@ -41,6 +39,7 @@ class MetadataConfig(Config):
         (), help="Band names of the files, comma-separated; default: read from the files"
     )
     workers: int = option(0, help=WORKERS_HELP, unit="processes", ge=0)
+    scheduler: str | None = option(None, help=SCHEDULER_HELP)
     seed: int = option(42, help="Seed of the fold assignment", unit="integer", ge=0)
 
 
@@ -72,6 +71,7 @@ class StatsConfig(Config):
         (), help="Band names of the files, comma-separated; default: read from the files"
     )
     workers: int = option(0, help=WORKERS_HELP, unit="processes", ge=0)
+    scheduler: str | None = option(None, help=SCHEDULER_HELP)
 
 
 class IndicesConfig(Config):
@@ -111,6 +111,7 @@ class SliceConfig(Config):
         (), help="Band names of the files, comma-separated; default: read from the files"
     )
     workers: int = option(0, help=WORKERS_HELP, unit="processes", ge=0)
+    scheduler: str | None = option(None, help=SCHEDULER_HELP)
 
     @model_validator(mode="after")
     def _stride_leaves_no_gap(self) -> Self:
@@ -149,4 +150,5 @@ class SimulateConfig(Config):
         "with faint kelp and poorer labels (murky)",
     )
     workers: int = option(0, help=WORKERS_HELP, unit="processes", ge=0)
+    scheduler: str | None = option(None, help=SCHEDULER_HELP)
     seed: int = option(0, help="Seed: the same seed gives the same bytes", unit="integer", ge=0)

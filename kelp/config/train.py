@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Final, Literal, Self
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from kelp.bands import BANDS, IndexInput, parse_bands
-from kelp.config.base import Config, Floats, Integers, Names, option
+from kelp.config.base import Floats, Integers, option
 from kelp.config.choices import (
     Architecture,
     CompileMode,
@@ -23,6 +22,7 @@ from kelp.config.choices import (
     ResizeStrategy,
     Scheduler,
 )
+from kelp.config.fold import FoldConfig, number
 from kelp.errors import ConfigError
 
 SLICED: Final[Mapping[str, Any]] = {
@@ -34,45 +34,21 @@ SLICED: Final[Mapping[str, Any]] = {
 """Defaults under `--sahi True`: the recipe that docs/experiments.md found best."""
 
 
-def _number(value: Any) -> Any:
-    """Flags are text."""
-    return int(value) if isinstance(value, str) and value.strip().isdigit() else value
+Devices = Annotated[Annotated[int, Field(ge=1)] | Literal["auto"], BeforeValidator(number)]
 
 
-Fold = Annotated[Annotated[int, Field(ge=0)] | Literal["all"], BeforeValidator(_number)]
-
-
-class TrainConfig(Config):
+class TrainConfig(FoldConfig):
     """One training run: tracked in MLflow, ending in a bundle."""
 
     command: ClassVar[str] = "train"
 
     # data
-    data_dir: Path = option(help="Folder of kelp slice (with --sahi) or of kelp metadata")
-    metadata_fp: Path = option(help="Table of kelp slice (with --sahi) or of kelp metadata")
-    output_dir: Path = option(help="Folder for mlflow.db and <experiment>/<run_id>/artifacts")
-    dataset_stats_fp: Path | None = option(
-        None, help="Statistics file of kelp stats; default: computed from the training rows"
-    )
-    cv_split: Fold = option(
-        0, help="Number of the validation fold, or `all`: a run for each, one after the other"
-    )
-    sahi: bool = option(
-        False, help="The table is one of tiles: train on slices and predict in slices"
-    )
-    batch_size: int = option(32, help="Crops in a batch", unit="crops", ge=1)
-    num_workers: int = option(
-        4, help="Processes that load data; 0 = the main one", unit="processes", ge=0
-    )
-    bands: Names = option(BANDS, help=f"Bands, comma-separated, of {','.join(BANDS)}")
-    band_order: Names = option(
-        (), help="Band names of the files, comma-separated; default: read from the files"
-    )
-    spectral_indices: Names = option(
-        (), help="Spectral indices added as channels, comma-separated; `all`, or `none`"
-    )
-    index_input: IndexInput = option(
-        "reflectance", help="Compute indices on surface reflectance or on raw integers (dn)"
+    batch_size: int = option(
+        32, help="Crops in a batch of each process: a step sees --devices x --num_nodes x "
+        "--accumulate_grad_batches times as many", unit="crops", ge=1,
+    )  # fmt: skip
+    pack: bool = option(
+        True, help="Decode each image once, into <output_dir>/packed, for this and later runs"
     )
     augment: bool = option(
         True, help="Turn and mirror training crops: the 8 symmetries of the square"
@@ -109,11 +85,6 @@ class TrainConfig(Config):
     interpolation: Interpolation = option(
         "nearest", help="How --resize_strategy resize resamples; with --sahi bilinear"
     )
-    fill_missing_pixels_with_torch_nan: bool = option(
-        True, help="Missing values become their channel's minimum; False: 0"
-    )
-    mask_using_qa: bool = option(True, help="Index channels are missing where QA = 1")
-    mask_using_water_mask: bool = option(True, help="Index channels are missing on land (DEM > 0)")
     normalization_strategy: Normalization = option(
         "quantile",
         help="Scale channels by q01-q99, by mean and deviation, or by min-max; per-sample-…: by "
@@ -256,16 +227,27 @@ class TrainConfig(Config):
         unit="steps", ge=0,
     )  # fmt: skip
     plot_n_batches: int = option(
-        1, help="Validation batches drawn as sample pictures", unit="batches", ge=0
-    )
+        1, help="Sets of six validation samples to picture: the first at each epoch, all with the "
+        "best network; 0: none", unit="sets", ge=0,
+    )  # fmt: skip
     fast_dev_run: bool = option(False, help="Two batches of each kind only, to try a setting")
 
     # run
-    experiment: str = option("kelp", help="Name of the MLflow experiment and its folder")
     resume_from: Path | None = option(
         None, help="Run folder of a killed run: go on where it stopped"
     )
     device: Literal["auto", "cpu", "cuda"] = option("auto", help="Where the network runs")
+    devices: Devices = option(
+        1, help="Processes on each machine, each with a GPU of its own (or a share of the CPU); "
+        "`auto`: one for each GPU", unit="processes",
+    )  # fmt: skip
+    num_nodes: int = option(
+        1, help="Machines; more than one are started by torchrun or srun", unit="machines", ge=1
+    )
+    strategy: Literal["auto", "ddp"] = option(
+        "auto", help="How processes work together: ddp, torch's DistributedDataParallel; auto: ddp "
+        "where there are several",
+    )  # fmt: skip
     seed: int = option(42, help="Seed of weights, sampling and augmentation", unit="integer", ge=0)
 
     @model_validator(mode="before")
@@ -274,11 +256,6 @@ class TrainConfig(Config):
         """With `--sahi True` other defaults; what is given wins."""
         sahi = str(values.get("sahi", False)).lower() in ("true", "1", "yes", "on")
         return {**SLICED, **values} if sahi else values
-
-    @field_validator("bands")
-    @classmethod
-    def _known_bands(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        return parse_bands(names)
 
     @model_validator(mode="after")
     def _options_fit(self) -> Self:
@@ -291,8 +268,6 @@ class TrainConfig(Config):
                 f"--monitor_mode {self.monitor_mode}: of {self.monitor_metric} the {better}imum "
                 f"is best; give --monitor_mode {better}"
             )
-        if not self.bands:
-            raise ConfigError("--bands: name at least one band")
         if len(self.ce_class_weights) != 2 or min(self.ce_class_weights) <= 0:
             raise ConfigError("--ce_class_weights: two positive numbers, background and kelp")
         if self.image_size % 32:
@@ -300,16 +275,7 @@ class TrainConfig(Config):
                 f"--image_size {self.image_size} px: networks need a multiple of 32, "
                 f"for example {-(-self.image_size // 32) * 32}"
             )
-        if Path(self.experiment).name != self.experiment or self.experiment in ("", ".."):
-            raise ConfigError(f"--experiment {self.experiment!r}: a plain name, without slashes")
         return self
-
-    @property
-    def fold(self) -> int:
-        """The number of the validation fold, where it is one."""
-        if self.cv_split == "all":
-            raise ConfigError("--cv_split all: kelp.train trains one fold; use kelp.train_folds")
-        return self.cv_split
 
     @property
     def first_averaged_epoch(self) -> int:

@@ -43,7 +43,7 @@ from kelp.manifest import (
 from kelp.progress import Progress, silent
 from kelp.raster import read_mask
 from kelp.scene import Scene
-from kelp.workers import spread
+from kelp.workers import gather, spread
 
 if TYPE_CHECKING:
     from kelp.config import MetadataConfig
@@ -113,6 +113,7 @@ def build_metadata(config: MetadataConfig, progress: Progress = silent) -> Metad
             optical bands, bad masks, fewer than two places.
         TableError: the CSV lacks a column or names absent files.
     """
+    config = config.absolute() if config.scheduler else config
     sources = (
         _from_csv(config.metadata_fp, config.data_dir)
         if config.metadata_fp
@@ -120,9 +121,11 @@ def build_metadata(config: MetadataConfig, progress: Progress = silent) -> Metad
     )
     output_folder(config.output_dir)
     surveyed: list[_Surveyed] = []
-    work = spread(partial(_survey, config.band_order), sources, config.workers)
-    with closing(work) as results:
-        for one in results:
+    with (
+        gather(config.workers, config.scheduler) as workers,
+        closing(spread(partial(_survey, config.band_order), sources, workers)) as work,
+    ):
+        for one in work:
             surveyed.append(one)
             progress("reading images", len(surveyed), len(sources))
     threshold = config.similarity_threshold

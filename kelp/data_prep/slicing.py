@@ -42,7 +42,7 @@ from kelp.manifest import IMAGE_SUFFIX, MASK_SUFFIX, TILES_TABLE, TRAIN
 from kelp.progress import Progress, silent
 from kelp.raster import Georeference, georeference_of, read_mask
 from kelp.scene import Scene
-from kelp.workers import spread
+from kelp.workers import gather, spread
 
 if TYPE_CHECKING:
     from kelp.config import SliceConfig
@@ -97,6 +97,7 @@ def slice_dataset(config: SliceConfig, progress: Progress = silent) -> SliceResu
         InputError: an unreadable file, a bad mask, a mask of another size than its image.
         ConfigError: `output_dir` is `data_dir`.
     """
+    config = config.absolute() if config.scheduler else config
     rows = _training_rows(config)
     output_folder(config.output_dir)
     table_path = config.output_dir / TILES_TABLE
@@ -107,11 +108,13 @@ def slice_dataset(config: SliceConfig, progress: Progress = silent) -> SliceResu
             output_folder(folder)
         # From here on an older table would describe tiles that are being overwritten.
         table_path.unlink(missing_ok=True)
-    work = spread(partial(_slice_image, config), list(rows["tile_id"]), config.workers)
     sliced: list[_Sliced] = []
     try:
-        with closing(work) as results:
-            for one in results:
+        with (
+            gather(config.workers, config.scheduler) as workers,
+            closing(spread(partial(_slice_image, config), list(rows["tile_id"]), workers)) as work,
+        ):
+            for one in work:
                 sliced.append(one)
                 progress("slicing", len(sliced), len(rows))
     finally:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 from kelp import manifest
 from kelp.config import DemoConfig
+from kelp.config.location import local
 from kelp.preview import picture_of
 from kelp.raster import read_mask
 from kelp.report import Report, curves
@@ -19,7 +20,7 @@ from kelp.scoring import Scores
 if TYPE_CHECKING:
     from kelp.nn.comparison.compare import CompareResult
     from kelp.nn.inference.predict import PredictResult
-    from kelp.nn.training.fit import TrainResult
+    from kelp.nn.training.result import TrainResult
 
 REAL_SCENE: Final = "OL000001_satellite_georef.tif"
 _PICTURES: Final = 3
@@ -116,7 +117,7 @@ def _real_section(report: Report, real: PredictResult) -> None:
         "only. The map keeps the scene's CRS."
     )
     with resources.as_file(real_scene()) as scene:
-        report.figure(picture_of(scene, real.masks[0]), f"`{REAL_SCENE}` and its map.")
+        report.figure(picture_of(scene, local(real.masks[0])), f"`{REAL_SCENE}` and its map.")
 
 
 def _history(run_dir: Path) -> Mapping[str, list[tuple[float, float]]]:

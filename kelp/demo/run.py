@@ -34,7 +34,7 @@ from kelp.stats import compute_stats
 from kelp.submission import ARCHIVE, SIDE
 
 if TYPE_CHECKING:
-    from kelp.nn.training.fit import TrainResult
+    from kelp.nn.training.result import TrainResult
 
 log = logging.getLogger("kelp")
 

@@ -1,6 +1,7 @@
 """A trained model as a folder of plain files: no pickle, checked by hash, movable anywhere.
 
-`bundle.json` (everything but the weights), `weights.safetensors`, `README.md` (model card).
+`bundle.json` (everything but the weights), `weights.safetensors` (of boosted trees `model.txt`),
+`README.md` (model card).
 The ONNX file that `kelp export` makes of it loads alike.
 """
 
@@ -11,7 +12,7 @@ import json
 import logging
 import platform
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal, Protocol
@@ -26,11 +27,13 @@ import kelp
 from kelp.config.choices import Precision
 from kelp.errors import BundleError
 from kelp.files import atomic_folder, recover_folder, write_json, write_text
+from kelp.nn.card import model_card
 from kelp.nn.folding import folded
 from kelp.nn.foldruns import FoldRuns
 from kelp.nn.model import KelpNet
 from kelp.nn.onnxfile import SPEC_KEY, SUFFIX, OnnxFile
 from kelp.nn.spec import SCHEMA_VERSION, BundleSpec
+from kelp.nn.trees import MODEL_FILE, PixelTrees
 
 log = logging.getLogger("kelp")
 
@@ -70,23 +73,26 @@ class Bundle:
 
     def described(self, spec: BundleSpec) -> Bundle:
         """The same weights for another tile, size or interpolation; not of an ONNX file."""
-        assert isinstance(self.net, KelpNet)
+        assert isinstance(self.net, KelpNet | PixelTrees)
         return Bundle(self.path, spec, self.net.described(spec))
 
 
 def save_bundle(
-    folder: Path, net: KelpNet, spec: BundleSpec, attachments: Sequence[Path] = ()
+    folder: Path, net: KelpNet | PixelTrees, spec: BundleSpec, attachments: Sequence[Path] = ()
 ) -> Path:
     """Write a bundle; it appears under `folder` only when complete, replacing an older one.
 
     `attachments` (the statistics file) are copied into it under their own names.
     """
     with atomic_folder(folder) as partial:
-        state = {name: tensor.contiguous() for name, tensor in net.state_dict().items()}
-        safetensors.torch.save_file(state, partial / WEIGHTS_FILE)
-        spec = spec.model_copy(
-            update={"weights_sha256": _sha256(partial / WEIGHTS_FILE), "versions": _versions()}
-        )
+        weights, versions = partial / _weights_file(spec), _versions()
+        if isinstance(net, PixelTrees):
+            write_text(weights, net.text)
+            versions["lightgbm"] = net.version
+        else:
+            state = {name: tensor.contiguous() for name, tensor in net.state_dict().items()}
+            safetensors.torch.save_file(state, weights)
+        spec = spec.model_copy(update={"weights_sha256": _sha256(weights), "versions": versions})
         for file in attachments:
             shutil.copyfile(file, partial / file.name)
         describe_bundle(partial, spec)
@@ -95,7 +101,7 @@ def save_bundle(
 
 def describe_bundle(folder: Path, spec: BundleSpec) -> None:
     """Write what a bundle says of its weights: `bundle.json` and the model card."""
-    write_text(folder / CARD_FILE, _model_card(spec))
+    write_text(folder / CARD_FILE, model_card(spec, SPEC_FILE))
     write_json(folder / SPEC_FILE, spec.model_dump(mode="json"))
 
 
@@ -138,6 +144,8 @@ def load_bundle(path: Path | str, which: Which = "best") -> Bundle:
         return _load_onnx(path)
     folder = find_bundle(path, which)
     spec = read_spec(folder)
+    if spec.is_pixelwise:
+        return Bundle(folder, spec, _load_trees(folder, spec))
     net = load_network(folder, spec)
     example = torch.randn(
         1, len(spec.channels), *spec.network_shape(spec.tile_size),
@@ -149,7 +157,31 @@ def load_bundle(path: Path | str, which: Which = "best") -> Bundle:
 
 def load_network(folder: Path, spec: BundleSpec) -> KelpNet:
     """The network of a bundle in evaluation mode, its weights checked by hash."""
-    weights = folder / WEIGHTS_FILE
+    weights = _checked_weights(folder, spec)
+    net = KelpNet(spec)
+    try:
+        net.load_state_dict(safetensors.torch.load_file(weights))
+    except (RuntimeError, SafetensorError) as error:
+        raise BundleError(f"{weights}: does not fit the network of {SPEC_FILE}") from error
+    return net.eval().to(memory_format=torch.channels_last)
+
+
+def _load_trees(folder: Path, spec: BundleSpec) -> PixelTrees:
+    weights = _checked_weights(folder, spec)
+    try:
+        text = weights.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BundleError(f"{weights}: cannot be read as text; copy the bundle again") from error
+    return PixelTrees(text, spec, str(weights))
+
+
+def _weights_file(spec: BundleSpec) -> str:
+    return MODEL_FILE if spec.is_pixelwise else WEIGHTS_FILE
+
+
+def _checked_weights(folder: Path, spec: BundleSpec) -> Path:
+    """The file of the weights, if it is the one that was saved."""
+    weights = folder / _weights_file(spec)
     if not weights.is_file():
         raise BundleError(f"{weights}: missing; copy the whole bundle folder")
     if _sha256(weights) != spec.weights_sha256:
@@ -157,12 +189,7 @@ def load_network(folder: Path, spec: BundleSpec) -> KelpNet:
             f"{weights}: altered or truncated (its SHA-256 is not the one in {SPEC_FILE}); "
             "copy the bundle again"
         )
-    net = KelpNet(spec)
-    try:
-        net.load_state_dict(safetensors.torch.load_file(weights))
-    except (RuntimeError, SafetensorError) as error:
-        raise BundleError(f"{weights}: does not fit the network of {SPEC_FILE}") from error
-    return net.eval().to(memory_format=torch.channels_last)
+    return weights
 
 
 def _load_onnx(path: Path) -> Bundle:
@@ -216,56 +243,3 @@ def _versions() -> dict[str, str]:
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
-
-
-def _model_card(spec: BundleSpec) -> str:
-    data = spec.training
-    how = f"tiles of {spec.tile_size[0]} x {spec.tile_size[1]} px" if spec.sahi else "whole images"
-    rows = [
-        ("Network", f"{spec.architecture}, encoder {spec.encoder}"),
-        ("Input", f"{', '.join(spec.channels)}; raw Landsat Collection-2 Level-2 integers"),
-        ("Applied to", f"{how}, {spec.resize_strategy} to {spec.image_size} px"),
-        ("Normalisation", f"{spec.normalization_strategy}, numbers in {SPEC_FILE}"),
-        ("Threshold", f"{spec.threshold:g}"),
-        ("Tuned on", spec.tuning.get("scenes", "nothing: the threshold is the usual one")),
-        ("Trained on", f"{data.get('data_dir', 'unknown')}, fold {data.get('cv_split', '?')}"),
-        ("Epoch", str(spec.epoch)),
-    ]
-    return "\n".join(
-        [
-            "# Kelp canopy segmentation model",
-            "",
-            "Made by `kelp train`; apply it with `kelp predict --run_dir <this folder>`.",
-            "",
-            "| | |",
-            "|---|---|",
-            *(f"| {name} | {value} |" for name, value in rows),
-            "",
-            "## Scores on the validation fold",
-            "",
-            *(_score_lines(spec.scores) or ["None recorded."]),
-            "",
-            "## Limits",
-            "",
-            "- Scores are agreement with the labels it was validated on. Volunteer labels of kelp",
-            "  are themselves noisy; a score near 0.7 may be close to what they allow.",
-            "- It has seen the sensors, coasts and seasons of its training data only.",
-            *_calibration_lines(spec),
-            "- The map shows presence, not canopy area.",
-            "- Tides hide canopy: do not compare dates without them.",
-            "",
-        ]
-    )
-
-
-def _calibration_lines(spec: BundleSpec) -> list[str]:
-    if spec.temperature == 1:
-        return ["- Probabilities are not calibrated."]
-    return [
-        f"- Probabilities are calibrated (temperature {spec.temperature:.3g}) on the scenes above;",
-        "  elsewhere they may be off.",
-    ]
-
-
-def _score_lines(scores: Mapping[str, float]) -> list[str]:
-    return [f"- {name}: {value:.4f}" for name, value in sorted(scores.items())]

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import pandas as pd
 import torch
 from lightning import LightningDataModule
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 
 from kelp import manifest
-from kelp.config import TrainConfig
+from kelp.config import FoldConfig, TrainConfig
 from kelp.errors import ConfigError, TableError
 from kelp.grid import Shape
 from kelp.indices import IndexSettings, needed_bands, parse_indices
-from kelp.nn.dataset import Draw, Sample, Source, TileDataset, collate, sources_of
+from kelp.nn.dataset import Sample, Source, TileDataset, collate, sources_of
+from kelp.nn.reading import Files, Reader
+from kelp.nn.sampling import ALL, DealtBatches, EpochSampler, EvenBatches, Share
 from kelp.raster import raster_shape
 from kelp.scene import Scene
 
@@ -44,7 +46,7 @@ class Fold:
     val_sources: list[Source]
 
 
-def read_fold(config: TrainConfig) -> Fold:
+def read_fold(config: FoldConfig) -> Fold:
     """Read the table of a run.
 
     Raises:
@@ -61,7 +63,8 @@ def read_fold(config: TrainConfig) -> Fold:
         if parts[part].empty:
             raise TableError(f"{path}: fold {config.cv_split} has no {part} rows; try another fold")
         _check_masks(parts[part], path)
-    move = config.random_crops and _can_be_moved(parts[manifest.TRAIN], path)
+    wants_moves = isinstance(config, TrainConfig) and config.random_crops
+    move = wants_moves and _can_be_moved(parts[manifest.TRAIN], path)
     sources = {
         part: sources_of(rows, config.data_dir, path.parent, move and part == manifest.TRAIN)
         for part, rows in parts.items()
@@ -75,7 +78,7 @@ def read_fold(config: TrainConfig) -> Fold:
     )
 
 
-def _check_kind(table: pd.DataFrame, config: TrainConfig) -> None:
+def _check_kind(table: pd.DataFrame, config: FoldConfig) -> None:
     """Whether the table is one of tiles, as `--sahi` says."""
     path = config.metadata_fp
     absent = [name for name in _TILE_COLUMNS if name not in table.columns]
@@ -109,7 +112,7 @@ def _check_masks(rows: pd.DataFrame, path: Path) -> None:
         raise TableError(f"{path}: {name} has no mask_path; add its mask and make the table anew")
 
 
-def training_shape(fold: Fold, config: TrainConfig) -> Shape:
+def training_shape(fold: Fold, config: FoldConfig) -> Shape:
     """Height and width of the largest training tile, or image."""
     if config.sahi:
         return int(fold.train["tile_height"].max()), int(fold.train["tile_width"].max())
@@ -117,7 +120,7 @@ def training_shape(fold: Fold, config: TrainConfig) -> Shape:
     return max(height for height, _ in shapes), max(width for _, width in shapes)
 
 
-def require_bands(fold: Fold, config: TrainConfig) -> None:
+def require_bands(fold: Fold, config: FoldConfig) -> None:
     """Open each image of a fold (of tiles, the first) and look for the bands that a run needs.
 
     What is missing would otherwise be filled in everywhere, and trained on, without a word.
@@ -182,63 +185,26 @@ def _weighted_sum(
     return total
 
 
-class EpochSampler(Sampler[Draw]):
-    """Rows of an epoch. Which ones, and their order, follow from the seed and the epoch alone.
-
-    With weights, `count` rows are drawn with replacement; without, each comes once, shuffled.
-    With `move`, each window is drawn anywhere up to half a tile from its place.
-    Lightning calls `set_epoch`, but only after the workers of a resumed run have begun to
-    read: hence `first_epoch`.
-    """
-
-    def __init__(
-        self,
-        rows: int,
-        seed: int,
-        weights: NDArray[np.float64] | None = None,
-        count: int | None = None,
-        first_epoch: int = 0,
-        move: bool = False,
-    ) -> None:
-        self.rows = rows
-        self.move = move
-        self.seed = seed
-        self.count = rows if weights is None or count is None else count
-        self.chances = None if weights is None else weights / weights.sum()
-        self.epoch = first_epoch
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __iter__(self) -> Iterator[Draw]:
-        random = np.random.default_rng((self.seed, self.epoch))
-        if self.chances is None:
-            drawn = random.permutation(self.rows)
-        else:
-            drawn = random.choice(self.rows, size=self.count, p=self.chances)
-        moves = random.uniform(-1, 1, (len(drawn), 2)) if self.move else np.zeros((len(drawn), 2))
-        return (
-            Draw(row, down, right)
-            for row, (down, right) in zip(drawn.tolist(), moves.tolist(), strict=True)
-        )
-
-    def set_epoch(self, epoch: int) -> None:
-        """Make the next iteration that of `epoch`."""
-        self.epoch = epoch
-
-
 class FoldData(LightningDataModule):
     """The loaders of a fold. Their samples do not depend on the number of workers.
 
-    Whole images are reflected up to `shape`, the `training_shape`.
+    Whole images are reflected up to `shape`, the `training_shape`. With a `share` they bring the
+    part of one of several processes; validation batches may then be `None`, see `DealtBatches`.
+
+    Raises:
+        ConfigError: the samples of an epoch are too few for the processes.
     """
 
-    def __init__(self, fold: Fold, config: TrainConfig, first_epoch: int, pin: bool) -> None:
+    def __init__(
+        self, fold: Fold, config: TrainConfig, first_epoch: int, pin: bool, share: Share = ALL
+    ) -> None:
         super().__init__()
         self.fold = fold
         self.config = config
         self.shape = training_shape(fold, config)
         self.pin = pin
+        self.reader: Reader = Files(config.band_order)
+        self.share = share
         weights = (
             sampling_weights(fold.train, config, config.metadata_fp)
             if config.use_weighted_sampler
@@ -246,55 +212,81 @@ class FoldData(LightningDataModule):
         )
         self.weights = weights
         self.sampler = self._sampler(first_epoch)
+        if share.count > 1:
+            self._check_batches()
 
     def train_dataloader(self) -> DataLoader[Sample]:
         """Training rows, as the sampler orders them."""
         size = self.config.batch_size
         lonely = size > 1 and len(self.sampler) > 1 and len(self.sampler) % size == 1
         drop_last = lonely and self.config.architecture in _NEEDS_TWO
-        return self._loader(self.fold.train_sources, self.sampler, drop_last)
+        return self._loader(self.fold.train_sources, self._train_batches(self.sampler, drop_last))
 
     @property
     def batches(self) -> int:
-        """Training batches of an epoch."""
+        """Training batches of an epoch, of this process."""
         return min(len(self.train_dataloader()), self.config.limit_train_batches or sys.maxsize)
 
     def norm_dataloader(self, epoch: int) -> DataLoader[Sample]:
         """Training rows as the sampler orders them in an epoch, beside those being trained on."""
         # A lonely last sample would upset statistics as it would training.
-        return self._loader(
-            self.fold.train_sources, self._sampler(epoch),
-            drop_last=len(self.sampler) > self.config.batch_size, lasting=False,
-        )  # fmt: skip
+        drop_last = len(self.sampler) > self.config.batch_size
+        batches = self._train_batches(self._sampler(epoch), drop_last)
+        return self._loader(self.fold.train_sources, batches, lasting=False)
+
+    def samples(self, sources: Sequence[Source]) -> TileDataset:
+        """Samples as the loaders bring them, without random moves."""
+        shape = None if self.config.sahi else self.shape
+        return TileDataset(sources, (), shape, self.reader)
 
     def val_dataloader(self) -> DataLoader[Sample]:
         """Validation rows, in the order of the table."""
-        return self._loader(self.fold.val_sources, None, drop_last=False)
+        sources, size = self.fold.val_sources, self.config.batch_size
+        if self.share.count == 1:
+            return self._loader(sources, {"batch_size": size})
+        dealt = DealtBatches(len(sources), size, self.share, self.config.limit_val_batches)
+        return self._loader(sources, {"batch_sampler": dealt})
 
     def _sampler(self, first_epoch: int) -> EpochSampler:
         config = self.config
         return EpochSampler(
             len(self.fold.train), config.seed, self.weights, config.samples_per_epoch, first_epoch,
-            move=config.random_crops,
+            move=config.random_crops, share=self.share,
         )  # fmt: skip
 
+    def _train_batches(self, sampler: EpochSampler, drop_last: bool) -> dict[str, Any]:
+        """How a loader makes batches of draws."""
+        size = self.config.batch_size
+        if self.share.count == 1:
+            return {"sampler": sampler, "batch_size": size, "drop_last": drop_last}
+        return {"batch_sampler": EvenBatches(sampler, size)}
+
+    def _check_batches(self) -> None:
+        config = self.config
+        smallest = EvenBatches(self.sampler, config.batch_size).smallest
+        if smallest < 2 <= config.batch_size and config.architecture in _NEEDS_TWO:
+            raise ConfigError(
+                f"--architecture {config.architecture}: needs two samples in every batch, and "
+                f"{self.sampler.count} samples on {self.share.count} processes in batches of "
+                f"{config.batch_size} leave one alone; give another --batch_size or fewer --devices"
+            )
+
     def _loader(
-        self,
-        sources: list[Source],
-        sampler: EpochSampler | None,
-        drop_last: bool,
-        lasting: bool = True,
+        self, sources: list[Source], batches: dict[str, Any], lasting: bool = True
     ) -> DataLoader[Sample]:
         config = self.config
         return DataLoader(
-            TileDataset(sources, config.band_order, None if config.sahi else self.shape),
-            batch_size=config.batch_size,
-            sampler=sampler,
+            self.samples(sources),
             num_workers=config.num_workers,
-            collate_fn=collate,
-            drop_last=drop_last,
+            collate_fn=_collate_any,
             pin_memory=self.pin,
             persistent_workers=lasting and config.num_workers > 0,
             # Without one of its own a loader would draw from the network's random numbers.
             generator=torch.Generator().manual_seed(config.seed),
+            **batches,
         )
+
+
+def _collate_any(samples: Sequence[Sample]) -> Sample | None:
+    """A batch; none of the empty one that a process gets when batches do not go round."""
+    return collate(samples) if samples else None

@@ -13,14 +13,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 from kelp import bands
 from kelp.bands import MASK_NODATA
-from kelp.errors import InputError
+from kelp.errors import InputError, KelpError
 from kelp.grid import Shape, Tile
-from kelp.raster import read_mask
-from kelp.scene import Scene
+from kelp.nn.reading import Files, Reader
 
 
 class Sample(NamedTuple):
@@ -85,6 +84,7 @@ class TileDataset(Dataset[Sample]):
         sources: the files, see `sources_of`.
         band_order: names of the files' bands; empty: as `kelp.scene.Scene` finds them.
         shape: whole images smaller than this are reflected up to it, as prediction does.
+        reader: brings the pixels, in that order of bands; default: from the files.
     """
 
     def __init__(
@@ -92,10 +92,11 @@ class TileDataset(Dataset[Sample]):
         sources: Sequence[Source],
         band_order: Sequence[str] = (),
         shape: Shape | None = None,
+        reader: Reader | None = None,
     ) -> None:
         self.sources = list(sources)
-        self.band_order = tuple(band_order)
         self.shape = shape
+        self.reader: Reader = reader or Files(tuple(band_order))
 
     def __len__(self) -> int:
         return len(self.sources)
@@ -104,8 +105,8 @@ class TileDataset(Dataset[Sample]):
         """Read a sample. Raises `InputError` when image and mask do not fit each other."""
         draw = index if isinstance(index, Draw) else Draw(index)
         source = self.sources[draw.row]
-        raw, tile = _read_image(source, draw, self.band_order)
-        mask = read_mask(source.mask, tile)
+        raw, tile = _read_image(source, draw, self.reader)
+        mask = self.reader.mask(source.mask, tile)
         if mask.shape != raw.shape[1:]:
             raise InputError(
                 f"{source.mask}: has {mask.shape[0]} x {mask.shape[1]} pixels, its image "
@@ -155,15 +156,22 @@ def collate(samples: Sequence[Sample]) -> Sample:
         max(sample.target.shape[0] for sample in samples),
         max(sample.target.shape[1] for sample in samples),
     )
-    padded = [pad(sample, shape) for sample in samples]
-    return Sample(*(torch.stack(tensors) for tensors in zip(*padded, strict=True)))
+    # In a worker it stacks straight into the memory that the processes share.
+    batch: Sample = default_collate([pad(sample, shape) for sample in samples])
+    return batch
+
+
+def as_raised(error: KelpError) -> KelpError:
+    """The error of a loader's worker, which arrives as the text of its traceback, as it was."""
+    last_line = str(error).strip().splitlines()[-1]
+    return type(error)(last_line.removeprefix(f"{type(error).__module__}.{type(error).__name__}: "))
 
 
 def _read_image(
-    source: Source, draw: Draw, band_order: Sequence[str]
+    source: Source, draw: Draw, reader: Reader
 ) -> tuple[NDArray[np.float32], Tile | None]:
     """The pixels of a sample inside its image, and the window that they are from."""
-    with Scene(source.image, band_order) as scene:
+    with reader.image(source.image) as scene:
         tile = _moved(source.tile, draw, scene.shape).clipped(scene.shape) if source.tile else None
         if tile is not None and min(tile.height, tile.width) < 1:
             raise InputError(

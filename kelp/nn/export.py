@@ -83,6 +83,8 @@ def export(config: ExportConfig, progress: Progress = silent) -> ExportResult:
         extra(module)
     folder = find_bundle(config.run_dir, config.use_checkpoint)
     spec = read_spec(folder)
+    if spec.is_pixelwise:
+        raise ConfigError(f"{folder}: boosted trees are not exported; name the run of a network")
     net = load_network(folder, spec)
     if spec.prediction_tile:  # the file takes tiles of one size: those that prediction cuts
         spec = spec.at_scale(spec.prediction_tile).model_copy(update={"prediction_tile": None})

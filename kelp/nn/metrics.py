@@ -86,9 +86,10 @@ class KelpScores(nn.Module):
         self._matrix.update((probabilities >= THRESHOLD).long(), truth)
 
     def confusion(self) -> Confusion:
-        """The counts since the last reset."""
-        matrix: Tensor = self._matrix.confmat
-        counts = matrix.flatten().tolist()
+        """The counts since the last reset; where several processes count, the sum of theirs."""
+        with self._matrix.sync_context():
+            matrix: Tensor = self._matrix.confmat
+            counts = matrix.flatten().tolist()
         return Confusion(*(int(count) for count in counts))
 
     def reset(self) -> None:

@@ -15,10 +15,15 @@ from kelp.summary import ChannelStats
 SCHEMA_VERSION: Final = 1
 STRIDE: Final = 32
 """Networks take sides that are multiples of this."""
+TREES: Final = "lightgbm"
+"""The architecture of `kelp baseline`."""
 
 
 class NetworkSpec(BaseModel):
-    """How raw digital numbers become probabilities; see `kelp.nn.model.KelpNet`."""
+    """How raw digital numbers become probabilities; see `kelp.nn.model.KelpNet`.
+
+    Also of boosted trees (`kelp.nn.trees.PixelTrees`), which ignore all sizes.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -45,7 +50,7 @@ class NetworkSpec(BaseModel):
     resize_strategy: ResizeStrategy = "pad"
     interpolation: Interpolation = "nearest"
 
-    architecture: Architecture = "unet"
+    architecture: Architecture | Literal["lightgbm"] = "unet"
     encoder: str = "tu-efficientnet_b5"
     decoder_channels: tuple[int, ...] = (256, 128, 64, 32, 16)
     decoder_attention_type: Literal["scse", "none"] = "none"
@@ -60,11 +65,18 @@ class NetworkSpec(BaseModel):
 
     def network_shape(self, tile: Shape) -> Shape:
         """What the network sees of a tile, `(height, width)` in its own pixels."""
+        if self.is_pixelwise:
+            return tile
         if self.resize_strategy == "resize":
             return self.image_size, self.image_size
         side = self.image_size if tile == self.tile_size else 0
         height, width = (max(side, -(-size // STRIDE) * STRIDE) for size in tile)
         return height, width
+
+    @property
+    def is_pixelwise(self) -> bool:
+        """Whether each pixel is judged on its own, so that tiles make no difference."""
+        return self.architecture == TREES
 
     @property
     def scale(self) -> float:
@@ -103,8 +115,11 @@ class BundleSpec(NetworkSpec):
     scores: dict[str, float] = {}
     """Of the validation fold, at the epoch of these weights."""
     epoch: int = 0
+    """Of boosted trees: how many they are."""
     stats_file: str | None = None
     """Name of the statistics file the run was given."""
+    rows: dict[str, int] = {}
+    """Of the table: how many it was trained on (`train`) and validated on (`val`)."""
     training: dict[str, Any] = {}
     """The run's resolved configuration."""
     versions: dict[str, str] = {}

@@ -18,12 +18,10 @@ from kelp.files import input_folder
 from kelp.manifest import IMAGE_SUFFIX, MASK_SUFFIX, PROBABILITY_SUFFIX, tile_id_of
 from kelp.nn.comparison.sums import (
     BINS,
-    CODES,
     FIGURES,
     Draws,
     Sums,
     interval,
-    pixels_by_code,
     sums_of,
     with_probabilities,
 )
@@ -32,6 +30,7 @@ from kelp.raster import read_mask, read_probability
 from kelp.scene import Scene
 from kelp.scoring import pixel_area_m2, places_of
 from kelp.seams import Steps
+from kelp.thresholds import CODES, pixels_by_code
 
 _HALF: Final = CODES // 2
 

@@ -15,11 +15,13 @@ import numpy as np
 import kelp
 from kelp.agreement import PATCH_SIZES
 from kelp.config import ReportConfig
-from kelp.manifest import MASK_SUFFIX
-from kelp.nn.comparison.sums import BINS, CODES
+from kelp.errors import InputError
+from kelp.manifest import MASK_SUFFIX, WORKERS_FILE
+from kelp.nn.comparison.sums import BINS
 from kelp.preview import picture_of
 from kelp.report import Report, by_class, curves, lines
 from kelp.reporting.judged import Judged, Sweep
+from kelp.thresholds import CODES
 
 _SCORES: Final = (
     ("pooled_dice", "Dice, pooled over pixels"),
@@ -36,6 +38,9 @@ _FROM_PROBABILITIES: Final = (
     ("calibration_error", "calibration error (ECE)"),
 )
 _FEW_PLACES: Final = 8
+_SHARES: Final = (
+    ("tiles", 1), ("reading", 1), ("network", 1), ("writing", 1), ("peak_memory", 1e6),
+)  # fmt: skip
 
 
 def write_page(
@@ -65,6 +70,7 @@ def write_page(
     _gallery(report, config, judged, scenes)
     _training(report, history, bundle)
     _data(report, config, judged)
+    _workers(report, config.preds_dir / WORKERS_FILE)
     _again(report, config)
     return report.write(path)
 
@@ -247,6 +253,25 @@ def _data(report: Report, config: ReportConfig, judged: Judged) -> None:
         f"counted in steps of {1 / CODES:g}. Labels drawn by people are themselves uncertain: "
         "scores say how well maps agree with them."
     )
+
+
+def _workers(report: Report, path: Path) -> None:
+    """What each worker did, where a cluster made the maps."""
+    if not path.is_file():
+        return
+    try:
+        shares = json.loads(path.read_text(encoding="utf-8"))
+        rows: list[Sequence[object]] = [
+            ("worker", "tiles", "reading, s", "network, s", "writing, s", "memory, MB"),
+            *(
+                (name, *(round(float(share[part]) / unit, 1) for part, unit in _SHARES))
+                for name, share in shares.items()
+            ),
+        ]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(f"{path}: damaged; remove it, it tells of a prediction only") from error
+    report.text("## The workers")
+    report.table(rows, "Of the last prediction that had work; seconds run beside one another")
 
 
 def _again(report: Report, config: ReportConfig) -> None:

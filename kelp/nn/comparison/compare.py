@@ -23,17 +23,7 @@ from kelp.nn.comparison.fields import FIELDS
 from kelp.nn.comparison.page import to_text, write_report
 from kelp.nn.comparison.result import Comparison, Judged
 from kelp.nn.comparison.scenes import Labelled, labelled_scenes
-from kelp.nn.comparison.sums import (
-    CODES,
-    FIGURES,
-    Draws,
-    Sums,
-    best_threshold,
-    parts_of,
-    pixels_by_code,
-    precision_by_code,
-    sums_of,
-)
+from kelp.nn.comparison.sums import FIGURES, Draws, Sums, sums_of
 from kelp.nn.comparison.ways import Runtime, Way, ways_of
 from kelp.nn.device import resolve_device, resolve_precision
 from kelp.preview import picture_of
@@ -42,6 +32,7 @@ from kelp.raster import read_mask
 from kelp.scene import read_scene
 from kelp.scoring import pixel_area_m2
 from kelp.seams import Steps, steps
+from kelp.thresholds import CODES, best_threshold, parts_of, pixels_by_code, precision_by_code
 from kelp.writer import write_mask
 
 log = logging.getLogger("kelp")

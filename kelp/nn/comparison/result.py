@@ -133,11 +133,13 @@ class Comparison:
 
         Of a bundle's sliced ways only the first counts: the best of many would owe some of its
         lead to chance. With `sahi` only networks count that were trained on tiles (True) or on
-        whole images (False).
+        whole images (False); a pixel-wise model is neither.
         """
         first: dict[object, Judged] = {}
         for one in self.judged:
-            if one.way.kind in kinds and sahi in (None, one.way.bundle.spec.sahi):
+            spec = one.way.bundle.spec
+            trained = None if spec.is_pixelwise else spec.sahi
+            if one.way.kind in kinds and sahi in (None, trained):
                 first.setdefault((one.way.bundle.path, one.way.kind), one)
         known = [one for one in first.values() if self.figure(one, "pooled_dice").value is not None]
         return max(known, key=lambda one: self.figure(one, "pooled_dice").value or 0, default=None)

@@ -11,6 +11,7 @@ from typing import Final, NamedTuple
 import pandas as pd
 
 from kelp.config import CompareConfig, TuneConfig
+from kelp.config.location import Url, local
 from kelp.errors import BundleError, ConfigError, InputError, TableError
 from kelp.grid import Shape
 from kelp.manifest import (
@@ -84,13 +85,14 @@ def labelled_scenes(
         found = _of_fold(bundles)
         log.info("scenes: %s", found.words)
     labels = _masks(found.truths, labels_dir, "labels_dir") if labels_dir else {}
-    tasks, failures = survey(
-        found.truths, config.band_order, [bundle.spec for bundle in bundles]
-    )  # fmt: skip
+    specs = [bundle.spec for bundle in bundles]
+    truths = dict[Path | Url, Path | Url](found.truths.items())
+    tasks, failures = survey(truths, config.band_order, specs)
     if failures:
         raise InputError(f"{len(failures)} scenes cannot be read: {'; '.join(failures.values())}")
     for task in tasks:  # before hours of prediction, not after
-        for mask in {task.output, labels.get(task.path, task.output)}:
+        truth = local(task.output)
+        for mask in {truth, labels.get(local(task.path), truth)}:
             height, width = raster_shape(mask)
             if (height, width) != task.size.shape:
                 raise InputError(
@@ -98,7 +100,7 @@ def labelled_scenes(
                     f"{task.size.shape[0]} x {task.size.shape[1]}; a truth must have the size of "
                     "its scene"
                 )
-    names = {tile_id_of(task.path): task.path for task in tasks}
+    names = {tile_id_of(local(task.path)): local(task.path) for task in tasks}
     if table := config.metadata_fp or found.places:
         place_of = places_of(table, names)
     else:
@@ -107,15 +109,15 @@ def labelled_scenes(
     numbers = {place: k for k, place in enumerate(sorted({place_of[name] for name in names}))}
     images = [
         Labelled(
-            task.path, task.output, labels.get(task.path), task.size.shape, numbers[place_of[name]]
+            path, local(task.output), labels.get(path), task.size.shape, numbers[place_of[name]]
         )
-        for name, task in zip(names, tasks, strict=True)
+        for (name, path), task in zip(names.items(), tasks, strict=True)
     ]
     return Scenes(images, found.words)
 
 
 def _of_folders(data_dir: Path, gt_dir: Path) -> _Found:
-    truths = _masks(find_scenes(data_dir), gt_dir, "gt_dir")
+    truths = _masks(map(local, find_scenes(data_dir)), gt_dir, "gt_dir")
     return _Found(truths, None, f"{data_dir}, truth {gt_dir}")
 
 

@@ -16,12 +16,11 @@ from scipy import ndimage
 from kelp.agreement import PATCH_SIZES, Counts, Figures, count
 from kelp.bands import MASK_NODATA
 from kelp.seams import Steps
+from kelp.thresholds import CODES
 
 Array = NDArray[np.float64]
 Mask = NDArray[np.uint8]
 
-CODES: Final = 250
-"""Probabilities are kept as whole numbers of 1/250; 255 = not observed."""
 BINS: Final = 10
 """Of the reliability diagram."""
 
@@ -30,7 +29,6 @@ OPEN_WATER: Final = "false_kelp_share_of_open_water"
 _SHORE: Final = 3
 """Pixels around true kelp that are no kelp-free water: labels are not finer than that."""
 _LEVEL: Final = 0.95
-_PARTS: Final = 10
 _MOST_UNDEFINED: Final = 0.05
 """Share of draws without a value above which an interval is not told."""
 
@@ -192,18 +190,6 @@ class Draws:
         return Sums(self.sums(by_place.values))
 
 
-def parts_of(places: int, seed: int) -> NDArray[np.intp]:
-    """The part of each place, numbered from 0; what is fitted for a part is fitted on the others.
-
-    Up to ten parts. With two, a threshold would hang on which of the few large beds fell into
-    which half.
-    """
-    order = np.random.default_rng(seed).permutation(places)
-    part = np.empty(places, dtype=np.intp)
-    part[order] = np.arange(places) % min(_PARTS, places)
-    return part
-
-
 def interval(values: Array) -> tuple[float, float] | None:
     """The middle 95 % of draws; `None` where more than 5 % of them have no value."""
     known = values[np.isfinite(values)]
@@ -211,34 +197,3 @@ def interval(values: Array) -> tuple[float, float] | None:
         return None
     low, high = np.quantile(known, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
     return float(low), float(high)
-
-
-def best_threshold(by_code: NDArray[np.int64]) -> int:
-    """The code at which pooled Dice is highest.
-
-    Args:
-        by_code: pixels without and with kelp for each code, `(2, CODES + 1)`.
-    """
-    false, true = _at_or_above(by_code)
-    dice = _divide(2.0 * true, true + false + float(by_code[1].sum()))
-    return 1 + int(np.argmax(np.nan_to_num(dice[1:])))
-
-
-def precision_by_code(by_code: NDArray[np.int64]) -> Array:
-    """Precision where kelp is at or above each code, `(CODES + 1,)`; NaN where nothing is.
-
-    Args:
-        by_code: pixels without and with kelp for each code, `(2, CODES + 1)`.
-    """
-    false, true = _at_or_above(by_code)
-    return _divide(1.0 * true, 1.0 * (true + false))
-
-
-def _at_or_above(by_code: NDArray[np.int64]) -> NDArray[np.int64]:
-    return by_code[:, ::-1].cumsum(axis=1)[:, ::-1]
-
-
-def pixels_by_code(truth: Mask, codes: Mask) -> NDArray[np.int64]:
-    """Pixels without and with kelp for each code, `(2, CODES + 1)`; not observed counts as 0."""
-    p = np.where(codes == MASK_NODATA, 0, codes)
-    return np.stack([np.bincount(p[truth == k], minlength=CODES + 1) for k in (0, 1)])

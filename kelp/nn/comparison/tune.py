@@ -32,15 +32,16 @@ from kelp.nn.comparison.counted import (
     dice,
 )
 from kelp.nn.comparison.scenes import Labelled, Scenes, labelled_scenes
-from kelp.nn.comparison.sums import Draws, parts_of
+from kelp.nn.comparison.sums import Draws
 from kelp.nn.comparison.tune_page import write_page
 from kelp.nn.device import resolve_device, resolve_precision
 from kelp.nn.foldruns import runs_of
 from kelp.nn.inference.arrays import predict_array
-from kelp.nn.model import KelpNet
+from kelp.nn.onnxfile import OnnxNet
 from kelp.progress import Progress, silent
 from kelp.raster import read_mask
 from kelp.scene import read_scene
+from kelp.thresholds import parts_of
 
 log = logging.getLogger("kelp")
 
@@ -84,7 +85,7 @@ def tune(config: TuneConfig, progress: Progress = silent) -> TuneResult:
     runs = runs_of(config.run_dir)
     bundles = [load_bundle(path, config.use_checkpoint) for path in runs]
     for bundle in bundles:
-        if not isinstance(bundle.net, KelpNet):
+        if isinstance(bundle.net, OnnxNet):
             raise ConfigError(
                 f"{bundle.path}: an ONNX file stays as it is; tune the run and export it again"
             )

@@ -21,6 +21,7 @@ from kelp.nn.bundle import Bundle
 from kelp.nn.device import autocast
 from kelp.nn.inference.arrays import predict_array
 from kelp.nn.model import KelpNet
+from kelp.nn.onnxfile import OnnxNet
 from kelp.nn.resize import pick, to_network
 from kelp.nn.spec import BundleSpec
 
@@ -37,7 +38,7 @@ class Runtime:
 
     device: torch.device
     precision: Precision
-    batch_size: int = 8
+    batch_size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ def ways_of(
         interpolations: other ways of resizing tiles.
         tta: also with the 8 symmetries of the square.
     """
-    if not isinstance(bundle.net, KelpNet):
+    if isinstance(bundle.net, OnnxNet):
         raise ConfigError(
             f"{bundle.path}: an ONNX file takes tiles of one size only; name the run it was "
             "exported from"
@@ -149,6 +150,8 @@ def ways_of(
         raise ConfigError(f"--overlaps {wrong[0]}: must lie between 0 and {tile - 1} px")
     main = sliced(prefix, bundle, tile, overlap, "hann")
     ways = [Way(f"{prefix}whole image", "whole", bundle), main]
+    if bundle.spec.is_pixelwise:  # nothing else could make a difference, nor does slicing
+        return tuple(ways)
     if scale != 1:
         words = f"{prefix}whole image, enlarged {scale:g} times"
         ways.insert(1, Way(words, "whole, upsampled", bundle))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +21,8 @@ from kelp.merge import Blend
 from kelp.nn.bundle import Bundle
 from kelp.nn.device import resolve_device, resolve_precision
 from kelp.nn.inference.checks import needed_bands
-from kelp.nn.inference.engine import Counts, Engine, Job, Sink, WriteRows
+from kelp.nn.inference.engine import Engine
+from kelp.nn.inference.jobs import Counts, Job, Sink, WriteRows
 from kelp.nn.inference.network import Network
 from kelp.nn.inference.outputs import Outputs
 from kelp.nn.inference.plan import NetworkMemory, fit_memory, make_plan
@@ -29,6 +30,9 @@ from kelp.nn.inference.strip import Slicing, Source
 from kelp.progress import Progress, silent
 from kelp.raster import Georeference, decoding
 from kelp.scene import Scene, SceneSize
+
+_BATCH: Final = 8
+_SIDE: Final = 224  # px of the network, of crops that the batch is meant for
 
 
 def predict(
@@ -39,7 +43,7 @@ def predict(
     tile: int | None = None,
     overlap: int | None = None,
     blend: Blend = "hann",
-    batch_size: int = 8,
+    batch_size: int | None = None,
     precision: Precision | None = None,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     tta: MergeMode | None = None,
@@ -60,7 +64,7 @@ def predict(
             the tile of the bundle's recipe, at the training's scale.
         overlap: of neighbouring tiles in pixels; default: the recipe's, or half a given tile.
         blend: window of a tile's vote.
-        batch_size: crops in a batch.
+        batch_size: crops in a batch; default: see `fitting_batch`.
         precision: number format; default: bf16-mixed where the device has it.
         device: where the network runs.
         tta: average the symmetries of the square, merged in this way (8 times the cost).
@@ -91,11 +95,12 @@ def predict(
     where = resolve_device(device)
     bundles, shape, shared = cut(bundles, tile, overlap)
     network = Network(bundles, where, resolve_precision(precision, where), tta)
-    slicing = Slicing(shape, shared, blend, batch_size, qa_as_nodata, skip_land)
+    most = batch_size or fitting_batch(bundles, shape, where.type)
+    slicing = Slicing(shape, shared, blend, most, qa_as_nodata, skip_land)
     size = source.size if isinstance(source, Scene) else SceneSize(source.shape, (1, 1), 0)
     plan = make_plan([size], slicing, 0, 0)
     # Batches have one shape: filled up, the last of few tiles would cost as much as a full one.
-    slicing = replace(slicing, batch_size=even_batch(plan.tiles, batch_size))
+    slicing = replace(slicing, batch_size=even_batch(plan.tiles, most))
     plan = make_plan([size], slicing, 0, 0)
     if max_memory is not None:
         try:
@@ -137,7 +142,7 @@ def predict_array(
     tile: int | None = None,
     overlap: int | None = None,
     blend: Blend = "hann",
-    batch_size: int = 8,
+    batch_size: int | None = None,
     precision: Precision | None = None,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     tta: MergeMode | None = None,
@@ -196,17 +201,30 @@ class _Array:
         """Nothing to do: the array is the product."""
 
 
+def fitting_batch(bundles: Sequence[Bundle], tile: Shape, device: str) -> int:
+    """Crops in a batch where none are wished: 8, on a CPU as many as have the pixels of that many.
+
+    Of larger crops fewer are faster there: their activations outgrow its caches.
+    """
+    if device != "cpu":
+        return _BATCH
+    sides = [bundle.spec.network_shape(tile) for bundle in bundles]
+    return max(1, min(_BATCH, _BATCH * _SIDE**2 // max(h * w for h, w in sides)))
+
+
 def even_batch(tiles: int, most: int) -> int:
     """Crops in a batch, `most` at most, so that as many batches as needed are filled evenly."""
     batches = -(-tiles // most)
     return -(-tiles // batches) if batches else most
 
 
-def joint_threshold(bundles: Sequence[Bundle], wish: float | None) -> float:
-    """The wish, else the (mean) threshold of the bundles."""
+def joint_threshold(
+    bundles: Sequence[Bundle], wish: float | None, weights: Sequence[float] = ()
+) -> float:
+    """The wish, else the (weighted) mean of the bundles' thresholds."""
     if wish is not None:
         return wish
-    return float(np.mean([bundle.spec.threshold for bundle in bundles]))
+    return float(np.average([bundle.spec.threshold for bundle in bundles], weights=weights or None))
 
 
 def cut(
@@ -225,7 +243,9 @@ def cut(
         else bundle
         for bundle in bundles
     ]
-    ways = {(bundle.spec.tile_size, bundle.spec.prediction_overlap) for bundle in shown}
+    # Tiles make no difference to a pixel-wise one: it goes with any.
+    tiled = [bundle for bundle in shown if not bundle.spec.is_pixelwise] or shown[:1]
+    ways = {(bundle.spec.tile_size, bundle.spec.prediction_overlap) for bundle in tiled}
     if len(ways) > 1:
         raise ConfigError("the bundles were trained on different tiles; give --sahi_tile_size")
     shape, shared = next(iter(ways))

@@ -16,7 +16,8 @@ from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
-from typing import Final, Protocol
+from time import perf_counter
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,68 +26,14 @@ from kelp.bands import BANDS
 from kelp.errors import KelpError
 from kelp.grid import Tile, TileGrid
 from kelp.merge import MergerState, StripMerger
-from kelp.nn.inference.strip import Slicing, Source, Strip
-
-Pixels = NDArray[np.float32]
+from kelp.nn.inference.jobs import Counts, Edge, Job, Section, Sink
+from kelp.nn.inference.strip import Pixels, Slicing, Strip
 
 Predict = Callable[[Pixels], Pixels]
 """Raw DN `(n, 7, h, w)` (canonical, NaN = missing) to probabilities `(n, h, w)`."""
 
-WriteRows = Callable[[int, Pixels], None]
-"""Takes rows `(n, width)` from row `y` on, as `Sink.write` does."""
-
 AHEAD: Final = 2
 """Batches that are read before the network wants them, and that wait to be merged."""
-
-
-class Sink(Protocol):
-    """Where a scene's probabilities go."""
-
-    def write(self, y: int, rows: Pixels) -> None:
-        """Take rows `(n, width)` from row `y` on: float32 in [0, 1], NaN = not observed."""
-
-    def close(self) -> None:
-        """The scene is complete."""
-
-
-class Journal(Protocol):
-    """What lets another process go on with a scene."""
-
-    @property
-    def start(self) -> MergerState | None:
-        """What an earlier process left, whose sink holds the rows above it; None = nothing."""
-
-    def commit(self, state: Callable[[], MergerState]) -> None:
-        """All rows above `state().top` were written; called after each row of tiles."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """A scene to predict."""
-
-    source: Source
-    sink: Sink
-    journal: Journal | None = None
-    spread: WriteRows | None = None
-    """Takes the spread of tiles' probabilities (see `StripMerger`), after the sink its rows; NaN
-    = not observed. None: it is not worked out."""
-
-
-@dataclass
-class Counts:
-    """What an engine did."""
-
-    tiles: int = 0
-    """Tiles of all scenes."""
-    predicted: int = 0
-    """Tiles that the network saw."""
-    unobserved: int = 0
-    """Tiles without one observed pixel, not run."""
-    land: int = 0
-    """Tiles that are all land, not run on request."""
-    resumed: int = 0
-    """Tiles that an earlier process had finished."""
-    batches: int = 0
 
 
 @dataclass(eq=False)
@@ -96,8 +43,12 @@ class _Scene:
     job: Job
     grid: TileGrid
     merger: StripMerger
-    row: int = 0
+    row: int
     """The row of tiles that is being merged."""
+    end: int
+    """The row of tiles to stop before."""
+    head: int
+    """First row of pixels that no tile above the section touches."""
     merged: int = 0
     """Its tiles that are merged."""
     seen: deque[NDArray[np.bool_]] = field(default_factory=deque)
@@ -108,10 +59,17 @@ class _Scene:
     @classmethod
     def of(cls, job: Job, slicing: Slicing) -> _Scene:
         grid = TileGrid(job.source.shape, slicing.tile, slicing.overlap)
+        spread = job.spread is not None
+        section = job.section or Section(0, len(grid.rows))
+        row, head = section.first, 0
         state = job.journal.start if job.journal else None
-        row = grid.rows.index(state.top) if state else 0
-        merger = StripMerger(grid.shape, slicing.blend, state, spread=job.spread is not None)
-        return cls(job, grid, merger, row)
+        if state:
+            row = grid.rows.index(state.top)
+        elif row:
+            state = MergerState.empty(grid.rows[row], grid.shape[1], 1 + spread)
+            head = grid.rows[row - 1] + grid.tile[0]
+        merger = StripMerger(grid.shape, slicing.blend, state, spread=spread)
+        return cls(job, grid, merger, row, section.end, head)
 
     def merge(self, tile: Tile, validity: float, values: Pixels | None) -> None:
         """Merge one tile; they come in the order of the grid."""
@@ -127,23 +85,40 @@ class _Scene:
         """Hand on the rows that no later tile touches."""
         self.merged = 0
         self.row += 1
-        rows = self.grid.rows
-        last = self.row == len(rows)
-        top = self.merger.top
-        planes = self.merger.take_planes(self.grid.shape[0] if last else rows[self.row])
-        for row in range(planes.shape[1]):
-            unseen = ~self.seen.popleft()
-            for values in planes[:, row]:
-                # Observed pixels without a vote lie in tiles left out as land: certainly no kelp.
-                values[np.isnan(values)] = 0.0
-                values[unseen] = np.nan
-        self.job.sink.write(top, planes[0])
-        if self.job.spread:
-            self.job.spread(top, planes[1])
-        if last:
+        rows, tile = self.grid.rows, self.grid.tile[0]
+        end = self.grid.shape[0] if self.row == len(rows) else rows[self.row]
+        if self.merger.top < self.head:
+            self._cut(min(end, self.head))
+        if self.merger.top < end:
+            top = self.merger.top
+            planes = self.merger.take_planes(end)
+            finish(planes, [self.seen.popleft() for _ in range(planes.shape[1])])
+            self.job.sink.write(top, planes[0])
+            if self.job.spread:
+                self.job.spread(top, planes[1])
+        if self.row == self.end:
+            if self.row < len(rows):
+                self._cut(rows[self.row - 1] + tile)
             self.job.sink.close()
         elif self.job.journal:
             self.job.journal.commit(self.merger.state)
+
+    def _cut(self, end: int) -> None:
+        """Hand on rows, up to `end`, to which a neighbouring section has tiles to add."""
+        state = self.merger.cut(end)
+        observed = np.array([self.seen.popleft() for _ in range(len(state.weights))])
+        if self.job.edge:
+            self.job.edge(Edge(state, observed))
+
+
+def finish(planes: Pixels, observed: Iterable[NDArray[np.bool_]]) -> None:
+    """Make merged rows `(planes, rows, width)` final, in place, by their observed planes."""
+    for row, seen in enumerate(observed):
+        unseen = ~seen
+        for values in planes[:, row]:
+            # Observed pixels without a vote lie in tiles left out as land: certainly no kelp.
+            values[np.isnan(values)] = 0.0
+            values[unseen] = np.nan
 
 
 class _Batch:
@@ -205,15 +180,19 @@ class Engine:
         tiles_done: Callable[[int], None] | None = None,
         allocate: Callable[[tuple[int, ...]], Pixels] | None = None,
     ) -> None:
-        self.counts = Counts()
-        self.failures: list[tuple[Sink, KelpError]] = []
         self._predict = predict
         self._slicing = slicing
-        self._tiles_done = tiles_done
+        self.reset(tiles_done)
         shape = (slicing.batch_size, len(BANDS), *slicing.tile)
         make = allocate or (lambda shape: np.zeros(shape, dtype=np.float32))
         # One is in the network, the others are being read.
         self._buffers = deque(make(shape) for _ in range(AHEAD + 1))
+
+    def reset(self, tiles_done: Callable[[int], None] | None = None) -> None:
+        """Begin to count anew."""
+        self.counts = Counts()
+        self.failures: list[tuple[Sink, KelpError]] = []
+        self._tiles_done = tiles_done
 
     def run(self, jobs: Iterable[Job]) -> None:
         """Predict scenes. `jobs` is drawn from in the reading thread, a scene at a time.
@@ -226,10 +205,10 @@ class Engine:
             reading = ThreadPoolExecutor(1, thread_name_prefix="kelp-read")
             stack.callback(reading.shutdown, cancel_futures=True)
             merging = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="kelp-merge"))
-            ahead = deque(reading.submit(next, batches, None) for _ in range(AHEAD))
+            ahead = deque(reading.submit(self._read, batches) for _ in range(AHEAD))
             merged: deque[Future[int]] = deque()
             while batch := ahead.popleft().result():
-                ahead.append(reading.submit(next, batches, None))
+                ahead.append(reading.submit(self._read, batches))
                 if len(merged) == AHEAD:
                     self._advance(merged.popleft().result())
                 probabilities = self._run_network(batch)
@@ -237,17 +216,24 @@ class Engine:
             for done in merged:
                 self._advance(done.result())
 
+    def _read(self, batches: Generator[_Batch, None, None]) -> _Batch | None:
+        began = perf_counter()
+        batch = next(batches, None)
+        self.counts.reading += perf_counter() - began
+        return batch
+
     def _batches(self, jobs: Iterable[Job]) -> Generator[_Batch, None, None]:
         """All tiles of all scenes, in batches; runs in the reading thread."""
         batch = self._new_batch()
         for job in jobs:
             scene = _Scene.of(job, self._slicing)
-            resumed = scene.row * len(scene.grid.columns)
+            begun = job.section.first if job.section else 0
+            resumed = (scene.row - begun) * len(scene.grid.columns)
             batch.resumed += resumed
             self.counts.tiles += resumed
             self.counts.resumed += resumed
             strip = Strip(job.source, self._slicing, scene.merger.top)
-            for row, y in enumerate(scene.grid.rows[scene.row :], scene.row):
+            for row, y in enumerate(scene.grid.rows[scene.row : scene.end], scene.row):
                 if scene.failed:
                     break
                 try:
@@ -287,10 +273,14 @@ class Engine:
         batch.pixels[batch.count :] = batch.pixels[batch.count - 1]
         self.counts.batches += 1
         self.counts.predicted += batch.count
-        return self._predict(batch.pixels)
+        began = perf_counter()
+        probabilities = self._predict(batch.pixels)
+        self.counts.network += perf_counter() - began
+        return probabilities
 
     def _merge(self, batch: _Batch, probabilities: Pixels | None) -> int:
         """Merge and write what a batch finished; runs in the merging thread."""
+        began = perf_counter()
         for scene, tile, validity, slot in batch.entries:
             if scene.failed:
                 continue
@@ -299,6 +289,7 @@ class Engine:
                 scene.merge(tile, validity, values)
             except KelpError as error:
                 self._fail(scene, error)
+        self.counts.writing += perf_counter() - began
         return len(batch.entries) + batch.resumed
 
     def _advance(self, tiles: int) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kelp import manifest
+from kelp import manifest, store
+from kelp.config.location import Url, locate
 from kelp.errors import InputError, KelpError
 from kelp.files import input_folder
 from kelp.nn.inference.checks import check_scale, needed_bands
@@ -20,24 +22,33 @@ from kelp.scene import Scene, SceneSize
 class Task:
     """A scene that can be predicted."""
 
-    path: Path
-    output: Path
+    path: Path | Url
+    output: Path | Url
     """Its mask."""
     size: SceneSize
     reading: dict[str, object]
     """How its stored values are understood."""
+    digest: str
+    """SHA-256 of the file, or of what a store knows its content by."""
+
+    @property
+    def staged(self) -> bool:
+        """Whether it is of a store, or for one."""
+        return isinstance(self.path, Url) or isinstance(self.output, Url)
 
 
-def find_scenes(data: Path) -> list[Path]:
+def find_scenes(data: Path | Url) -> list[Path | Url]:
     """The scenes of a folder, of a list, or the one that is named."""
-    if data.is_file() and data.suffix.lower() != ".txt":
+    found = store.objects_at(data) if isinstance(data, Url) else _files_at(data)
+    if found == [data] and data.suffix.lower() != ".txt":
         return [data]
-    if data.is_file():
-        lines = data.read_text(encoding="utf-8").splitlines()
-        scenes = [Path(line.strip()) for line in lines if line.strip()]
+    scenes: list[Path | Url]
+    if found == [data]:
+        lines = [line.strip() for line in store.read_text(data).splitlines()]
+        scenes = [locate(line) for line in lines if line]
     else:
         products = (manifest.MASK_SUFFIX, manifest.PROBABILITY_SUFFIX, manifest.SPREAD_SUFFIX)
-        found = [p for p in input_folder(data) if p.suffix.lower() in (".tif", ".tiff")]
+        found = [p for p in found if p.suffix.lower() in (".tif", ".tiff")]
         scenes = [p for p in found if not p.name.endswith(products)]
     if not scenes:
         raise InputError(f"{data}: holds no .tif scene")
@@ -48,9 +59,25 @@ def find_scenes(data: Path) -> list[Path]:
     return scenes
 
 
+def _files_at(data: Path) -> list[Path | Url]:
+    return [data] if data.is_file() else list(input_folder(data))
+
+
+def digest_of(place: Path | store.Found) -> str:
+    """Stands for the content of a file, or of an object as it was found.
+
+    What a store knows an object by is told without fetching it, but is not the content's SHA-256:
+    maps of a store's scene differ from those of the same local file in the tag made of this.
+    """
+    if isinstance(place, store.Found):
+        return hashlib.sha256(place.identity.encode()).hexdigest()
+    with place.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def survey(
-    outputs: Mapping[Path, Path], band_order: Sequence[str], specs: Sequence[BundleSpec]
-) -> tuple[list[Task], dict[Path, str]]:
+    outputs: Mapping[Path | Url, Path | Url], band_order: Sequence[str], specs: Sequence[BundleSpec]
+) -> tuple[list[Task], dict[Path | Url, str]]:
     """Open and check scenes before the first is predicted.
 
     Args:
@@ -61,15 +88,39 @@ def survey(
     Returns:
         The good ones, and what is wrong with each bad one.
     """
-    tasks: list[Task] = []
-    failures: dict[Path, str] = {}
-    for path, output in outputs.items():
-        try:
-            with decoding(SMALLEST_CACHE), Scene(path, band_order) as scene:
-                for spec in specs:
-                    scene.require(needed_bands(spec))
+    return sorted_out(outputs, (survey_one(band_order, specs, pair) for pair in outputs.items()))
+
+
+def survey_one(
+    band_order: Sequence[str], specs: Sequence[BundleSpec], pair: tuple[Path | Url, Path | Url]
+) -> Task | str:
+    """Open and check one scene, given with its mask; what is wrong with it, where it is bad.
+
+    Of a scene of a store only the header is seen; its values are checked when it is fetched.
+    """
+    path, output = pair
+    try:
+        with decoding(SMALLEST_CACHE), Scene(path, band_order) as scene:
+            for spec in specs:
+                scene.require(needed_bands(spec))
+                if isinstance(path, Path):
                     check_scale(scene, spec)
-                tasks.append(Task(path, output, scene.size, scene.reading))
-        except KelpError as error:
-            failures[path] = str(error)
+            size, reading = scene.size, scene.reading
+        digest = digest_of(store.look(path) if isinstance(path, Url) else path)
+    except KelpError as error:
+        return str(error)
+    return Task(path, output, size, reading, digest)
+
+
+def sorted_out(
+    outputs: Iterable[Path | Url], surveyed: Iterable[Task | str]
+) -> tuple[list[Task], dict[Path | Url, str]]:
+    """The good scenes, and what is wrong with each bad one."""
+    tasks: list[Task] = []
+    failures: dict[Path | Url, str] = {}
+    for path, found in zip(outputs, surveyed, strict=True):
+        if isinstance(found, Task):
+            tasks.append(found)
+        else:
+            failures[path] = found
     return tasks, failures

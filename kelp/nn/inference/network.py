@@ -29,8 +29,8 @@ _MERGES: Final[dict[MergeMode, Callable[[Tensor], Tensor]]] = {
 class Network:
     """Probabilities of batches of raw DN: `(n, 7, h, w)` to `(n, h, w)`, both float32.
 
-    Several bundles are averaged. With `tta`, each sees the 8 symmetries of the square (4 where
-    tiles are not square), merged on probabilities.
+    Several bundles are averaged, by `weights` if given. With `tta`, each sees the 8 symmetries of
+    the square (4 where tiles are not square), merged on probabilities.
     """
 
     def __init__(
@@ -39,7 +39,10 @@ class Network:
         device: torch.device,
         precision: Precision,
         tta: MergeMode | None = None,
+        weights: Sequence[float] = (),
     ) -> None:
+        share = np.array(weights or [1.0] * len(bundles))
+        self._weights = (share / share.sum()).tolist()
         self._nets = [bundle.on(device, precision) for bundle in bundles]
         self._device = device
         self._precision = precision
@@ -55,15 +58,16 @@ class Network:
         """Predict one batch."""
         batch = torch.from_numpy(raw).to(self._device, non_blocking=True)
         with torch.inference_mode(), autocast(self._precision, self._device):
-            p = torch.stack([self._views(net.probabilities, batch) for net in self._nets]).mean(0)
+            # In float64 any number of equal networks is one of them, to the last bit of float32.
+            votes = [
+                weight * self._views(net.probabilities, batch).double()
+                for net, weight in zip(self._nets, self._weights, strict=True)
+            ]
+            p = torch.stack(votes).sum(dim=0)
         merged: NDArray[np.float32] = p.float().cpu().numpy()
         if not np.isfinite(merged).all():
             raise BundleError("the network answers with NaN; its training diverged, train it anew")
         return merged
-
-    def passes(self, tile: Shape) -> int:
-        """How often a tile is run through each network."""
-        return 1 if self._tta is None else len(_symmetries(tile))
 
     def _views(self, probabilities: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
         if self._tta is None:
@@ -73,6 +77,11 @@ class Network:
             for k in _symmetries(batch.shape[-2:])
         ]
         return _MERGES[self._tta](torch.stack(views))
+
+
+def passes(tile: Shape) -> int:
+    """How often `tta` runs a tile through a network."""
+    return len(_symmetries(tile))
 
 
 def _symmetries(shape: Sequence[int]) -> tuple[int, ...]:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final, Literal, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kelp.bands import MASK_NODATA
+from kelp.config.location import Url
 from kelp.grid import Shape
 from kelp.manifest import MASK_SUFFIX, PROBABILITY_SUFFIX, SPREAD_SUFFIX
 from kelp.merge import MergerState, to_mask
-from kelp.nn.inference.engine import WriteRows
+from kelp.nn.inference.jobs import WriteRows
 from kelp.nn.inference.journal import JournalFile, journal_path
 from kelp.raster import Georeference
 from kelp.writer import COG_SIDE, RasterWriter, remove_rows
@@ -27,14 +29,22 @@ _STEPS: Final = 250
 """A stored unit of `uint8` probabilities is 1/250 = 0.004, which decimal scale factors can say."""
 
 
-def probability_path(mask: Path) -> Path:
+P = TypeVar("P", bound=Path | Url)
+
+
+def probability_path(mask: P) -> P:
     """The probability raster that belongs to a mask."""
-    return mask.with_name(mask.name.removesuffix(MASK_SUFFIX) + PROBABILITY_SUFFIX)
+    return _beside(mask, PROBABILITY_SUFFIX)
 
 
-def spread_path(mask: Path) -> Path:
+def spread_path(mask: P) -> P:
     """The raster of the spread of tiles that belongs to a mask."""
-    return mask.with_name(mask.name.removesuffix(MASK_SUFFIX) + SPREAD_SUFFIX)
+    return _beside(mask, SPREAD_SUFFIX)
+
+
+def _beside(mask: P, suffix: str) -> P:
+    found = mask.with_name(mask.name.removesuffix(MASK_SUFFIX) + suffix)
+    return cast("P", found)  # of the mask's kind
 
 
 class Outputs:
@@ -53,6 +63,7 @@ class Outputs:
         fingerprint: stands for inputs and settings.
         resume: whether what an earlier process left is gone on with.
         spread: whether `write_spread` is wanted.
+        deliver: called with the finished files, the mask first.
     """
 
     def __init__(
@@ -66,6 +77,7 @@ class Outputs:
         fingerprint: str | None = None,
         resume: bool = True,
         spread: bool = False,
+        deliver: Callable[[Sequence[Path]], None] | None = None,
     ) -> None:
         def writer(path: Path, kind: str, scale: float | None = None) -> RasterWriter:
             nodata = MASK_NODATA if kind == "uint8" else np.nan
@@ -82,6 +94,7 @@ class Outputs:
             self._spread = writer(spread_path(mask), "float32")
         self._writers = [w for w in (self._mask, self._probabilities, self._spread) if w]
         self._begun = False
+        self._deliver = deliver
         self._journal: JournalFile | None = None
         self.start: MergerState | None = None
         if fingerprint and max(shape) > COG_SIDE:
@@ -148,13 +161,15 @@ class Outputs:
         for writer in reversed(self._writers):
             writer.finish()
         written = [writer.path for writer in self._writers]
-        for path in _products(self._mask.path):
+        for path in products(self._mask.path):
             if path not in written:  # of an earlier run, it would not belong to the mask
                 path.unlink(missing_ok=True)
                 remove_rows(path)
         if self._journal:
             self._journal.discard()
         self._end(keep=False)
+        if self._deliver:
+            self._deliver(written)
 
     def abandon(self) -> None:
         """Stop, if not closed. What a journal speaks of stays for the next process."""
@@ -162,14 +177,20 @@ class Outputs:
             self._end(keep=self._journal is not None and self._journal.exists)
 
 
+def sections_folder(mask: Path) -> Path:
+    """Where finished sections of a scene wait for the others."""
+    return mask.with_name(f".{mask.name}.sections")
+
+
 def forget(mask: Path) -> None:
-    """Remove what a process left that was killed just after it had finished a scene."""
-    free = [remove_rows(path) for path in _products(mask)]
+    """Remove what was needed to make a scene that is finished now."""
+    shutil.rmtree(sections_folder(mask), ignore_errors=True)
+    free = [remove_rows(path) for path in products(mask)]
     if all(free):
         journal_path(mask).unlink(missing_ok=True)
 
 
-def _products(mask: Path) -> tuple[Path, ...]:
+def products(mask: Path) -> tuple[Path, ...]:
     """All files that may belong to a scene."""
     return mask, probability_path(mask), spread_path(mask)
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from kelp.bands import BANDS
 from kelp.errors import ConfigError, InputError
+from kelp.files import amount
 from kelp.grid import Shape, TileGrid
 from kelp.nn.inference import memory
 from kelp.nn.inference.engine import AHEAD
@@ -77,10 +78,16 @@ def make_plan(
         tiles=tiles,
         batch_size=slicing.batch_size,
         multiplier=tiles * network_pixels / max(sum(areas), 1),
-        # Overviews add a third; the rows of the largest lie beside it until it is done.
-        disk=int((sum(areas) * 4 / 3 + max(areas, default=0)) * pixel_bytes),
+        disk=output_bytes(scenes, pixel_bytes),
         cache=min(_cache(scenes, slicing), _LARGEST_CACHE),
     )
+
+
+def output_bytes(scenes: Sequence[SceneSize], pixel_bytes: int) -> int:
+    """Bytes at most that outputs and what is kept while they are made take."""
+    areas = [scene.shape[0] * scene.shape[1] for scene in scenes]
+    # Overviews add a third; the rows of the largest lie beside it until it is done.
+    return int((sum(areas) * 4 / 3 + max(areas, default=0)) * pixel_bytes)
 
 
 @dataclass(frozen=True)
@@ -152,20 +159,17 @@ def fit_memory(
 
 def check_disk(plan: Plan, folder: Path) -> None:
     """Raise `InputError` where the disk of `folder` has no room for the outputs."""
+    check_space(folder, plan.disk, "choose another --output_dir")
+
+
+def check_space(folder: Path, need: int, way_out: str) -> None:
+    """Raise `InputError` where the disk of `folder` has no room for `need` bytes."""
     free = shutil.disk_usage(folder).free
-    if plan.disk > free:
+    if need > free:
         raise InputError(
-            f"{folder}: {amount(free)} are free, up to {amount(plan.disk)} may be needed; "
-            "free some space, or choose another --output_dir"
+            f"{folder}: {amount(free)} are free, up to {amount(need)} may be needed; "
+            f"free some space, or {way_out}"
         )
-
-
-def amount(size: int) -> str:
-    """A number of bytes to read, rounded up: 1.54 GB."""
-    for unit, parts, name in ((10**9, 100, "GB"), (10**6, 10, "MB")):
-        if size >= unit:
-            return f"{-(-size * parts // unit) / parts:g} {name}"
-    return f"{-(-size // 1000)} kB"
 
 
 def _buffers(slicing: Slicing) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 from kelp.config import TrainConfig
 from kelp.nn.dataset import Sample
 from kelp.nn.model import KelpNet
+
+if TYPE_CHECKING:
+    from lightning.pytorch.strategies import Strategy
 
 Tensors = tuple[Tensor, ...] | list[Tensor]
 
@@ -50,3 +53,19 @@ class _Ema:
 def renew_norms(net: nn.Module, batches: Iterable[Sample], device: torch.device) -> None:
     """Make the running statistics of batch normalisation anew, from batches as they come."""
     update_bn((batch.raw for batch in batches), net, device)
+
+
+@torch.no_grad()
+def share_norms(net: nn.Module, strategy: Strategy) -> None:
+    """Give all processes the mean of their running statistics of batch normalisation.
+
+    Each has seen other batches. Alone, the network stays as it is.
+    """
+    names = ("running_mean", "running_var")
+    own = [b for name, b in net.named_buffers() if name.rpartition(".")[2] in names]
+    if not own or not torch.distributed.is_initialized():
+        return
+    flat = torch.cat([buffer.float().flatten() for buffer in own])
+    mean = strategy.reduce(flat, reduce_op="mean")
+    for buffer, values in zip(own, mean.split([b.numel() for b in own]), strict=True):
+        buffer.copy_(values.view_as(buffer))

@@ -13,9 +13,17 @@ from kelp.errors import ConfigError, TableError
 from kelp.files import write_text
 from kelp.manifest import TRAIN, VAL, count_folds, fold_column, read_table
 from kelp.nn.foldruns import FOLDS_FILE, FoldRun, FoldRuns
-from kelp.nn.training.fit import TrainResult, train
+from kelp.nn.training.fit import train
 from kelp.nn.training.plan import CONFIG_FILE, effective, run_folder
-from kelp.nn.training.tracking import ARTIFACTS, Tracking, quiet_libraries, reopen_run, start_run
+from kelp.nn.training.result import TrainResult
+from kelp.nn.training.tracking import (
+    ARTIFACTS,
+    Part,
+    Tracking,
+    quiet_libraries,
+    reopen_run,
+    start_run,
+)
 from kelp.progress import Progress, silent
 
 log = logging.getLogger("kelp")
@@ -134,7 +142,8 @@ def _train_one(
         folds.runs[number] = FoldRun(run_id)
         folds.write(parent.run_dir)
 
-    result: TrainResult = train(child, progress, parent.run_id, begin)
+    part = Part(parent.run_id, f"fold {number}", begin)
+    result = train(child, progress, part)
     finite = {name: value for name, value in result.scores.items() if math.isfinite(value)}
     folds.runs[number] = FoldRun(result.run_id, finite)
     folds.write(parent.run_dir)

@@ -1,67 +1,203 @@
-"""Pictures of a finished run: samples with their predictions, and the confusion matrix."""
+"""Pictures of a run: a few validation samples from epoch to epoch, curves, confusion matrices."""
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Any, Final
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
-from kelp import preview, report
+from kelp import preview, report, sheets
 from kelp.config import TrainConfig
 from kelp.files import atomic, output_folder, write_json
 from kelp.merge import to_mask
-from kelp.nn.dataset import Sample, Source, TileDataset, collate
+from kelp.nn.dataset import Sample, collate
 from kelp.nn.metrics import THRESHOLD, Confusion
 from kelp.nn.model import KelpNet
+from kelp.nn.spec import NetworkSpec
+from kelp.nn.training.chosen import SET_SIZE, choose
+from kelp.sheets import SheetTile
+
+if TYPE_CHECKING:
+    from kelp.nn.datamodule import FoldData
 
 SAMPLES: Final = "samples"
+INPUTS: Final = f"{SAMPLES}/inputs.png"
 MATRIX: Final = "confusion_matrix"
+CURVES: Final = "curves.png"
 
-_SAMPLES_OF_A_BATCH: Final = 8
+_SHEETS: Final = 20
+"""Epochs with a sheet, about: of longer runs not every epoch has one."""
+_PANELS: Final = {
+    "train/loss": "train/loss", "val/loss": "val/loss", "val/dice": "val/dice",
+    "val/precision": "precision/precision, recall", "val/recall": "recall/precision, recall",
+    "lr": "learning rate",
+}  # fmt: skip
+"""Metrics in `curves.png`: line and panel."""
 
 
-def draw_samples(
-    folder: Path, sources: list[Source], net: KelpNet, config: TrainConfig
-) -> list[Path]:
-    """Picture validation samples: colours, NDVI, truth, prediction, into `<folder>/samples/`.
+class Album:
+    """The same few validation samples, pictured from the first epoch to the last.
 
-    Of each of the first `--plot_n_batches` batches, the eight samples with the most kelp.
+    They follow from the rows alone, so a resumed run goes on with them. Nothing here draws random
+    numbers or leaves the network otherwise than it was.
+
+    Args:
+        config: of the run.
+        data: brings its samples.
+        artifacts: folder of the run's files.
     """
-    data = TileDataset(sources, config.band_order, None if config.sahi else net.spec.tile_size)
-    pictures = []
-    for first in range(0, config.plot_n_batches * config.batch_size, config.batch_size):
-        batch = [(i, data[i]) for i in range(first, min(first + config.batch_size, len(data)))]
-        batch.sort(key=lambda numbered: -int((numbered[1].target == 1).sum()))
-        pictures += [
-            _draw_sample(folder, sources[i], sample, net)
-            for i, sample in batch[:_SAMPLES_OF_A_BATCH]
+
+    def __init__(self, config: TrainConfig, data: FoldData, artifacts: Path) -> None:
+        self.config = config
+        self.artifacts = artifacts
+        rows, sources = data.fold.val, data.fold.val_sources
+        samples = data.samples(sources)
+        self.numbers = choose(rows, samples, config.plot_n_batches)
+        self.sources = [sources[i] for i in self.numbers]
+        self.samples = [samples[i] for i in self.numbers]
+        self.tiles = [
+            _tile(rows.iloc[i].to_dict(), sample)
+            for i, sample in zip(self.numbers, self.samples, strict=True)
         ]
-    return pictures
+        self.taken: dict[int, NDArray[np.float32]] = {}
+
+    def draw_inputs(self, spec: NetworkSpec) -> list[str]:
+        """What the network sees of the samples; the names of the files, below `artifacts`."""
+        if not self.tiles:
+            return []
+        heading = f"Input of the network: {len(spec.channels)} channels"
+        png = sheets.input_sheet(
+            self.tiles[:SET_SIZE], spec.channels, spec.statistics, spec.index_settings, heading
+        )
+        return [self._write(INPUTS, png)]
+
+    def draws(self, epoch: int, is_last: bool) -> bool:
+        """Whether an epoch, counted from 1, has a sheet: the first, every so many, the last."""
+        every = -(-self.config.epochs // _SHEETS)
+        return bool(self.tiles) and (is_last or (epoch - 1) % every == 0)
+
+    def forget(self) -> None:
+        """Another validation begins."""
+        self.taken.clear()
+
+    def take(self, probabilities: Tensor, batch: int) -> None:
+        """What validation predicted in a batch, counted from 0, of all rows in their order."""
+        for place, number in enumerate(self.numbers[:SET_SIZE]):
+            if number // self.config.batch_size == batch:
+                height, width = self.samples[place].target.shape
+                p = probabilities[number % self.config.batch_size, :height, :width]
+                self.taken[place] = p.float().cpu().numpy()
+
+    def draw_epoch(self, net: KelpNet, epoch: int, words: str) -> list[str]:
+        """The predictions of the network at the end of an epoch, and their errors."""
+        samples = self.samples[:SET_SIZE]
+        if len(self.taken) == len(samples):
+            p = [self.taken[place] for place in range(len(samples))]
+        else:  # validation is limited, or shared with others
+            p = self._predict(net, samples)
+        heading = f"Epoch {epoch} of {self.config.epochs}"
+        png = sheets.judged_sheet(self.tiles[:SET_SIZE], p, THRESHOLD, heading, words)
+        return [self._write(_sheet_name(epoch), png)]
+
+    def draw_best(self, net: KelpNet, epoch: int, words: str) -> list[str]:
+        """The best epoch's sheet, where it has none yet, and each sample on a page of its own."""
+        if not self.tiles:
+            return []
+        names = []
+        self.forget()
+        if not (self.artifacts / _sheet_name(epoch)).is_file():
+            names += self.draw_epoch(net, epoch, words)
+        probabilities = self._predict(net, self.samples)
+        for source, tile, p in zip(self.sources, self.tiles, probabilities, strict=True):
+            title = source.image.stem
+            if source.tile is not None:
+                title = f"{title}_{source.tile.x}_{source.tile.y}"
+            seen = np.where(tile.observed, p, np.nan).astype(np.float32)
+            png = preview.panels(tile.pixels, tile.truth, to_mask(seen, THRESHOLD), title)
+            names.append(self._write(f"{SAMPLES}/best/{title}.png", png))
+        return names
+
+    def _predict(self, net: KelpNet, samples: Sequence[Sample]) -> list[NDArray[np.float32]]:
+        """Probabilities of each sample; in batches where all have one size, as in validation."""
+        alike = len({sample.target.shape for sample in samples}) == 1
+        size = min(self.config.batch_size, SET_SIZE) if alike else 1
+        device = next(net.parameters()).device
+        modes = [(module, module.training) for module in net.modules()]
+        net.eval()
+        try:
+            with torch.inference_mode(), _as_written(self.config.compile):
+                found = [
+                    net.probabilities(collate(samples[k : k + size]).raw.to(device)).cpu().numpy()
+                    for k in range(0, len(samples), size)
+                ]
+        finally:
+            for module, training in modes:
+                module.training = training
+        return [p for batch in found for p in batch]
+
+    def _write(self, name: str, png: bytes) -> str:
+        output_folder((self.artifacts / name).parent)
+        _write(self.artifacts / name, png)
+        return name
 
 
-def _draw_sample(folder: Path, source: Source, sample: Sample, net: KelpNet) -> Path:
-    device = next(net.parameters()).device
-    with torch.inference_mode():
-        probabilities = net.probabilities(collate([sample]).raw.to(device))[0].cpu()
-    seen = torch.where(sample.observed, probabilities, torch.nan)
-    prediction = to_mask(seen.numpy(), THRESHOLD)
-    title = source.image.stem
-    if source.tile is not None:
-        title = f"{title}_{source.tile.x}_{source.tile.y}"
-    png = preview.panels(sample.raw.numpy(), sample.target.numpy(), prediction, title)
-    return _write(output_folder(folder / SAMPLES) / f"{title}.png", png)
+def _as_written(compiled: bool) -> AbstractContextManager[object]:
+    """A network run as it is: compiling it for another size of batch would take minutes."""
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+
+
+def _sheet_name(epoch: int) -> str:
+    return f"{SAMPLES}/epoch-{epoch:03d}.png"
+
+
+def _tile(row: Mapping[Hashable, Any], sample: Sample) -> SheetTile:
+    return SheetTile(
+        str(row["tile_id"]),
+        f"x {row['x']}, y {row['y']}" if "x" in row else "",
+        sample.raw.numpy(),
+        sample.target.numpy(),
+        sample.observed.numpy(),
+    )
+
+
+def draw_curves(folder: Path, history: Sequence[Mapping[str, float]], best: int) -> None:
+    """Picture loss, scores and learning rate by epoch, the best one marked, as `curves.png`."""
+    curves = {
+        place: [(k, epoch[name]) for k, epoch in enumerate(history, 1)]
+        for name, place in _PANELS.items()
+    }
+    _write(folder / CURVES, report.curves(curves, best))
+
+
+def write_confusions(folder: Path, epochs: Sequence[Confusion], best: int) -> None:
+    """Write the pixel counts of each epoch, and those and the scores of the best one before them.
+
+    Args:
+        folder: where `confusion_matrix.json` is written.
+        epochs: counts of each finished epoch.
+        best: number of the best, from 1.
+    """
+    by_epoch = [{"epoch": k, **asdict(counts)} for k, counts in enumerate(epochs, 1)]
+    write_confusion(folder, epochs[best - 1], {"epoch": best, "epochs": by_epoch})
+
+
+def write_confusion(
+    folder: Path, confusion: Confusion, more: Mapping[str, object] | None = None
+) -> None:
+    """Write a confusion matrix and its scores as numbers."""
+    content = asdict(confusion) | confusion.scores() | dict(more or {})
+    write_json(folder / f"{MATRIX}.json", content)
 
 
 def draw_confusion(folder: Path, confusion: Confusion) -> None:
-    """Write the confusion matrix as picture and as numbers."""
-    counts = {
-        "true_negative": confusion.true_negative,
-        "false_positive": confusion.false_positive,
-        "false_negative": confusion.false_negative,
-        "true_positive": confusion.true_positive,
-    }
-    write_json(folder / f"{MATRIX}.json", counts | confusion.scores())
+    """Picture a confusion matrix."""
     png = report.confusion(
         tp=confusion.true_positive,
         fp=confusion.false_positive,
@@ -71,7 +207,6 @@ def draw_confusion(folder: Path, confusion: Confusion) -> None:
     _write(folder / f"{MATRIX}.png", png)
 
 
-def _write(path: Path, content: bytes) -> Path:
+def _write(path: Path, content: bytes) -> None:
     with atomic(path) as partial:
         partial.write_bytes(content)
-    return path

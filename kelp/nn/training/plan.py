@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from kelp import __version__
-from kelp.config import TrainConfig
+from kelp.config import FoldConfig, TrainConfig
 from kelp.errors import ConfigError, InputError
 from kelp.files import atomic
 from kelp.grid import Shape
 from kelp.indices import IndexSettings, channel_names, parse_indices
 from kelp.nn.dataset import Source
+from kelp.nn.device import resolve_device
 from kelp.nn.spec import NetworkSpec
 from kelp.nn.training.tracking import ARTIFACTS
 from kelp.progress import Progress
@@ -37,8 +38,8 @@ _FEW_FILES: Final = 256  # below this, starting processes takes longer than read
 # What may change when a run is resumed: where things are and how fast they go, not the result.
 _FREE: Final = frozenset(
     {"resume_from", "data_dir", "metadata_fp", "output_dir", "dataset_stats_fp", "num_workers",
-     "device", "plot_n_batches", "early_stopping_patience", "limit_test_batches",
-     "log_every_n_steps"}
+     "device", "strategy", "plot_n_batches", "early_stopping_patience", "limit_test_batches",
+     "log_every_n_steps", "pack"}
 )  # fmt: skip
 # Whose learning rates follow from the number of epochs.
 _BY_LENGTH: Final = ("onecycle", "cosine")
@@ -77,7 +78,7 @@ def run_folder(resume_from: Path) -> Path:
 
 
 def effective(config: TrainConfig) -> TrainConfig:
-    """The configuration that is run: `--fast_dev_run` shortens it.
+    """The configuration that is run: `--fast_dev_run` shortens it, `--devices auto` is a number.
 
     Raises:
         ConfigError: `--resume_from` names a run with other settings.
@@ -90,6 +91,11 @@ def effective(config: TrainConfig) -> TrainConfig:
             "val_check_interval": 1.0,
         }
         config = config.model_copy(update=limits)
+    if config.devices == "auto":  # a run is resumed with as many, on whatever machine
+        from kelp.nn.training.team import count_devices
+
+        number = count_devices(config, resolve_device(config.device))
+        config = config.model_copy(update={"devices": number})
     if config.resume_from is not None:
         _check_resumable(config, run_folder(config.resume_from) / ARTIFACTS / CONFIG_FILE)
     return config
@@ -125,9 +131,7 @@ def validation_interval(config: TrainConfig, batches: int) -> int:
     return every
 
 
-def run_statistics(
-    config: TrainConfig, sources: Sequence[Source], progress: Progress
-) -> Statistics:
+def run_statistics(config: FoldConfig, sources: Sequence[Source], progress: Progress) -> Statistics:
     """The statistics that normalise a run's input.
 
     Those of a resumed run, of `--dataset_stats_fp`, or of the fold's training rows.
@@ -137,7 +141,7 @@ def run_statistics(
     """
     channels = channel_names(config.bands, parse_indices(config.spectral_indices))
     settings = IndexSettings(config.index_input, config.mask_using_qa, config.mask_using_water_mask)
-    if config.resume_from is not None:
+    if isinstance(config, TrainConfig) and config.resume_from is not None:
         return _resumed_statistics(run_folder(config.resume_from), channels)
     given = config.dataset_stats_fp
     if given is not None:

@@ -23,7 +23,7 @@ from kelp.nn.metrics import KelpScores
 from kelp.nn.model import KelpNet
 from kelp.nn.radiometry import Radiometry
 from kelp.nn.spec import NetworkSpec
-from kelp.nn.training.averaging import NORM_BATCHES, build_average, renew_norms
+from kelp.nn.training.averaging import NORM_BATCHES, build_average, renew_norms, share_norms
 from kelp.nn.training.rates import build_optimizer, build_schedulers
 
 TRAIN_LOSS: Final = "train/loss"
@@ -32,7 +32,11 @@ LEARNING_RATE: Final = "lr"
 
 
 class KelpTask(LightningModule):
-    """Network, loss, scores, optimizer. Everything random follows from seed, epoch and batch."""
+    """Network, loss, scores, optimizer. Everything random follows from seed, epoch and batch.
+
+    Where several processes train, each makes random draws of its own, and the losses, the counts
+    of pixels and the statistics of batch normalisation of all are put together.
+    """
 
     def __init__(self, net: KelpNet, config: TrainConfig) -> None:
         super().__init__()
@@ -57,20 +61,30 @@ class KelpTask(LightningModule):
             return self.net
         return cast(KelpNet, self.average.module)
 
+    @torch.no_grad()
+    def setup(self, stage: str) -> None:
+        """Take over what only the first process knows: the numbers that normalise, pretrained ones.
+
+        DDP brings the others the parameters, but not the buffers, which it is to leave alone.
+        """
+        if self.trainer.world_size > 1:
+            first = self.trainer.strategy.broadcast(list(self.buffers()))
+            for buffer, value in zip(self.buffers(), first, strict=True):
+                buffer.copy_(value)
+
     def on_train_epoch_start(self) -> None:
         """Start the network's own random numbers (dropout) anew, so that a run can be resumed."""
-        torch.manual_seed(_seed(self.config.seed, self.current_epoch))
+        torch.manual_seed(self._seed(self.current_epoch))
 
     def training_step(self, batch: Sample, batch_idx: int) -> Tensor:
         """The loss of a batch, its crops turned and mirrored, and their light changed."""
         raw, target = batch.raw, batch.target
-        seed = _seed(self.config.seed, self.current_epoch, batch_idx)
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(self._seed(self.current_epoch, batch_idx))
         if self.config.augment:
             raw, target = symmetry.augment((raw, target), generator)
         raw = self.radiometry(raw, generator)
         loss = self.loss(self.net(raw), self.net.resize_target(target))
-        self.log(TRAIN_LOSS, loss, on_step=False, on_epoch=True, batch_size=len(raw))
+        self._log_loss(TRAIN_LOSS, loss, len(raw))
         return loss
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
@@ -85,7 +99,8 @@ class KelpTask(LightningModule):
         if self.average is not None and self.averages_epochs and is_last:
             self.average.update_parameters(self.net)
             data = self.trainer.datamodule  # type: ignore[attr-defined]
-            batches = islice(data.norm_dataloader(self.current_epoch), NORM_BATCHES)
+            most = -(-NORM_BATCHES // self.trainer.world_size)
+            batches = islice(data.norm_dataloader(self.current_epoch), most)
             with self.trainer.precision_plugin.forward_context():
                 renew_norms(self.average.module, batches, self.device)
 
@@ -95,16 +110,21 @@ class KelpTask(LightningModule):
         return self.config.swa and self.current_epoch >= self.config.first_averaged_epoch
 
     def on_validation_epoch_start(self) -> None:
-        """Forget the counts of the epoch before."""
+        """Forget the counts of the epoch before; one network for all processes."""
         self.scores.reset()
+        share_norms(self, self.trainer.strategy)
 
-    def validation_step(self, batch: Sample, batch_idx: int) -> None:
-        """Loss at the network's resolution, scores at that of the input."""
+    def validation_step(self, batch: Sample | None, batch_idx: int) -> Tensor | None:
+        """Loss at the network's resolution, scores at that of the input; the probabilities."""
+        if batch is None:  # batches did not go round; all the same it takes part in the mean
+            self._log_loss(VAL_LOSS, torch.zeros((), device=self.device), 0)
+            return None
         logits = self.scored(batch.raw)
         loss = self.loss(logits, self.net.resize_target(batch.target))
-        self.log(VAL_LOSS, loss, batch_size=len(batch.raw))
+        self._log_loss(VAL_LOSS, loss, len(batch.raw))
         probabilities = self.net.to_input(logits.sigmoid(), batch.target.shape[-2:])
         self.scores.update(probabilities, batch.target, batch.observed)
+        return probabilities
 
     def on_validation_epoch_end(self) -> None:
         """Log the scores, pooled over the fold."""
@@ -135,6 +155,17 @@ class KelpTask(LightningModule):
         if not by_scores and isinstance(scheduler, SWALR) == self.averages_epochs:
             scheduler.step()
 
+    def _log_loss(self, name: str, loss: Tensor, size: int) -> None:
+        """Add the loss of a batch to the mean over the samples of an epoch, of all processes."""
+        # A fraction, as Lightning would round the mean of whole numbers over processes down.
+        weight: Any = float(size)
+        self.log(name, loss, on_step=False, on_epoch=True, batch_size=weight, sync_dist=True)
+
+    def _seed(self, *parts: int) -> int:
+        """A seed of this process: the first has those of one that is alone."""
+        rank = (self.global_rank,) if self.global_rank else ()
+        return _seed(self.config.seed, *parts, rank=rank)
+
     def end_epoch(self, metrics: Mapping[str, float]) -> None:
         """After an epoch's validation, before its checkpoint: on with those that go by scores.
 
@@ -151,6 +182,7 @@ def _optical(spec: NetworkSpec) -> tuple[int, ...]:
     return tuple(k for k, name in enumerate(OPTICAL) if name in needed)
 
 
-def _seed(*parts: int) -> int:
+def _seed(*parts: int, rank: tuple[int, ...]) -> int:
     """One seed out of several numbers, without the collisions of adding them."""
-    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    sequence = np.random.SeedSequence(parts, spawn_key=rank)
+    return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))

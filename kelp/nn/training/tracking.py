@@ -12,14 +12,14 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Final, Literal
 from urllib.parse import unquote, urlparse
 
-from kelp.config import TrainConfig
+from kelp.config import FoldConfig
 from kelp.errors import InputError
 from kelp.files import output_folder
 
@@ -33,17 +33,46 @@ STORE: Final = "mlflow.db"
 STORE_VARIABLE: Final = "MLFLOW_TRACKING_URI"
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
-_CHATTY: Final = ("mlflow", "alembic", "sqlalchemy", "lightning.pytorch", "lightning.fabric")
+_CHATTY: Final = (
+    "mlflow", "alembic", "sqlalchemy", "lightning.pytorch", "lightning.fabric", "optuna"
+)  # fmt: skip
 _SERVERS: Final = ("http", "https", "databricks", "databricks-uc")
+_PRUNED: Final = "kelp.pruned"
+
+
+class Pruned(Exception):
+    """Raised by `Part.end_epoch`: the run is not worth its remaining epochs."""
+
+
+def _go_on(epoch: int, metrics: Mapping[str, float]) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a run is part of, and what the whole wants to hear of it."""
+
+    parent: str
+    """Id of the run that it is part of, as one of its folds or trials."""
+    name: str
+    """Of the part."""
+    begin: Callable[[str], None]
+    """Told the id of the run when it is opened."""
+    end_epoch: Callable[[int, Mapping[str, float]], None] = _go_on
+    """Told the number of each finished epoch, from 1, and its metrics. It may raise `Pruned`."""
 
 
 @contextmanager
-def quiet_libraries() -> Iterator[None]:
-    """Keep the tips, notices and warnings of other libraries from the user's screen."""
+def quiet_libraries(track: bool = True) -> Iterator[None]:
+    """Keep the tips, notices and warnings of other libraries from the user's screen.
+
+    Without `track` MLflow, which takes seconds to import, stays out.
+    """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for library in ("lightning.pytorch", "mlflow"):  # they set their loggers when imported
+        libraries = ("lightning.pytorch", "mlflow") if track else ("lightning.pytorch",)
+        for library in libraries:  # they set their loggers when imported
             importlib.import_module(library)
         loggers = [logging.getLogger(name) for name in _CHATTY]
         levels = [logger.level for logger in loggers]
@@ -82,14 +111,26 @@ class Tracking:
             self.client.log_batch(self.run_id, metrics=points)
 
     def log_files(self, *names: str) -> None:
-        """Send files or folders of `artifacts` to a store that keeps them elsewhere."""
+        """Send files or folders of `artifacts` to a store that keeps them elsewhere.
+
+        A name may lead into a folder: there the store keeps it, too.
+        """
         for name in names if self.copies else ():
             path = self.artifacts / name
             with _going_on():
                 if path.is_dir():
                     self.client.log_artifacts(self.run_id, str(path), name)
                 elif path.is_file():
-                    self.client.log_artifact(self.run_id, str(path))
+                    folder = PurePosixPath(name).parent.as_posix()
+                    self.client.log_artifact(
+                        self.run_id, str(path), None if folder == "." else folder
+                    )
+
+    def prune(self, reason: str) -> None:
+        """Close a run that was ended because others do better."""
+        with _going_on():
+            self.client.set_tag(self.run_id, _PRUNED, reason)
+        self.finish("KILLED")
 
     def finish(self, status: Status) -> None:
         """Close the run."""
@@ -109,12 +150,13 @@ def _going_on() -> Iterator[None]:
         log.warning("MLflow's store failed (%s); training goes on", reason)
 
 
-def start_run(config: TrainConfig, parent: str | None = None) -> Tracking:
+def start_run(config: FoldConfig, part: Part | None = None, name: str | None = None) -> Tracking:
     """Open a new run and create its folder.
 
     Args:
         config: of the run.
-        parent: id of the run that it is part of, as one of its folds.
+        part: what it is part of.
+        name: of a run that is no part; default: MLflow's choice.
 
     Raises:
         InputError: the store cannot be used.
@@ -125,9 +167,8 @@ def start_run(config: TrainConfig, parent: str | None = None) -> Tracking:
     try:
         client = _client(output_dir)
         experiment = _experiment(client, config.experiment, output_dir)
-        name = f"fold {config.cv_split}" if parent else None
-        tags = {"mlflow.parentRunId": parent} if parent else {}
-        run = client.create_run(experiment, tags=tags, run_name=name)
+        tags = {"mlflow.parentRunId": part.parent} if part else {}
+        run = client.create_run(experiment, tags=tags, run_name=part.name if part else name)
         _log_parameters(client, run.info.run_id, config)
     except MlflowException as error:
         raise _unusable(error) from error
@@ -136,7 +177,7 @@ def start_run(config: TrainConfig, parent: str | None = None) -> Tracking:
     return _tracking(client, run.info.artifact_uri, run_dir)
 
 
-def reopen_run(run_dir: Path, config: TrainConfig) -> Tracking:
+def reopen_run(run_dir: Path, config: FoldConfig) -> Tracking:
     """Go on with the run of a run folder. Raises `InputError` when the store has no such run."""
     from mlflow.exceptions import MlflowException
 
@@ -177,7 +218,7 @@ def _experiment(client: MlflowClient, name: str, output_dir: Path) -> str:
     return str(found.experiment_id)
 
 
-def _log_parameters(client: MlflowClient, run_id: str, config: TrainConfig) -> None:
+def _log_parameters(client: MlflowClient, run_id: str, config: FoldConfig) -> None:
     from mlflow.entities import Param
 
     values = config.model_dump(mode="json", exclude={"resume_from"})

@@ -1,0 +1,77 @@
+"""Options of every training on a fold, whatever is trained: kelp train, kelp baseline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, Field, field_validator, model_validator
+
+from kelp.bands import BANDS, IndexInput, parse_bands
+from kelp.config.base import Config, Names, option
+from kelp.errors import ConfigError
+
+
+def number(value: Any) -> Any:
+    """Flags are text."""
+    return int(value) if isinstance(value, str) and value.strip().isdigit() else value
+
+
+FoldNumber = Annotated[int, Field(ge=0)]
+Fold = Annotated[FoldNumber | Literal["all"], BeforeValidator(number)]
+
+
+class FoldConfig(Config):
+    """Which rows are trained on, which of their channels, and where the run is kept."""
+
+    data_dir: Path = option(help="Folder of kelp slice (with --sahi) or of kelp metadata")
+    metadata_fp: Path = option(help="Table of kelp slice (with --sahi) or of kelp metadata")
+    output_dir: Path = option(help="Folder for mlflow.db and <experiment>/<run_id>/artifacts")
+    dataset_stats_fp: Path | None = option(
+        None, help="Statistics file of kelp stats; default: computed from the training rows"
+    )
+    cv_split: Fold = option(
+        0, help="Number of the validation fold, or `all`: a run for each, one after the other"
+    )
+    sahi: bool = option(
+        False, help="The table is one of tiles: train on slices and predict in slices"
+    )
+    num_workers: int = option(
+        4, help="Processes that load data; 0 = the main one", unit="processes", ge=0
+    )
+    bands: Names = option(BANDS, help=f"Bands, comma-separated, of {','.join(BANDS)}")
+    band_order: Names = option(
+        (), help="Band names of the files, comma-separated; default: read from the files"
+    )
+    spectral_indices: Names = option(
+        (), help="Spectral indices added as channels, comma-separated; `all`, or `none`"
+    )
+    index_input: IndexInput = option(
+        "reflectance", help="Compute indices on surface reflectance or on raw integers (dn)"
+    )
+    fill_missing_pixels_with_torch_nan: bool = option(
+        True, help="Missing values become their channel's minimum; False: 0"
+    )
+    mask_using_qa: bool = option(True, help="Index channels are missing where QA = 1")
+    mask_using_water_mask: bool = option(True, help="Index channels are missing on land (DEM > 0)")
+    experiment: str = option("kelp", help="Name of the MLflow experiment and its folder")
+
+    @field_validator("bands")
+    @classmethod
+    def _known_bands(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        return parse_bands(names)
+
+    @model_validator(mode="after")
+    def _fold_fits(self) -> Self:
+        if not self.bands:
+            raise ConfigError("--bands: name at least one band")
+        if Path(self.experiment).name != self.experiment or self.experiment in ("", ".."):
+            raise ConfigError(f"--experiment {self.experiment!r}: a plain name, without slashes")
+        return self
+
+    @property
+    def fold(self) -> int:
+        """The number of the validation fold, where it is one."""
+        if self.cv_split == "all":
+            raise ConfigError("--cv_split all: kelp.train trains one fold; use kelp.train_folds")
+        return self.cv_split

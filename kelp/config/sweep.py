@@ -1,0 +1,40 @@
+"""Options of `kelp sweep`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from kelp.config.base import Config, option
+
+Sampler = Literal["tpe", "random", "grid"]
+Pruner = Literal["median", "none"]
+
+
+class SweepConfig(Config):
+    """A search for better options of kelp train: many runs, with other options each."""
+
+    command: ClassVar[str] = "sweep"
+
+    train_config: Path = option(help="Config file of kelp train: what all trials share")
+    space: Path = option(help="YAML file of the options to search, with their ranges or values")
+    output_dir: Path = option(
+        help="Folder for the runs, mlflow.db, study.db, trials.csv, best.yaml and importances.png; "
+        "a sweep that was begun there goes on"
+    )
+    trials: int = option(
+        20, help="Finished trials wanted, those of earlier sessions included", unit="trials", ge=1
+    )
+    timeout: float | None = option(
+        None, help="Begin no trial after this time; default: no limit", unit="seconds", gt=0
+    )
+    sampler: Sampler = option(
+        "tpe", help="How options are chosen: from what did well (tpe), by chance, or all "
+        "combinations",
+    )  # fmt: skip
+    pruner: Pruner = option(
+        "median", help="End trials that do worse than the median of those before at the same epoch"
+    )
+    seed: int = option(
+        0, help="Seed of the choices; that of training is in the config file", unit="integer", ge=0
+    )

@@ -1,0 +1,150 @@
+"""The model card of a bundle: what it is, what it scored, where its limits are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from kelp.config import TrainConfig
+from kelp.nn.spec import BundleSpec
+
+
+def model_card(spec: BundleSpec, spec_file: str) -> str:
+    """The card as Markdown; `spec_file` is the name of the file that holds the rest."""
+    return "\n".join(
+        [
+            "# Kelp canopy segmentation model",
+            "",
+            f"Made by `kelp {'baseline' if spec.is_pixelwise else 'train'}`; apply it with "
+            "`kelp predict --run_dir <this folder>`.",
+            "",
+            "| | |",
+            "|---|---|",
+            *(f"| {name} | {value} |" for name, value in _facts(spec, spec_file)),
+            "",
+            "## Scores on the validation fold",
+            "",
+            f"{'Of all trees' if spec.is_pixelwise else f'Of epoch {spec.epoch}'}, pooled over the "
+            "observed pixels; kelp where the probability is at least 0.5.",
+            "",
+            *(_score_lines(spec.scores) or ["None recorded."]),
+            "",
+            "## Limits",
+            "",
+            "- Scores are agreement with the labels it was validated on. Volunteer labels of kelp",
+            "  are themselves noisy; a score near 0.7 may be close to what they allow.",
+            "- It has seen the sensors, coasts and seasons of its training data only.",
+            *_pixelwise_lines(spec),
+            *_calibration_lines(spec),
+            "- The map shows presence, not canopy area.",
+            "- Tides hide canopy: do not compare dates without them.",
+            "",
+        ]
+    )
+
+
+def _facts(spec: BundleSpec, spec_file: str) -> list[tuple[str, str]]:
+    data = spec.training
+    return [
+        *(_trees(spec) if spec.is_pixelwise else _network(spec)),
+        ("Input", f"{', '.join(spec.channels)}; raw Landsat Collection-2 Level-2 integers"),
+        ("Normalisation", f"{spec.normalization_strategy}, numbers in {spec_file}"),
+        ("Threshold", f"{spec.threshold:g}"),
+        ("Tuned on", spec.tuning.get("scenes", "nothing: the threshold is the usual one")),
+        ("Trained on", _data(spec)),
+        *(_tree_options(data) if spec.is_pixelwise else _options(data)),
+        ("Made with", ", ".join(f"{name} {v}" for name, v in spec.versions.items()) or "unknown"),
+    ]
+
+
+def _network(spec: BundleSpec) -> list[tuple[str, str]]:
+    how = f"tiles of {spec.tile_size[0]} x {spec.tile_size[1]} px" if spec.sahi else "whole images"
+    return [
+        ("Network", f"{spec.architecture}, encoder {spec.encoder}"),
+        ("Applied to", f"{how}, {spec.resize_strategy} to {spec.image_size} px"),
+        ("Epoch", str(spec.epoch)),
+    ]
+
+
+def _trees(spec: BundleSpec) -> list[tuple[str, str]]:
+    return [
+        ("Model", f"{spec.epoch} boosted trees (LightGBM)"),
+        ("Applied to", "each pixel on its own"),
+    ]
+
+
+def _data(spec: BundleSpec) -> str:
+    """Folder, table, fold and how many rows of it."""
+    data, rows = spec.training, spec.rows
+    where = f"{data.get('data_dir', 'unknown')}, fold {data.get('cv_split', '?')}"
+    if "metadata_fp" in data:
+        where += f" of {data['metadata_fp']}"
+    if {"train", "val"} <= rows.keys():
+        kind = "tiles" if spec.sahi else "images"
+        where += f": {rows['train']:,} {kind}, validated on {rows['val']:,} others"
+    return where
+
+
+def _options(data: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The options of `kelp train` that make the most of a difference; the file has them all."""
+    if "encoder_weights" not in data:
+        return []
+    # Options that a run of an older version lacks did what their defaults do.
+    data = {name: field.default for name, field in TrainConfig.model_fields.items()} | dict(data)
+    start = f"weights {data['encoder_weights']}" if data["pretrained"] else "random weights"
+    course = "" if data["lr_scheduler"] == "none" else f", {data['lr_scheduler']}"
+    drawn = f"{data['samples_per_epoch']:,} drawn by weight each epoch"
+    parts = (
+        (data["accumulate_grad_batches"], "batches make a step"),
+        (data["devices"], "processes"),
+        (data["num_nodes"], "machines"),
+    )
+    times = "".join(f", {number} {words}" for number, words in parts if number != 1)
+    averaged = "SWA" if data["swa"] else f"EMA {data['ema_decay']:g}" if data["ema_decay"] else ""
+    return [
+        ("Started from", start),
+        ("Loss", data["loss"]),
+        ("Optimizer", f"{data['optimizer']}, rate {data['lr']:g}{course}, "
+         f"weight decay {data['weight_decay']:g}"),
+        ("Steps", f"at most {data['epochs']} epochs, batches of {data['batch_size']}{times}; "
+         f"{data['precision']}"),
+        ("Samples", drawn if data["use_weighted_sampler"] else "each row once an epoch"),
+        ("Augmentation", _augmentation(data)),
+        *([("Average of weights", averaged)] if averaged else []),
+        ("Best epoch by", data["monitor_metric"]),
+        ("Seed", str(data["seed"])),
+    ]  # fmt: skip
+
+
+def _augmentation(data: Mapping[str, Any]) -> str:
+    words = {"augment": "turned and mirrored", "random_crops": "cut anywhere near their place"}
+    changes = [text for name, text in words.items() if data[name]]
+    for name in ("offset", "gain", "noise", "dropout"):
+        if size := data[f"augment_{name}"]:
+            changes.append(f"{name} {size:g}")
+    return ", ".join(changes) or "none"
+
+
+def _tree_options(data: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [(name.replace("_", " ").capitalize(), str(data[name]))
+            for name in ("pixels_per_image", "trees", "leaves", "learning_rate", "seed")
+            if name in data]  # fmt: skip
+
+
+def _pixelwise_lines(spec: BundleSpec) -> list[str]:
+    if not spec.is_pixelwise:
+        return []
+    return ["- It sees no shapes, only each pixel's numbers: a baseline to compare networks with."]
+
+
+def _calibration_lines(spec: BundleSpec) -> list[str]:
+    if spec.temperature == 1:
+        return ["- Probabilities are not calibrated."]
+    return [
+        f"- Probabilities are calibrated (temperature {spec.temperature:.3g}) on the scenes above;",
+        "  elsewhere they may be off.",
+    ]
+
+
+def _score_lines(scores: Mapping[str, float]) -> list[str]:
+    return [f"- {name}: {value:.4f}" for name, value in sorted(scores.items())]

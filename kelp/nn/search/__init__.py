@@ -1,0 +1,1 @@
+"""`kelp sweep`: a search for better options of `kelp train`."""
