@@ -132,9 +132,9 @@ def compute_stats(config: StatsConfig, progress: Progress = silent) -> StatsResu
     indices = parse_indices(config.spectral_indices)
     settings = IndexSettings(config.index_input, config.mask_using_qa, config.mask_using_water_mask)
     sources = _sources(config)
-    output_folder(config.output_dir)
     channels = channel_names(BANDS, indices)
     with gather(config.workers, config.scheduler) as workers:
+        output_folder(config.output_dir)
         stats = file_statistics(
             sources, channels, settings,
             band_order=config.band_order, workers=workers, progress=progress,

@@ -306,12 +306,34 @@ def test_a_scheduler_without_workers_is_one_line(tmp_path, monkeypatch):
         gather(1, str(alone.file)).__enter__()
 
 
-def test_without_dask_one_line_tells_what_to_install(monkeypatch):
+def test_without_dask_one_line_tells_what_to_install_and_nothing_is_touched(
+    world, tmp_path, monkeypatch, capsys
+):
     with suppress(KeyError):
         monkeypatch.delitem(sys.modules, "kelp.cluster")
     monkeypatch.setitem(sys.modules, "distributed", None)
-    with pytest.raises(ConfigError, match=r'pip install "kelp-slicer\[dask\]"'):
-        gather(1, "local").__enter__()
+    scenes, bundle, _ = world
+    raw = make_world(tmp_path, n_train=4).data_dir
+    train, table = raw / "train", tmp_path / "train_val_test_dataset.parquet"
+    cut = ["slice", "--data_dir", train, "--metadata_fp", table, "--image_size", "32"]
+    assert main(["metadata", "--data_dir", str(raw), "--output_dir", str(tmp_path)]) == 0
+    assert main([*map(str, cut), "--output_dir", str(tmp_path / "out" / "sliced")]) == 0
+    before = without_time(tmp_path)
+    capsys.readouterr()
+    for name, command in {
+        "sliced": cut,
+        "metadata": ["metadata", "--data_dir", raw],
+        "stats": ["stats", "--data_dir", train],
+        "maps": ["predict", "--data_dir", scenes, "--run_dir", bundle],
+    }.items():
+        out = tmp_path / "out" / name
+        asked = [*command, "--output_dir", out, "--scheduler", "local:1"]
+        assert main(list(map(str, asked))) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert 'pip install "kelp-slicer[dask]"' in error
+    assert without_time(tmp_path) == before
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["sliced"]
 
 
 def test_a_cluster_of_this_machine(world, tmp_path):

@@ -119,15 +119,13 @@ def build_metadata(config: MetadataConfig, progress: Progress = silent) -> Metad
         if config.metadata_fp
         else _from_folders(config.data_dir)
     )
-    output_folder(config.output_dir)
     surveyed: list[_Surveyed] = []
-    with (
-        gather(config.workers, config.scheduler) as workers,
-        closing(spread(partial(_survey, config.band_order), sources, workers)) as work,
-    ):
-        for one in work:
-            surveyed.append(one)
-            progress("reading images", len(surveyed), len(sources))
+    with gather(config.workers, config.scheduler) as workers:
+        output_folder(config.output_dir)
+        with closing(spread(partial(_survey, config.band_order), sources, workers)) as work:
+            for one in work:
+                surveyed.append(one)
+                progress("reading images", len(surveyed), len(sources))
     threshold = config.similarity_threshold
     grouped = places.group_terrains(
         [one.terrain for one in surveyed],

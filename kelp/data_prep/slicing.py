@@ -45,6 +45,7 @@ from kelp.scene import Scene
 from kelp.workers import gather, spread
 
 if TYPE_CHECKING:
+    from kelp.cluster import Cluster
     from kelp.config import SliceConfig
 
 log = logging.getLogger("kelp")
@@ -99,27 +100,9 @@ def slice_dataset(config: SliceConfig, progress: Progress = silent) -> SliceResu
     """
     config = config.absolute() if config.scheduler else config
     rows = _training_rows(config)
-    output_folder(config.output_dir)
+    with gather(config.workers, config.scheduler) as workers:
+        sliced = _slice_all(config, rows, workers, progress)
     table_path = config.output_dir / TILES_TABLE
-    folders = [config.output_dir / name for name in (IMAGES, MASKS)]
-    if config.materialize:
-        _tell_size(config, rows)
-        for folder in folders:
-            output_folder(folder)
-        # From here on an older table would describe tiles that are being overwritten.
-        table_path.unlink(missing_ok=True)
-    sliced: list[_Sliced] = []
-    try:
-        with (
-            gather(config.workers, config.scheduler) as workers,
-            closing(spread(partial(_slice_image, config), list(rows["tile_id"]), workers)) as work,
-        ):
-            for one in work:
-                sliced.append(one)
-                progress("slicing", len(sliced), len(rows))
-    finally:
-        for folder in folders:
-            discard_partials(folder)
     table = _tile_table(config, rows, sliced)
     if config.materialize:
         _tell_strangers(config, table)
@@ -128,6 +111,31 @@ def slice_dataset(config: SliceConfig, progress: Progress = silent) -> SliceResu
     manifest.write_table(table, table_path)
     config.record(config.output_dir)
     return SliceResult(table_path, len(rows), len(table), sum(one.left_out for one in sliced))
+
+
+def _slice_all(
+    config: SliceConfig, rows: pd.DataFrame, workers: int | Cluster, progress: Progress
+) -> list[_Sliced]:
+    """Tiles of all images, in the order of `rows`; an older table goes before the first."""
+    output_folder(config.output_dir)
+    folders = [config.output_dir / name for name in (IMAGES, MASKS)]
+    if config.materialize:
+        _tell_size(config, rows)
+        for folder in folders:
+            output_folder(folder)
+        # From here on an older table would describe tiles that are being overwritten.
+        (config.output_dir / TILES_TABLE).unlink(missing_ok=True)
+    sliced: list[_Sliced] = []
+    jobs = list(rows["tile_id"])
+    try:
+        with closing(spread(partial(_slice_image, config), jobs, workers)) as work:
+            for one in work:
+                sliced.append(one)
+                progress("slicing", len(sliced), len(rows))
+    finally:
+        for folder in folders:
+            discard_partials(folder)
+    return sliced
 
 
 def _training_rows(config: SliceConfig) -> pd.DataFrame:

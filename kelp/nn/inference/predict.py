@@ -101,10 +101,10 @@ def predict_scenes(
     if config.dataset_stats_dir:
         for bundle in bundles:
             check_statistics(bundle.spec, config.dataset_stats_dir)
-    if isinstance(config.output_dir, Path):
-        discard_partials(output_folder(config.output_dir))
     outputs = {path: config.output_dir / manifest.output_name(path) for path in scenes}
     with gather_crew(config, bundles, client) as crew:
+        if isinstance(config.output_dir, Path):
+            discard_partials(output_folder(config.output_dir))
         tasks, failures = crew.survey(outputs)
         run = Run(config, bundles, crew.processor)
         _plan(run, [task.size for task in tasks], shared)
