@@ -9,9 +9,9 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from kelp.errors import InputError
 
@@ -151,6 +151,36 @@ def json_text(value: Any) -> str:
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically. NaN and Infinity are refused."""
     write_text(path, json_text(value))
+
+
+def open_locked(path: Path, wait: bool = False) -> IO[bytes]:
+    """Open a file for this process alone. A killed process holds no lock.
+
+    While another process holds it: wait until it is free, or raise `BlockingIOError`.
+    """
+    while True:
+        with ExitStack() as stack:
+            file = stack.enter_context(path.open("a+b"))
+            if sys.platform != "win32":  # no advisory locks of this kind there
+                import fcntl
+
+                fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with suppress(FileNotFoundError):  # else another process removed it just now
+                if path.stat().st_ino == os.fstat(file.fileno()).st_ino:
+                    stack.pop_all()
+                    return file
+
+
+@contextmanager
+def locked(path: Path, wait: bool = False) -> Iterator[None]:
+    """Hold the lock of a file that is there only for that, see `open_locked`."""
+    file = open_locked(path, wait)
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            path.unlink()
+        file.close()
 
 
 def output_folder(path: Path) -> Path:

@@ -10,7 +10,7 @@ import os
 import sys
 import zlib
 from collections.abc import Mapping
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Final, Self
@@ -24,7 +24,7 @@ from rasterio.windows import Window
 
 from kelp.bands import MASK_NODATA
 from kelp.errors import BusyError, InputError
-from kelp.files import atomic
+from kelp.files import atomic, open_locked
 from kelp.grid import Shape
 from kelp.raster import Georeference, quietly
 
@@ -264,21 +264,3 @@ def remove_rows(path: Path) -> bool:
         except BlockingIOError:
             return False
     return True
-
-
-def open_locked(path: Path) -> IO[bytes]:
-    """Open a file for this process alone. A killed process holds no lock.
-
-    Raises `BlockingIOError` while another process holds it.
-    """
-    while True:
-        with ExitStack() as stack:
-            file = stack.enter_context(path.open("a+b"))
-            if sys.platform != "win32":  # no advisory locks of this kind there
-                import fcntl
-
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            with suppress(FileNotFoundError):  # else another process removed it just now
-                if path.stat().st_ino == os.fstat(file.fileno()).st_ino:
-                    stack.pop_all()
-                    return file

@@ -1,12 +1,14 @@
-"""What killed processes left is removed; what a living one writes is not."""
+"""What killed processes left is removed; what a living one writes or holds is not."""
 
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
 import pytest
 
-from kelp.files import discard_partials, scratch_folder
+from kelp.files import discard_partials, locked, scratch_folder
 
 
 def test_only_the_leftovers_of_the_dead_are_removed(tmp_path):
@@ -44,4 +46,23 @@ def test_a_scratch_folder_is_gone_however_it_ends(tmp_path, error):
                 raise error
     except (KeyboardInterrupt, ValueError):
         pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_is_held_by_one_at_a_time(tmp_path):
+    path, together = tmp_path / ".lock", Barrier(4)
+    inside: list[int] = []
+
+    def hold(number):
+        together.wait()
+        for _ in range(50):
+            with locked(path, wait=True):
+                inside.append(number)
+                assert inside == [number]
+                with pytest.raises(BlockingIOError), locked(path):
+                    pass
+                inside.remove(number)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(hold, range(4)))
     assert not list(tmp_path.iterdir())

@@ -20,6 +20,7 @@ import kelp
 from kelp.cli import main
 from kelp.config import SweepConfig, TrainConfig
 from kelp.errors import ConfigError, InputError, WeightsError
+from kelp.files import locked
 from kelp.nn.search import run as module
 from kelp.nn.search.picture import draw
 from kelp.nn.search.record import Standing
@@ -27,7 +28,6 @@ from kelp.nn.search.space import Base, Space
 from kelp.nn.search.study import Importance, Memory, Outcome, open_memory
 from kelp.nn.training.result import TrainResult
 from kelp.nn.training.tracking import Part, Pruned, quiet_libraries
-from kelp.writer import open_locked
 
 LR = {"low": 1e-4, "high": 1e-2, "log": True}
 SPACE = {"lr": LR, "batch_size": {"values": [4, 8]}}
@@ -430,7 +430,7 @@ def test_a_second_process_is_refused(configure, fake):
     config = configure(trials=1)
     config.output_dir.mkdir()
     with (
-        open_locked(config.output_dir / ".sweep.lock"),
+        locked(config.output_dir / ".sweep.lock"),
         pytest.raises(InputError, match="another process is at work on this sweep"),
     ):
         kelp.sweep(config)

@@ -18,10 +18,11 @@ import kelp
 from kelp.config import SliceConfig, StatsConfig, TrainConfig
 from kelp.data_prep.slicing import slice_dataset
 from kelp.errors import ConfigError, InputError, StatsError, WeightsError
+from kelp.files import locked
 from kelp.nn import device
 from kelp.nn.bundle import load_bundle
 from kelp.nn.dataset import TileDataset
-from kelp.nn.training import fit, task
+from kelp.nn.training import fit, task, tracking
 from kelp.nn.training.fit import train
 from kelp.nn.training.task import KelpTask
 from kelp.nn.training.tracking import quiet_libraries
@@ -662,3 +663,17 @@ def test_the_folder_can_be_run_from_anywhere(tmp_path):
     )  # fmt: skip
     assert "--samples_per_epoch" in done.stdout
     assert "torch" not in done.stderr
+
+
+def test_of_two_trainings_that_begin_at_once_one_makes_the_store(configure, monkeypatch):
+    config, opened = configure(), tracking._client
+
+    def client_of(output_dir):
+        with pytest.raises(BlockingIOError), locked(output_dir / ".mlflow.lock"):
+            pass
+        return opened(output_dir)
+
+    monkeypatch.setattr(tracking, "_client", client_of)
+    with quiet_libraries():
+        tracking.start_run(config)
+    assert not list(config.output_dir.glob(".*"))

@@ -10,9 +10,8 @@ import hashlib
 import json
 import logging
 import shutil
-import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
@@ -27,7 +26,7 @@ from safetensors.numpy import save
 from kelp import bands
 from kelp.config import TrainConfig
 from kelp.errors import KelpError
-from kelp.files import amount, atomic, discard_partials, output_folder
+from kelp.files import amount, atomic, discard_partials, locked, output_folder
 from kelp.nn.reading import Files, Packed, Place, Reader, encode
 from kelp.progress import Progress
 from kelp.raster import open_dataset, raster_shape, read_mask
@@ -130,16 +129,14 @@ def _places(folder: Path) -> dict[str, Place]:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """While it lasts no other process packs into the folder. A killed process holds no lock."""
-    with (folder / ".lock").open("ab") as file:
-        if sys.platform != "win32":  # no such locks there: both pack the same, and none is hurt
-            import fcntl
-
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                log.info("%s: another process packs the images; waiting for it", folder)
-                fcntl.flock(file, fcntl.LOCK_EX)
+    """While it lasts no other process packs into the folder."""
+    lock = folder / ".lock"
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(lock))
+        except BlockingIOError:
+            log.info("%s: another process packs the images; waiting for it", folder)
+            stack.enter_context(locked(lock, wait=True))
         discard_partials(folder)
         yield
 

@@ -7,7 +7,7 @@ import importlib
 import logging
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -16,7 +16,7 @@ import torch
 
 from kelp.config import SweepConfig, TrainConfig
 from kelp.errors import ConfigError, InputError, KelpError, WeightsError
-from kelp.files import discard_partials, output_folder
+from kelp.files import discard_partials, locked, output_folder
 from kelp.nn.search.record import BEST, Standing
 from kelp.nn.search.space import Base, Space
 from kelp.nn.training.fit import train
@@ -30,7 +30,6 @@ from kelp.nn.training.tracking import (
     start_run,
 )
 from kelp.progress import Progress, silent
-from kelp.writer import open_locked
 
 # Optuna is an extra, and takes half a second to import.
 if TYPE_CHECKING:
@@ -117,20 +116,15 @@ def _require_optuna() -> None:
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Keep other processes off a sweep: they would take our trial for an abandoned one."""
-    path = folder / _LOCK
-    try:
-        file = open_locked(path)
-    except BlockingIOError as error:
-        raise InputError(
-            f"{folder}: another process is at work on this sweep; wait for it, or choose another "
-            "--output_dir"
-        ) from error
-    try:
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(folder / _LOCK))
+        except BlockingIOError as error:
+            raise InputError(
+                f"{folder}: another process is at work on this sweep; wait for it, or choose "
+                "another --output_dir"
+            ) from error
         yield
-    finally:
-        with suppress(OSError):
-            path.unlink()
-        file.close()
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from urllib.parse import unquote, urlparse
 
 from kelp.config import FoldConfig
 from kelp.errors import InputError
-from kelp.files import output_folder
+from kelp.files import locked, output_folder
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -37,6 +37,7 @@ _CHATTY: Final = (
     "mlflow", "alembic", "sqlalchemy", "lightning.pytorch", "lightning.fabric", "optuna"
 )  # fmt: skip
 _SERVERS: Final = ("http", "https", "databricks", "databricks-uc")
+_LOCK: Final = ".mlflow.lock"
 _PRUNED: Final = "kelp.pruned"
 
 
@@ -165,8 +166,10 @@ def start_run(config: FoldConfig, part: Part | None = None, name: str | None = N
 
     output_dir = output_folder(config.output_dir).resolve()
     try:
-        client = _client(output_dir)
-        experiment = _experiment(client, config.experiment, output_dir)
+        # Of two trainings that begin at once one makes the store and the experiment.
+        with locked(output_dir / _LOCK, wait=True):
+            client = _client(output_dir)
+            experiment = _experiment(client, config.experiment, output_dir)
         tags = {"mlflow.parentRunId": part.parent} if part else {}
         run = client.create_run(experiment, tags=tags, run_name=part.name if part else name)
         _log_parameters(client, run.info.run_id, config)
