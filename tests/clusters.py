@@ -24,7 +24,7 @@ class Dask:
         self.file = folder / "scheduler.json"
         self.scheduler = process("scheduler", "--port", 0, "--no-dashboard",
                                  "--scheduler-file", self.file)  # fmt: skip
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while not self.is_written:  # a worker that reads half of the file gives up
             assert time.monotonic() < deadline, "the scheduler did not start"
             time.sleep(0.1)
@@ -54,7 +54,7 @@ class Dask:
                 "--no-nanny",
                 "--no-dashboard",
                 "--death-timeout",
-                60,
+                300,
                 "--local-directory",
                 self.file.parent,
                 env={**QUIET, **variables},

@@ -55,6 +55,6 @@ def test_a_disk_that_is_full_at_any_byte_is_bad_luck_not_a_bug(tmp_path, side, k
     """A limit on the size of files stands for the full disk."""
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", FULL, tmp_path, str(side), kind],
-        capture_output=True, text=True, timeout=60,
+        capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

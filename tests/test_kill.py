@@ -62,7 +62,7 @@ def started(world, out):
 def finished(world, out):
     """Let it run to its end; what it said."""
     with started(world, out) as process:
-        _, said = process.communicate(timeout=120)
+        _, said = process.communicate(timeout=300)
         assert process.returncode == 0, said
     return said
 
@@ -70,12 +70,12 @@ def finished(world, out):
 def stopped(world, out, reached, how):
     """Stop it with a signal as soon as the disk is in a state; its status and what it said."""
     with started(world, out) as process:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while not reached() and process.poll() is None:
             assert time.monotonic() < deadline
             time.sleep(0.0005)
         process.send_signal(how)
-        _, said = process.communicate(timeout=60)
+        _, said = process.communicate(timeout=300)
     return process.returncode, said
 
 

@@ -109,7 +109,7 @@ def whole(options, new_store, tmp_path_factory):
         for rank in range(2)
     ]  # fmt: skip
     try:
-        said = [process.communicate(timeout=90) for process in processes]
+        said = [process.communicate(timeout=300) for process in processes]
     finally:
         for process in processes:
             process.kill()

@@ -513,7 +513,7 @@ def test_a_second_process_waits_and_finds_all_packed(images, tmp_path):
     until(second, "another process packs the images")
     first.stdin.write("\n")
     first.stdin.flush()
-    said = [process.communicate(timeout=60)[0] for process in (first, second)]
+    said = [process.communicate(timeout=300)[0] for process in (first, second)]
     assert said == ["12 12 read packed\n"] * 2  # nothing more: the second packed none
     assert [process.returncode for process in (first, second)] == [0, 0]
     config = configure(tmp_path)

@@ -91,7 +91,7 @@ def look(page, *flags):
     done = subprocess.run(
         [BROWSER, *FLAGS, f"--user-data-dir={page.parent / 'profile'}", *flags, "--dump-dom",
          page.as_uri()],
-        capture_output=True, text=True, timeout=120, check=False,
+        capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     match = re.search(r'data-found="([^"]*)"', done.stdout)
     assert match, done.stderr[-2000:]

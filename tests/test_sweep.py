@@ -607,7 +607,7 @@ def test_ctrl_c_leaves_a_sweep_that_goes_on(configure, empty_store):
                 process.send_signal(signal.SIGINT)
                 break
         rest = process.stderr.read()
-        assert process.wait(timeout=60) == 130
+        assert process.wait(timeout=300) == 130
     finally:
         process.kill()
         process.communicate()

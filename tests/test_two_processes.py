@@ -42,7 +42,7 @@ def writing(mask):
     try:
         assert first.stdout.readline() == "writing\n"
         yield
-        _, errors = first.communicate("\n", timeout=60)
+        _, errors = first.communicate("\n", timeout=300)
         assert first.returncode == 0, errors
     finally:
         first.kill()
