@@ -214,9 +214,9 @@ def connect(scheduler: str) -> Iterator[Cluster]:
                 "tcp://host:8786, nor a scheduler file"
             )
         cluster = Cluster(client)
-        log.info(
-            "cluster: %d workers at %s%s", len(cluster.threads), _address(client), _watch(client)
-        )
+        count = len(cluster.threads)
+        named = "1 worker" if count == 1 else f"{count} workers"
+        log.info("cluster: %s at %s%s", named, _address(client), _watch(client))
         yield cluster
 
 
