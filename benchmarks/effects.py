@@ -46,10 +46,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "nosampler": {"use_weighted_sampler": False},
     "random": {"pretrained": False},
     "noaugment": {"augment": False},
-    "indices": {"spectral_indices": BEST_17},
+    "indices": {"spectral_indices": BEST_17, "index_input": "reflectance"},
     "dice": {"loss": "dice"},
     "indicesnomask": {
-        "spectral_indices": BEST_17, "mask_using_qa": False, "mask_using_water_mask": False,
+        "spectral_indices": BEST_17, "index_input": "reflectance", "mask_using_qa": False,
+        "mask_using_water_mask": False,
     },
     "fold1": {"cv_split": 1},
     "ce": {"loss": "ce"},

@@ -83,10 +83,11 @@ class Catalogue:
             lines.append(f"{index.name}  {index.long_name}")
             lines.append(f"    = {formula(index)}   [{index.low:g} to {index.high:g}]")
             lines.append(f"    {index.source}")
+        example = ",".join(index.name for index in self.indices[:3])
         words = (
-            "Bands are surface reflectance clipped to 0.001-1.2 (--index_input reflectance), DEM "
-            "is in metres; the index is clipped to the range in brackets. Use them as "
-            f"--spectral_indices {','.join(index.name for index in self.indices[:3])},..."
+            "Bands are the stored integers, DEM is in metres. With --index_input reflectance bands "
+            "are surface reflectance clipped to 0.001-1.2, and the index is clipped to the range "
+            f"in brackets. Use them as --spectral_indices {example},..."
         )
         return "\n".join([*lines, "", *textwrap.wrap(words, _WIDTH)])
 

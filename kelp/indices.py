@@ -4,11 +4,11 @@
 statistics and training cannot disagree. Formulas use operators only; what differs between the
 two libraries is in `_missing_where`, and torch is never imported here.
 
-Surface reflectance (`index_input="reflectance"`) is what the definitions are published for. The
-offset of Collection-2 integers does not cancel in a ratio, but plain reflectance is no cure over
-dark water, where it is near zero or below: so reflectance is clipped to `REFLECTANCE_RANGE`
-first, and the index to its own range last. `"dn"` puts the raw integers into the same formulas,
-without clipping, as the original competition system did.
+`index_input="dn"`, the default of networks, puts the stored integers into the formulas as they
+are. Their offset of 0.2 does not cancel in a ratio, so values are not the published ones; but no
+denominator comes near zero over dark water, and networks score better (docs/experiments.md).
+`"reflectance"` is what the definitions are published for. Over dark water it is near zero or
+below: so it is clipped to `REFLECTANCE_RANGE` first, and the index to its own range last.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ _LARGEST: Final = 1e7
 class IndexSettings:
     """What turns bands into index channels, the same in statistics, training and prediction."""
 
-    index_input: IndexInput = "reflectance"
-    """Surface reflectance, or the stored integers as they are."""
+    index_input: IndexInput = "dn"
+    """The stored integers as they are, or surface reflectance."""
     mask_using_qa: bool = True
     """Index channels are missing where QA = 1."""
     mask_using_water_mask: bool = True

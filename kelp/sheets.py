@@ -191,7 +191,7 @@ def _input_rows(
     planes = [_planes(tile.pixels, channels, settings) for tile in tiles]
     for name in channels:
         shrunk = [rendering.shrink_plane(each[name], step) for each in planes]
-        rows.append(_channel_row(name, shrunk, statistics[name], settings))
+        rows.append(_channel_row(name, shrunk, statistics[name]))
     truths = [rendering.shrink_mask(tile.truth, step) for tile in tiles]
     rows.append(_Row(("Truth",), [rendering.mask_picture(truth) for truth in truths]))
     return rows
@@ -208,15 +208,13 @@ def _planes(
     return planes | dict(zip(indices, made, strict=True))
 
 
-def _channel_row(
-    name: str, planes: Sequence[Plane], stats: ChannelStats, settings: IndexSettings
-) -> _Row:
+def _channel_row(name: str, planes: Sequence[Plane], stats: ChannelStats) -> _Row:
     limits = stats.q01, stats.q99
     colors = ramp("gray", gamma=_GAMMA) if name in (*OPTICAL, "QA") else ramp("viridis")
     pictures = [rendering.shaded(plane, limits, colors) for plane in planes]
     if name == "QA":
         return _Row((name, "white: cloud or bad"), pictures)
-    if name in OPTICAL and settings.index_input == "reflectance":
+    if name in OPTICAL:
         low, high = to_reflectance(np.array(limits, dtype=np.float32)).round(3) + 0.0  # no -0
         return _Row((name, f"{low:.3f} to {high:.3f}", "reflectance"), pictures)
     if name in ("DEM", "DEMWM"):

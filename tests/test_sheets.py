@@ -117,11 +117,8 @@ def test_input_sheets_show_what_the_network_gets():
     shown = tile()
     (planes,) = (sheets._planes(shown.pixels, ("NIR", "NDVI"), IndexSettings()),)
     assert np.isnan(planes["NDVI"][shown.pixels[bands.QA] == 1]).all()  # masked, as in training
-    row = sheets._channel_row("NIR", [planes["NIR"]], statistics(())["NIR"], IndexSettings())
+    row = sheets._channel_row("NIR", [planes["NIR"]], statistics(())["NIR"])
     assert row.label == ("NIR", "-0.008 to 0.130", "reflectance")
-    assert sheets._channel_row(
-        "NIR", [planes["NIR"]], statistics(())["NIR"], IndexSettings(index_input="dn")
-    ).label == ("NIR", "7e+03 to 1.2e+04")
 
 
 def test_shades_and_their_ends():

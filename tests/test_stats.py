@@ -308,7 +308,7 @@ def test_wrong_use_is_explained(folder, tmp_path):
         compute_stats(StatsConfig(**options, metadata_fp=path))
 
 
-ABOUT = About(3, 10, True, True, "nan", "reflectance", "0.1.0")
+ABOUT = About(3, 10, True, True, "nan", "dn", "0.1.0")
 
 
 def stats_file(channels=("NIR", "QA", "NDVI")):
@@ -374,8 +374,8 @@ def test_a_file_must_fit_the_run(tmp_path):
     file.check(("NIR", "NDVI"), SETTINGS, path)
     with pytest.raises(StatsError, match=r"s\.json: lacks the channel SABI"):
         file.check(("NIR", "SABI"), SETTINGS, path)
-    with pytest.raises(StatsError, match="--index_input reflectance, this run has dn"):
-        file.check(("NDVI",), IndexSettings("dn"), path)
+    with pytest.raises(StatsError, match="--index_input dn, this run has reflectance"):
+        file.check(("NDVI",), IndexSettings("reflectance"), path)
     with pytest.raises(StatsError, match="--mask_using_qa True, this run has False"):
         file.check(("NDVI",), IndexSettings(mask_using_qa=False), path)
     # Without index channels the settings change nothing.

@@ -47,7 +47,7 @@ class FoldConfig(Config):
         (), help="Spectral indices added as channels, comma-separated; `all`, or `none`"
     )
     index_input: IndexInput = option(
-        "reflectance", help="Compute indices on surface reflectance or on raw integers (dn)"
+        "dn", help="Compute indices on raw integers (dn) or on clipped surface reflectance"
     )
     fill_missing_pixels_with_torch_nan: bool = option(
         True, help="Missing values become their channel's minimum; False: 0"

@@ -65,7 +65,7 @@ class StatsConfig(Config):
         ("all",), help="Spectral indices, comma-separated; `all`, or `none`"
     )
     index_input: IndexInput = option(
-        "reflectance", help="Compute indices on surface reflectance or on raw integers (dn)"
+        "dn", help="Compute indices on raw integers (dn) or on clipped surface reflectance"
     )
     band_order: Names = option(
         (), help="Band names of the files, comma-separated; default: read from the files"

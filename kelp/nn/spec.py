@@ -29,7 +29,7 @@ class NetworkSpec(BaseModel):
 
     bands: tuple[str, ...]
     spectral_indices: tuple[str, ...] = ()
-    index_input: IndexInput = "reflectance"
+    index_input: IndexInput = "dn"
     mask_using_qa: bool = True
     mask_using_water_mask: bool = True
     fill_missing_pixels_with_torch_nan: bool = True
