@@ -7,8 +7,10 @@ futures. What a lost worker had begun is done again by another, which is Dask's 
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -19,8 +21,11 @@ from typing import Any, Final, Generic, TypeVar
 
 from distributed import Client, Future, KilledWorker, LocalCluster, Worker, WorkerPlugin, get_worker
 from distributed.client import FutureCancelledError
+from distributed.comm import CommClosedError, parse_address, parse_host_port
+from distributed.comm.registry import get_backend
 from distributed.protocol.pickle import dumps, loads
 from distributed.scheduler import Scheduler
+from distributed.security import Security
 
 from kelp import __version__
 from kelp.errors import ConfigError, KelpError, fit_to_travel
@@ -36,6 +41,7 @@ _QUEUED: Final = 2
 """Tasks under way for each worker: one at work, one waiting."""
 _STALLED: Final = 5.0  # seconds without a result
 _CONNECTING: Final = 10.0  # seconds
+_SLOW: Final = 30.0  # seconds until we say that workers do not answer
 _WAITING: Final = 60.0
 """Seconds to wait for a worker, where none is there."""
 
@@ -80,9 +86,14 @@ class Cluster:
 
     def ask(self, function: Callable[..., R], *arguments: object) -> dict[str, R]:
         """The answer of each worker. Raises `KelpError` naming one that cannot."""
-        answers: dict[str, Any] = self.client.run(function, *arguments, on_error="return")
+        with _patience(f"{_address(self.client)}: not all workers answer yet; does one hang?"):
+            answers: dict[str, Any] = self.client.run(function, *arguments, on_error="return")
+        # One that is lost meanwhile is not asked again: Dask gives it no work.
+        answers = {w: a for w, a in answers.items() if not isinstance(a, CommClosedError)}
+        if not answers:
+            raise KelpError(f"the cluster at {_address(self.client)} has lost all its workers")
         for worker, answer in answers.items():
-            if isinstance(answer, KelpError):
+            if isinstance(answer, KelpError | OSError):
                 raise KelpError(f"worker {worker}: {answer}")
             if isinstance(answer, ImportError):
                 raise KelpError(
@@ -92,6 +103,20 @@ class Cluster:
             if isinstance(answer, BaseException):
                 raise answer
         return answers
+
+    def require_shared(self, folder: Path) -> None:
+        """Raise `KelpError` naming a worker that does not see what is written to this folder."""
+        marker = folder / f".shared.{os.getpid()}.partial"
+        try:
+            marker.touch()
+            for worker, seen in self.ask(_sees, marker).items():
+                if not seen:
+                    raise KelpError(
+                        f"worker {worker}: does not see {folder} as this machine does; write to a "
+                        "folder that all workers share, or to an object store"
+                    )
+        finally:
+            marker.unlink(missing_ok=True)
 
     def run(
         self, function: Callable[[T], R], draw: Callable[[], T | None]
@@ -198,16 +223,17 @@ def connect(scheduler: str) -> Iterator[Cluster]:
         KelpError: there is no worker, or one that runs another kelp.
     """
     with ExitStack() as stack:
-        quiet = logging.getLogger("distributed")
-        stack.callback(quiet.setLevel, quiet.level)
-        quiet.setLevel(logging.CRITICAL)  # what goes wrong is told by us, in one line
-        kind, _, number = scheduler.partition(":")
+        for name in ("distributed", "distributed.client"):  # the second has a level of its own
+            quiet = logging.getLogger(name)
+            stack.callback(quiet.setLevel, quiet.level)
+            quiet.setLevel(logging.CRITICAL)  # what goes wrong is told by us, in one line
+        kind, colon, number = scheduler.partition(":")
         if kind == "local":
-            client = _local(stack, scheduler, number)
+            client = _local(stack, scheduler, number if colon else None)
         elif "://" in scheduler:
-            client = _client(stack, scheduler, address=scheduler)
+            client = _client(stack, scheduler, scheduler)
         elif Path(scheduler).is_file():
-            client = _client(stack, scheduler, scheduler_file=scheduler)
+            client = _client(stack, scheduler, _address_in(scheduler))
         else:
             raise ConfigError(
                 f"--scheduler {scheduler}: neither local, local:N, an address such as "
@@ -220,9 +246,9 @@ def connect(scheduler: str) -> Iterator[Cluster]:
         yield cluster
 
 
-def _local(stack: ExitStack, scheduler: str, number: str) -> Client:
+def _local(stack: ExitStack, scheduler: str, number: str | None) -> Client:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    if number and not (number.isdecimal() and int(number)):
+    if number is not None and not (number.isdecimal() and int(number)):
         raise ConfigError(f"--scheduler {scheduler}: local:N needs a number of workers, 1 or more")
     count = int(number or cores or 1)
     made = LocalCluster(
@@ -233,9 +259,28 @@ def _local(stack: ExitStack, scheduler: str, number: str) -> Client:
     return stack.enter_context(Client(made, set_as_default=False))
 
 
-def _client(stack: ExitStack, scheduler: str, **where: str) -> Client:
+def _address_in(scheduler: str) -> str:
+    with suppress(OSError, ValueError, TypeError, KeyError):
+        return str(json.loads(Path(scheduler).read_text(encoding="utf-8"))["address"])
+    raise ConfigError(
+        f"--scheduler {scheduler}: not a scheduler file; "
+        "`dask scheduler --scheduler-file` makes one"
+    )
+
+
+def _client(stack: ExitStack, scheduler: str, address: str) -> Client:
     try:
-        return stack.enter_context(Client(**where, timeout=_CONNECTING, set_as_default=False))
+        # First by itself: a client that fails half-made waits 20 s, and complains, when it goes.
+        scheme, place = parse_address(address, strict=True)
+        get_backend(scheme)
+        if scheme in ("tcp", "tls"):
+            parse_host_port(place)
+        if scheme == "tls" and not Security().get_connection_args("client").get("ssl_context"):
+            raise ConfigError(
+                f"--scheduler {scheduler}: needs certificates; name them in Dask's configuration, "
+                "under distributed.comm.tls"
+            )
+        return stack.enter_context(Client(address, timeout=_CONNECTING, set_as_default=False))
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(
             f"--scheduler {scheduler}: no scheduler answers there; start one with "
@@ -260,6 +305,18 @@ def _address(client: Client) -> str:
 def _watch(client: Client) -> str:
     runs = "dashboard" in client.scheduler_info().get("services", {})  # the link names it anyway
     return f", dashboard {client.dashboard_link}" if runs else ""
+
+
+@contextmanager
+def _patience(words: str) -> Iterator[None]:
+    """Warns when the block takes long."""
+    timer = threading.Timer(_SLOW, log.warning, (words,))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 class _OneAtATime(WorkerPlugin):  # type: ignore[misc]  # distributed is not typed
@@ -289,7 +346,10 @@ def _call(version: str, packed: bytes) -> Done[Any]:
     function, job = loads(packed)
     began = time.perf_counter()
     with _listening() as heard, fit_to_travel():
-        result = function(job)
+        try:
+            result = function(job)
+        except OSError as error:  # bare, it would look as if the scheduler were lost
+            raise KelpError(f"worker {worker}: {error}") from error
     return Done(result, worker, time.perf_counter() - began, tuple(heard))
 
 
@@ -310,6 +370,15 @@ def _listening() -> Iterator[list[tuple[int, str]]]:
     finally:
         log.removeHandler(listener)
         log.setLevel(level)
+
+
+def _sees(marker: Path) -> bool:
+    deadline = time.monotonic() + 5  # network file systems may be late
+    while not marker.exists():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.2)
+    return True
 
 
 def _version() -> str:

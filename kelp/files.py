@@ -26,9 +26,9 @@ def atomic(path: Path, sync: bool = True) -> Iterator[Path]:
     Without `sync` a power cut may leave the file empty: for writers of thousands of files, who
     flush them all at once before they write what makes the files count.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
         if sync:
             with partial.open("rb+") as written:

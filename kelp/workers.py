@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, TypeVar
 from kelp.errors import ConfigError, KelpError, fit_to_travel
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from kelp.cluster import Cluster
 
 T = TypeVar("T")
@@ -53,6 +55,12 @@ def gather(workers: int, scheduler: str | None) -> Iterator[int | Cluster]:
         ) from None
     with connect(scheduler) as cluster:
         yield cluster
+
+
+def require_shared(workers: int | Cluster, folder: Path) -> None:
+    """Raise `KelpError` naming a worker of a cluster that does not see this folder."""
+    if not isinstance(workers, int):
+        workers.require_shared(folder)
 
 
 def spread(

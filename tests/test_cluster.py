@@ -284,15 +284,82 @@ def test_a_task_is_small(world):
         ("nowhere", "neither local, local:N, an address"),
         ("local:0", "a number of workers, 1 or more"),
         ("local:two", "a number of workers, 1 or more"),
+        ("local:", "a number of workers, 1 or more"),
         ("tcp://127.0.0.1:9", "no scheduler answers there; start one with `dask scheduler`"),
+        ("tcp://127.0.0.1:abc", "no scheduler answers there"),
+        ("tcp://127.0.0.1", "no scheduler answers there"),
+        ("http://127.0.0.1:8786", "no scheduler answers there"),
+        ("tls://127.0.0.1:9", "needs certificates"),
+        ("list.json", "not a scheduler file"),
+        ("text.txt", "not a scheduler file"),
     ],
 )
-def test_a_wrong_scheduler_is_one_line(scheduler, message, monkeypatch):
+def test_a_wrong_scheduler_is_one_line(scheduler, message, monkeypatch, tmp_path):
     from kelp import cluster
 
+    monkeypatch.chdir(tmp_path)
+    Path("list.json").write_text("[1]", encoding="utf-8")
+    Path("text.txt").write_bytes(b"\xff no scheduler")
     monkeypatch.setattr(cluster, "_CONNECTING", 1.0)
     with pytest.raises(ConfigError, match=message):
         gather(1, scheduler).__enter__()
+
+
+def test_a_wrong_address_makes_no_client(monkeypatch):
+    from kelp import cluster
+
+    def client(*_, **__):
+        raise AssertionError("half-made clients wait and complain when they go")
+
+    monkeypatch.setattr(cluster, "Client", client)
+    for scheduler in ("tcp://127.0.0.1:abc", "foo://x", "tls://127.0.0.1:9"):
+        with pytest.raises(ConfigError, match=scheduler):
+            gather(1, scheduler).__enter__()
+
+
+@pytest.mark.parametrize("command", ["predict", "slice"])
+def test_a_worker_that_does_not_see_the_output_folder_is_refused_by_name(
+    world, cluster, tmp_path, monkeypatch, capsys, command
+):
+    from kelp.cluster import Cluster
+
+    ask, out = Cluster.ask, tmp_path / "out"
+
+    def blind(self, function, *arguments):
+        answers = ask(self, function, *arguments)
+        return dict.fromkeys(answers, False) if function.__name__ == "_sees" else answers
+
+    monkeypatch.setattr(Cluster, "ask", blind)
+    if command == "predict":
+        assert on_cluster(world, out, str(cluster.file)) == 2
+    else:
+        raw = make_world(tmp_path / "world", n_train=3).data_dir
+        data = str(raw)
+        assert main(["metadata", "--data_dir", data, "--output_dir", str(tmp_path)]) == 0
+        table = next(tmp_path.glob("*.parquet"))
+        capsys.readouterr()
+        out.mkdir()
+        (out / "sahi_train_val_test_dataset.parquet").write_bytes(b"older")
+        assert main(["slice", "--data_dir", data + "/train", "--metadata_fp", str(table),
+                     "--output_dir", str(out), "--image_size", "32", "--quiet",
+                     "--scheduler", str(cluster.file)]) == 2  # fmt: skip
+        assert (out / "sahi_train_val_test_dataset.parquet").read_bytes() == b"older"
+    error = capsys.readouterr().err.strip()
+    assert "does not see" in error
+    assert "worker tcp://" in error
+    assert "\n" not in error
+    assert not list(out.rglob("*.tif*"))
+    assert not list(out.glob(".*"))
+
+
+def test_an_error_of_a_task_is_not_taken_for_a_lost_scheduler(cluster, tmp_path):
+    with gather(1, str(cluster.file)) as workers:
+        workers.require_shared(tmp_path)
+        assert not list(tmp_path.iterdir())
+        with pytest.raises(KelpError, match=r"worker tcp://\S+: .*No such file .*absent"):
+            list(workers.map(os.listdir, [str(tmp_path / "absent")]))
+        with pytest.raises(KelpError, match=r"worker tcp://\S+: .*No such file .*absent"):
+            workers.ask(os.listdir, str(tmp_path / "absent"))
 
 
 def test_a_scheduler_without_workers_is_one_line(tmp_path, monkeypatch):

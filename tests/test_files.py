@@ -8,7 +8,8 @@ from threading import Barrier
 
 import pytest
 
-from kelp.files import discard_partials, locked, scratch_folder
+from kelp.errors import InputError
+from kelp.files import atomic, discard_partials, locked, scratch_folder
 
 
 def test_only_the_leftovers_of_the_dead_are_removed(tmp_path):
@@ -35,6 +36,13 @@ def test_only_the_leftovers_of_the_dead_are_removed(tmp_path):
         living.communicate(b"\n")
     discard_partials(tmp_path)
     assert list(tmp_path.iterdir()) == [mask]
+
+
+def test_a_folder_that_cannot_be_made_is_told_as_the_file(tmp_path):
+    (tmp_path / "file").touch()
+    path = tmp_path / "file" / "map.tif"
+    with pytest.raises(InputError, match=r"map\.tif: cannot be written"), atomic(path):
+        pass
 
 
 @pytest.mark.parametrize("error", [None, KeyboardInterrupt, ValueError])

@@ -42,7 +42,7 @@ from kelp.manifest import IMAGE_SUFFIX, MASK_SUFFIX, TILES_TABLE, TRAIN
 from kelp.progress import Progress, silent
 from kelp.raster import Georeference, georeference_of, read_mask
 from kelp.scene import Scene
-from kelp.workers import gather, spread
+from kelp.workers import gather, require_shared, spread
 
 if TYPE_CHECKING:
     from kelp.cluster import Cluster
@@ -123,6 +123,7 @@ def _slice_all(
         _tell_size(config, rows)
         for folder in folders:
             output_folder(folder)
+        require_shared(workers, config.output_dir)
         # From here on an older table would describe tiles that are being overwritten.
         (config.output_dir / TILES_TABLE).unlink(missing_ok=True)
     sliced: list[_Sliced] = []

@@ -71,6 +71,9 @@ class Crew(Protocol):
     shares: dict[str, Share]
     """What each has done, by name."""
 
+    def require_shared(self, folder: Path) -> None:
+        """Raise `KelpError` naming one that does not see this folder."""
+
     def survey(self, outputs: Outputs) -> tuple[list[Task], dict[Path | Url, str]]:
         """Open and check scenes, given with their masks: see `kelp.nn.inference.inputs.survey`."""
 
@@ -88,6 +91,9 @@ class _Here:
         self.shares: dict[str, Share] = {}
         self._config = config
         self._bundles = bundles
+
+    def require_shared(self, folder: Path) -> None:
+        pass  # nobody else is to see it
 
     def survey(self, outputs: Outputs) -> tuple[list[Task], dict[Path | Url, str]]:
         return survey(outputs, self._config.band_order, [one.spec for one in self._bundles])
@@ -120,6 +126,9 @@ class _There:
                     f"worker {worker} computes with {other}, {first} with {self.processor}: maps "
                     "would depend on who made them; make them alike, or give --device, --precision"
                 )
+
+    def require_shared(self, folder: Path) -> None:
+        self._cluster.require_shared(folder)
 
     def survey(self, outputs: Outputs) -> tuple[list[Task], dict[Path | Url, str]]:
         there = partial(survey_there, self._setting)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,8 +54,9 @@ def find_scenes(data: Path | Url) -> list[Path | Url]:
     if not scenes:
         raise InputError(f"{data}: holds no .tif scene")
     names = [manifest.output_name(path) for path in scenes]
+    times = Counter(names)
     for path, name in zip(scenes, names, strict=True):
-        if names.count(name) > 1:
+        if times[name] > 1:
             raise InputError(f"{path}: another of these scenes would also become {name}")
     return scenes
 

@@ -105,6 +105,7 @@ def predict_scenes(
     with gather_crew(config, bundles, client) as crew:
         if isinstance(config.output_dir, Path):
             discard_partials(output_folder(config.output_dir))
+            crew.require_shared(config.output_dir)
         tasks, failures = crew.survey(outputs)
         run = Run(config, bundles, crew.processor)
         _plan(run, [task.size for task in tasks], shared)

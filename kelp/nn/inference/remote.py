@@ -107,5 +107,7 @@ def _run(setting: Setting) -> Run:
     found = Processor.here(config, setting.processor.threads)
     if found != setting.processor:  # a worker that came later than the check of all
         raise KelpError(f"a worker computes with {found}, the others with {setting.processor}")
+    if isinstance(config.output_dir, Path) and not config.output_dir.is_dir():  # late, too
+        raise KelpError(f"{config.output_dir}: a worker that came later does not see it")
     bundles = _bundles(config.run_dir, config.use_checkpoint, setting.bundles)
     return Run(config, bundles, setting.processor, setting.batch_size, setting.cache)

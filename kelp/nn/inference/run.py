@@ -278,6 +278,9 @@ class Run:
                 raise InputError(f"{task.output}: another process worked on it; run again")
             seam.assemble(files, sink.start, sink, sink.write_spread)
             forget(local(task.output))
+        except OSError as error:
+            words = f"{task.path}: a section of it cannot be read ({error}); run again"
+            outcome.note(task, InputError(words))
         except KelpError as error:
             outcome.note(task, error)
         finally:
