@@ -34,6 +34,7 @@ FLOORS = {
     "kelp.workers": 1,
     "kelp.cluster": 1,
     "kelp.statsfile": 1,
+    "kelp.sensors": 2,
     "kelp.stats": 2,
     "kelp.catalogue": 2,
     "kelp.rendering": 2,

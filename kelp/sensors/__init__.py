@@ -1,0 +1,1 @@
+"""Real scenes: what satellites deliver, read as it was delivered."""
