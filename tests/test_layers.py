@@ -29,6 +29,7 @@ FLOORS = {
     "kelp.store": 1,
     "kelp.raster": 1,
     "kelp.writer": 1,
+    "kelp.area": 1,
     "kelp.scene": 1,
     "kelp.manifest": 1,
     "kelp.workers": 1,
