@@ -30,17 +30,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kelp.bands import BANDS
 from kelp.config import ExportConfig
-from kelp.indices import IndexSettings
+from kelp.data_prep.stats import channel_statistics
+from kelp.inference.network import Network
+from kelp.inference.spec import BundleSpec
 from kelp.nn.bundle import load_bundle, save_bundle
 from kelp.nn.device import has_bf16
 from kelp.nn.export import export
-from kelp.nn.inference.network import Network
 from kelp.nn.model import KelpNet
-from kelp.nn.spec import BundleSpec
-from kelp.scene import read_scene
-from kelp.stats import channel_statistics
+from kelp.raster.bands import BANDS
+from kelp.raster.indices import IndexSettings
+from kelp.raster.scene import read_scene
 
 TILE, CROP = 128, 320
 CPU = torch.device("cpu")

@@ -42,22 +42,22 @@ import torch
 from measuring import Row
 
 import kelp
-from kelp.bands import BANDS
 from kelp.config import PredictConfig
-from kelp.indices import IndexSettings
+from kelp.data_prep.stats import channel_statistics
+from kelp.inference.inputs import find_scenes, survey
+from kelp.inference.predict import PredictResult
+from kelp.inference.processor import Processor
+from kelp.inference.remote import Setting, perform_there
+from kelp.inference.run import Run, loaded
+from kelp.inference.spec import BundleSpec
+from kelp.inference.work import Work
+from kelp.io.executors import gather
 from kelp.nn.bundle import save_bundle
-from kelp.nn.inference.inputs import find_scenes, survey
-from kelp.nn.inference.predict import PredictResult
-from kelp.nn.inference.processor import Processor
-from kelp.nn.inference.remote import Setting, perform_there
-from kelp.nn.inference.run import Run, loaded
-from kelp.nn.inference.work import Work
 from kelp.nn.model import KelpNet
-from kelp.nn.spec import BundleSpec
-from kelp.scene import read_scene
+from kelp.raster.bands import BANDS
+from kelp.raster.indices import IndexSettings
+from kelp.raster.scene import read_scene
 from kelp.simulation.scene import simulate_scene
-from kelp.stats import channel_statistics
-from kelp.workers import gather
 
 _WORKERS: Final = (1, 2, 4)
 
@@ -85,8 +85,10 @@ class Dask:
     def _start(self, *arguments: str) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
             [sys.executable, "-m", "dask", *arguments, "--scheduler-file", str(self.file)],
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=self.file.parent,
-        )  # fmt: skip
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            cwd=self.file.parent,
+        )
 
     def close(self) -> None:
         """End all processes."""
@@ -108,9 +110,17 @@ def dask(folder: Path, workers: int) -> Iterator[Dask]:
 def write(path: Path, pixels: np.ndarray[Any, Any]) -> None:
     count, height, width = pixels.shape
     with rasterio.open(
-        path, "w", driver="GTiff", count=count, height=height, width=width, dtype="int16",
-        nodata=-32768, compress="deflate", tiled=True,
-    ) as out:  # fmt: skip
+        path,
+        "w",
+        driver="GTiff",
+        count=count,
+        height=height,
+        width=width,
+        dtype="int16",
+        nodata=-32768,
+        compress="deflate",
+        tiled=True,
+    ) as out:
         out.write(pixels.astype(np.int16))
         out.descriptions = BANDS
 
@@ -125,10 +135,16 @@ def make(folder: Path, side: int, images: int) -> Path:
     some = (read_scene(path) for path in sorted((folder / "small").iterdir()))
     stats = channel_statistics(some, BANDS, IndexSettings())
     spec = BundleSpec(
-        bands=BANDS, statistics=stats, sahi=True, tile_size=(128, 128), image_size=224,
-        resize_strategy="resize", encoder="tu-tf_efficientnet_lite0", prediction_tile=352,
+        bands=BANDS,
+        statistics=stats,
+        sahi=True,
+        tile_size=(128, 128),
+        image_size=224,
+        resize_strategy="resize",
+        encoder="tu-tf_efficientnet_lite0",
+        prediction_tile=352,
         prediction_overlap=64,
-    )  # fmt: skip
+    )
     torch.manual_seed(0)
     return save_bundle(folder / "bundle", KelpNet(spec), spec)
 
@@ -139,10 +155,15 @@ def predicted(
     shutil.rmtree(out, ignore_errors=True)
     return kelp.predict_scenes(
         PredictConfig(
-            data_dir=data, run_dir=bundle, output_dir=out, device="cpu", threads=1,
-            scheduler=str(scheduler) if scheduler else None, **options,
+            data_dir=data,
+            run_dir=bundle,
+            output_dir=out,
+            device="cpu",
+            threads=1,
+            scheduler=str(scheduler) if scheduler else None,
+            **options,
         )
-    )  # fmt: skip
+    )
 
 
 def halves(folder: Path, bundle: Path, repeats: int) -> str:
@@ -275,13 +296,15 @@ def killed(folder: Path, count: int, seed: int) -> tuple[list[Row], list[str]]:
             counts = result.counts
             rows.append(
                 {
-                    "killed after s": round(after, 2), "of": round(seconds, 2),
-                    "tiles": counts.tiles, "told of": counts.predicted + counts.unobserved,
+                    "killed after s": round(after, 2),
+                    "of": round(seconds, 2),
+                    "tiles": counts.tiles,
+                    "told of": counts.predicted + counts.unobserved,
                     "found done": counts.resumed,
                     "same bytes": kills.digests(folder / "killed") == wanted,
                     "nothing left behind": not list((folder / "killed").glob(".*")),
                 }
-            )  # fmt: skip
+            )
             measuring.print_table(rows[-1:])
             time.sleep(3)  # for the new worker to come
     good = sum(row["same bytes"] and row["nothing left behind"] for row in rows)
@@ -297,9 +320,14 @@ def planned(folder: Path, side: int) -> str:
     case = kills.make_case(folder, side, side)
     with dask(folder, 2) as cluster:
         result = predicted(
-            case.scene, case.bundle, folder / "many", cluster.file, sahi_tile_size=32,
-            sahi_overlap=16, batch_size=64,
-        )  # fmt: skip
+            case.scene,
+            case.bundle,
+            folder / "many",
+            cluster.file,
+            sahi_tile_size=32,
+            sahi_overlap=16,
+            batch_size=64,
+        )
         status = Path(f"/proc/{cluster.scheduler.pid}/status").read_text(encoding="utf-8")
         peak = int(status.partition("VmHWM:")[2].split()[0]) / 1024
     return f"{result.counts.tiles:,} tiles: the scheduler takes at most {peak:.0f} MB (target: 500)"

@@ -28,18 +28,33 @@ from numpy.typing import NDArray
 
 import kelp
 from kelp import config
-from kelp.agreement import PATCH_SIZES, Figures
-from kelp.bands import MASK_NODATA
-from kelp.manifest import TILES_TABLE
+from kelp.evaluation.confusion import PATCH_SIZES, Figures
+from kelp.evaluation.thresholds import parts_of
 from kelp.nn.comparison.sums import Draws, interval
-from kelp.raster import read_mask
-from kelp.scene import read_scene
-from kelp.thresholds import parts_of
+from kelp.raster.bands import MASK_NODATA
+from kelp.raster.masks import read_mask
+from kelp.raster.scene import read_scene
+from kelp.tables import TILES_TABLE
 
 BEST_17 = (
-    "DEMWM", "NDVI", "ATSAVI", "AVI", "CI", "ClGreen", "GBNDVI", "GVMI", "IPVI", "KIVU", "MCARI",
-    "MVI", "NormNIR", "PNDVI", "SABI", "WDRVI", "mCRIG",
-)  # fmt: skip
+    "DEMWM",
+    "NDVI",
+    "ATSAVI",
+    "AVI",
+    "CI",
+    "ClGreen",
+    "GBNDVI",
+    "GVMI",
+    "IPVI",
+    "KIVU",
+    "MCARI",
+    "MVI",
+    "NormNIR",
+    "PNDVI",
+    "SABI",
+    "WDRVI",
+    "mCRIG",
+)
 """Those of the original system's best models."""
 VARIANTS: dict[str, dict[str, Any]] = {
     "base": {},
@@ -49,13 +64,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "indices": {"spectral_indices": BEST_17, "index_input": "reflectance"},
     "dice": {"loss": "dice"},
     "indicesnomask": {
-        "spectral_indices": BEST_17, "index_input": "reflectance", "mask_using_qa": False,
+        "spectral_indices": BEST_17,
+        "index_input": "reflectance",
+        "mask_using_qa": False,
         "mask_using_water_mask": False,
     },
     "fold1": {"cv_split": 1},
     "ce": {"loss": "ce"},
     "indicesdn": {"spectral_indices": BEST_17, "index_input": "dn"},
-}  # fmt: skip
+}
 ENSEMBLES = {"base + fold1": ("base", "fold1"), "base, both seeds": ("base", "base")}
 _CODES = 250
 """Probabilities are kept as whole numbers of 1/250; 255 = not observed."""
@@ -68,11 +85,15 @@ def train(root: Path, out: Path, name: str, seed: int, options: argparse.Namespa
     link = out / f"{name}-{seed}"
     if not link.is_symlink():
         base = config.TrainConfig(
-            data_dir=root / "sahi", metadata_fp=root / "sahi" / TILES_TABLE,
-            output_dir=out / "runs", sahi=True, seed=seed, epochs=options.epochs,
+            data_dir=root / "sahi",
+            metadata_fp=root / "sahi" / TILES_TABLE,
+            output_dir=out / "runs",
+            sahi=True,
+            seed=seed,
+            epochs=options.epochs,
             early_stopping_patience=options.epochs,
             **{**should_i_slice.SHARED, **VARIANTS[name]},
-        )  # fmt: skip
+        )
         batches = max(1, round(options.pixels / base.image_size**2 / base.epochs / base.batch_size))
         draws: dict[str, int] = {"samples_per_epoch": batches * base.batch_size}
         if not base.use_weighted_sampler:

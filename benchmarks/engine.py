@@ -34,16 +34,16 @@ from measuring import Row
 from numpy.typing import NDArray
 from rasterio.errors import NotGeoreferencedWarning
 
-from kelp.bands import BANDS
-from kelp.nn.inference import memory
-from kelp.nn.inference.engine import Engine
-from kelp.nn.inference.jobs import Job
-from kelp.nn.inference.outputs import Outputs
-from kelp.nn.inference.plan import make_plan
-from kelp.nn.inference.strip import Slicing
+from kelp.inference import memory
+from kelp.inference.outputs import Outputs
+from kelp.inference.plan import make_plan
 from kelp.nn.resize import to_network, to_scene
-from kelp.raster import decoding
-from kelp.scene import Scene
+from kelp.raster.bands import BANDS
+from kelp.raster.masks import decoding
+from kelp.raster.scene import Scene
+from kelp.tiling.engine import Engine
+from kelp.tiling.jobs import Job
+from kelp.tiling.strip import Slicing
 
 Pixels = NDArray[np.float32]
 
@@ -127,9 +127,15 @@ def peer_on_file(peer: peers.Peer, source: Path, target: Path) -> None:
     p = peer.run(peer.prepare(scene), trivial_torch)
     profile = {"driver": "GTiff", "tiled": True, "blockxsize": 512, "blockysize": 512}
     with rasterio.open(
-        target, "w", **profile, compress="deflate", count=1, dtype="uint8",
-        height=height, width=width,
-    ) as out:  # fmt: skip
+        target,
+        "w",
+        **profile,
+        compress="deflate",
+        count=1,
+        dtype="uint8",
+        height=height,
+        width=width,
+    ) as out:
         out.write((p >= np.float32(THRESHOLD)).astype(np.uint8), 1)
 
 
@@ -137,9 +143,17 @@ def write_scene(path: Path, pixels: Pixels) -> None:
     profile = {"driver": "GTiff", "tiled": True, "blockxsize": 512, "blockysize": 512}
     count, height, width = pixels.shape
     with rasterio.open(
-        path, "w", **profile, compress="deflate", zlevel=1, num_threads=2, count=count,
-        dtype="int16", height=height, width=width,
-    ) as out:  # fmt: skip
+        path,
+        "w",
+        **profile,
+        compress="deflate",
+        zlevel=1,
+        num_threads=2,
+        count=count,
+        dtype="int16",
+        height=height,
+        width=width,
+    ) as out:
         out.write(pixels.astype(np.int16))
 
 

@@ -23,13 +23,13 @@ import rasterio
 from measuring import Row
 from rasterio.errors import NotGeoreferencedWarning
 
-from kelp.bands import BANDS
-from kelp.grid import Tile
-from kelp.nn.inference.plan import make_plan
-from kelp.nn.inference.strip import Slicing
-from kelp.raster import decoding
-from kelp.scene import Scene
+from kelp.inference.plan import make_plan
+from kelp.raster.bands import BANDS
+from kelp.raster.masks import decoding
+from kelp.raster.scene import Scene
+from kelp.raster.window import Tile
 from kelp.simulation.scene import simulate_scene
+from kelp.tiling.strip import Slicing
 
 SLICING = Slicing((128, 128), (64, 64))
 STRIDE, SMALL_CACHE = 64, 16 << 20
@@ -44,9 +44,18 @@ COMPRESSIONS = ("none", "deflate", "lzw", "zstd")
 def write(path: Path, pixels: np.ndarray, interleave: str, **options: Any) -> None:
     count, height, width = pixels.shape
     with rasterio.open(
-        path, "w", driver="GTiff", count=count, height=height, width=width, dtype=pixels.dtype,
-        nodata=-32768, interleave=interleave, num_threads="all_cpus", **options,
-    ) as out:  # fmt: skip
+        path,
+        "w",
+        driver="GTiff",
+        count=count,
+        height=height,
+        width=width,
+        dtype=pixels.dtype,
+        nodata=-32768,
+        interleave=interleave,
+        num_threads="all_cpus",
+        **options,
+    ) as out:
         out.write(pixels)
 
 

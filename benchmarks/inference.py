@@ -35,19 +35,19 @@ import torch.nn.functional as F
 from measuring import Row
 from numpy.typing import NDArray
 
-from kelp.bands import BANDS, DEM
 from kelp.config import PredictConfig
 from kelp.config.train import Precision
-from kelp.indices import IndexSettings
+from kelp.data_prep.stats import channel_statistics
+from kelp.inference import predict
+from kelp.inference.network import Network
+from kelp.inference.spec import BundleSpec
 from kelp.nn.bundle import Bundle, load_bundle, load_network, save_bundle
 from kelp.nn.device import autocast, resolve_device, resolve_precision
-from kelp.nn.inference import predict
-from kelp.nn.inference.jobs import Counts
-from kelp.nn.inference.network import Network
 from kelp.nn.model import KelpNet
-from kelp.nn.spec import BundleSpec
-from kelp.scene import read_scene
-from kelp.stats import channel_statistics
+from kelp.raster.bands import BANDS, DEM
+from kelp.raster.indices import IndexSettings
+from kelp.raster.scene import read_scene
+from kelp.tiling.jobs import Counts
 
 TILE, OVERLAP, CROP, SIDE = 128, 64, 320, 350
 CROPS = 25
@@ -75,9 +75,15 @@ def write_images(folder: Path, images: list[NDArray[np.int16]]) -> Path:
     for number, image in enumerate(images):
         count, height, width = image.shape
         with rasterio.open(
-            folder / f"B{number:06d}_satellite.tif", "w", driver="GTiff", count=count,
-            height=height, width=width, dtype="int16", compress="deflate",
-        ) as out:  # fmt: skip
+            folder / f"B{number:06d}_satellite.tif",
+            "w",
+            driver="GTiff",
+            count=count,
+            height=height,
+            width=width,
+            dtype="int16",
+            compress="deflate",
+        ) as out:
             out.write(image)
     return folder
 

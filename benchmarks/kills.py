@@ -32,20 +32,20 @@ import torch
 from measuring import Row
 from rasterio.transform import from_origin
 
-from kelp.bands import BANDS
-from kelp.grid import TileGrid
-from kelp.indices import IndexSettings
+from kelp.data_prep.stats import channel_statistics
+from kelp.inference.spec import BundleSpec
 from kelp.nn.bundle import save_bundle
 from kelp.nn.model import KelpNet
-from kelp.nn.spec import BundleSpec
-from kelp.scene import read_scene
+from kelp.raster.bands import BANDS
+from kelp.raster.indices import IndexSettings
+from kelp.raster.scene import read_scene
 from kelp.simulation.scene import simulate_scene
-from kelp.stats import channel_statistics
+from kelp.tiling.grid import TileGrid
 
 # The command itself, which then tells of each batch and not every ten seconds.
 COMMAND = (
-    "import sys, torch, kelp.console; torch.set_num_threads(1); "
-    "kelp.console._SECONDS_BETWEEN_LINES = -1.0; "
+    "import sys, torch, kelp.cli.console; torch.set_num_threads(1); "
+    "kelp.cli.console._SECONDS_BETWEEN_LINES = -1.0; "
     "from kelp.cli import main; sys.exit(main(sys.argv[1:]))"
 )
 TILE = 64
@@ -91,8 +91,10 @@ class Case:
         started = time.monotonic()
         process = subprocess.Popen(
             [sys.executable, "-c", COMMAND, *arguments],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
         lines: list[str] = []
         tiles, first, timer = 0, 0.0, None
         assert process.stdout
@@ -119,10 +121,19 @@ class Case:
 def make_case(folder: Path, height: int, width: int) -> Case:
     path = folder / "scene.tif"
     with rasterio.open(
-        path, "w", driver="GTiff", count=len(BANDS), height=height, width=width, dtype="int16",
-        nodata=-32768, compress="deflate", tiled=True, crs="EPSG:32610",
+        path,
+        "w",
+        driver="GTiff",
+        count=len(BANDS),
+        height=height,
+        width=width,
+        dtype="int16",
+        nodata=-32768,
+        compress="deflate",
+        tiled=True,
+        crs="EPSG:32610",
         transform=from_origin(500000, 4000000, 30, 30),
-    ) as out:  # fmt: skip
+    ) as out:
         out.write(simulate_scene(0, height, width).pixels.astype(np.int16))
         out.descriptions = BANDS
     spec = BundleSpec(

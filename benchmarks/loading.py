@@ -28,12 +28,12 @@ from torch.utils.data import DataLoader
 
 import kelp
 from kelp.config import MetadataConfig, SimulateConfig, SliceConfig, TrainConfig
-from kelp.grid import Tile
-from kelp.nn import datamodule
-from kelp.nn.dataset import Sample, Source, TileDataset, collate
-from kelp.nn.packing import FOLDER, pack
-from kelp.nn.reading import Files
+from kelp.nn.data import datamodule
+from kelp.nn.data.dataset import Sample, Source, TileDataset, collate
+from kelp.nn.data.packing import FOLDER, pack
+from kelp.nn.data.reading import Files
 from kelp.progress import silent
+from kelp.raster.window import Tile
 
 SIDE, TILE, BATCH = 350, 128, 8
 TARGET_RATE, TARGET_SHARE = 5, 0.05
@@ -73,10 +73,13 @@ def world(root: Path, places: int) -> Path:
     ).table
     return kelp.slice_dataset(
         SliceConfig(
-            data_dir=root / "raw" / "train", metadata_fp=table, output_dir=root / "tiles",
-            image_size=TILE, materialize=False,
+            data_dir=root / "raw" / "train",
+            metadata_fp=table,
+            output_dir=root / "tiles",
+            image_size=TILE,
+            materialize=False,
         )
-    ).table  # fmt: skip
+    ).table
 
 
 # --- samples per second
@@ -98,10 +101,13 @@ def rates(root: Path, repeats: int) -> tuple[list[Row], list[str]]:
             zip(images * 2, masks * 2, strict=True), corners, strict=True
         )
     ]
-    rows, verdicts = [], [
-        f"packing with 2 workers: {len(images) / took:.0f} images/s, "
-        f"{size / len(images) / SIDE**2:.1f} bytes a pixel"
-    ]  # fmt: skip
+    rows, verdicts = (
+        [],
+        [
+            f"packing with 2 workers: {len(images) / took:.0f} images/s, "
+            f"{size / len(images) / SIDE**2:.1f} bytes a pixel"
+        ],
+    )
     for name, sources in (("whole images, 350 px", whole), ("tiles, 128 px", tiles)):
         for workers in (0, 2):
             ways: dict[str, Callable[[], object]] = {
@@ -161,10 +167,19 @@ class TimedLoader(DataLoader[Sample]):
 def recipe(root: Path, table: Path, encoder: str, batches: int) -> TrainConfig:
     """The defaults for tiles, in a short run."""
     return TrainConfig(
-        data_dir=table.parent, metadata_fp=table, output_dir=root / "runs", sahi=True,
-        batch_size=BATCH, encoder=encoder, pretrained=False, device="cpu", epochs=2,
-        limit_train_batches=batches, limit_val_batches=1, plot_n_batches=0,
-    )  # fmt: skip
+        data_dir=table.parent,
+        metadata_fp=table,
+        output_dir=root / "runs",
+        sahi=True,
+        batch_size=BATCH,
+        encoder=encoder,
+        pretrained=False,
+        device="cpu",
+        epochs=2,
+        limit_train_batches=batches,
+        limit_val_batches=1,
+        plot_n_batches=0,
+    )
 
 
 def shares(config: TrainConfig, repeats: int) -> tuple[list[Row], list[str]]:
@@ -181,9 +196,14 @@ def shares(config: TrainConfig, repeats: int) -> tuple[list[Row], list[str]]:
     for (workers, packed), runs in ways.items():
         step, share = (statistics.median(values) for values in zip(*runs, strict=True))
         rows.append(
-            {"workers": workers, "pack": packed, "step, ms": step * 1e3, "waiting": f"{share:.2%}",
-             "in the runs": " ".join(f"{share:.2%}" for _, share in runs)}
-        )  # fmt: skip
+            {
+                "workers": workers,
+                "pack": packed,
+                "step, ms": step * 1e3,
+                "waiting": f"{share:.2%}",
+                "in the runs": " ".join(f"{share:.2%}" for _, share in runs),
+            }
+        )
         if packed:
             verdicts.append(
                 f"{workers} workers, packed: {share:.2%} of a step waits "

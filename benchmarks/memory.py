@@ -26,15 +26,15 @@ from numpy.typing import NDArray
 from rasterio.errors import NotGeoreferencedWarning
 from rasterio.windows import Window
 
-from kelp.bands import BANDS
-from kelp.nn.inference import memory
-from kelp.nn.inference.engine import Engine
-from kelp.nn.inference.jobs import Job
-from kelp.nn.inference.outputs import Outputs
-from kelp.nn.inference.plan import make_plan
-from kelp.nn.inference.strip import Slicing
-from kelp.raster import decoding
-from kelp.scene import Scene
+from kelp.inference import memory
+from kelp.inference.outputs import Outputs
+from kelp.inference.plan import make_plan
+from kelp.raster.bands import BANDS
+from kelp.raster.masks import decoding
+from kelp.raster.scene import Scene
+from kelp.tiling.engine import Engine
+from kelp.tiling.jobs import Job
+from kelp.tiling.strip import Slicing
 
 NIR = BANDS.index("NIR")
 BLOCK = 512
@@ -51,10 +51,22 @@ def write_scene(path: Path, shape: tuple[int, int]) -> None:
     small[:5, :4, :4] = -32768
     rows = np.tile(small, (1, BLOCK // 32, -(-shape[1] // 32)))[:, :, : shape[1]]
     with rasterio.open(
-        path, "w", driver="GTiff", count=len(BANDS), height=shape[0], width=shape[1],
-        dtype="int16", nodata=-32768, tiled=True, blockxsize=BLOCK, blockysize=BLOCK,
-        compress="deflate", zlevel=1, num_threads="all_cpus", bigtiff="if_safer",
-    ) as out:  # fmt: skip
+        path,
+        "w",
+        driver="GTiff",
+        count=len(BANDS),
+        height=shape[0],
+        width=shape[1],
+        dtype="int16",
+        nodata=-32768,
+        tiled=True,
+        blockxsize=BLOCK,
+        blockysize=BLOCK,
+        compress="deflate",
+        zlevel=1,
+        num_threads="all_cpus",
+        bigtiff="if_safer",
+    ) as out:
         for y in range(0, shape[0], BLOCK):
             count = min(BLOCK, shape[0] - y)
             out.write(rows[:, :count], window=Window(0, y, shape[1], count))

@@ -21,7 +21,7 @@ from scipy import ndimage
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from kelp.data_prep.places import DEFAULT_THRESHOLD, Terrain, embed, match
+from kelp.data_prep.sites import DEFAULT_THRESHOLD, Terrain, embed, match
 from kelp.simulation.terrain import make_terrain
 
 SIZE, REACH, EDGE = 350, 200, 4

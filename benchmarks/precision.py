@@ -16,9 +16,9 @@ import torch
 from numpy.typing import NDArray
 
 import kelp
-from kelp.merge import to_mask
-from kelp.raster import read_mask
-from kelp.scene import read_scene
+from kelp.raster.masks import read_mask
+from kelp.raster.scene import read_scene
+from kelp.tiling.merge import to_mask
 
 VARIANTS = {
     "float32, batch 8": {"precision": "32-true", "batch_size": 8},

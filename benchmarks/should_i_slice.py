@@ -30,19 +30,29 @@ import measuring
 
 import kelp
 from kelp import config
-from kelp.agreement import PATCH_SIZES
-from kelp.manifest import IMAGES_TABLE, TILES_TABLE
+from kelp.evaluation.confusion import PATCH_SIZES
 from kelp.nn.comparison.result import Comparison
 from kelp.simulation.world import WORLDS
+from kelp.tables import IMAGES_TABLE, TILES_TABLE
 
 SHARED: dict[str, Any] = {
-    "cv_split": 0, "batch_size": 8, "num_workers": 1, "use_weighted_sampler": True,
-    "has_kelp_importance_factor": 3, "kelp_pixels_pct_importance_factor": 0.2,
-    "qa_ok_importance_factor": 0, "qa_corrupted_pixels_pct_importance_factor": -1,
-    "almost_all_water_importance_factor": 0.5, "dem_nan_pixels_pct_importance_factor": 0.25,
-    "dem_zero_pixels_pct_importance_factor": -1, "encoder": "tu-tf_efficientnet_lite0",
-    "lr": 1e-3, "lr_scheduler": "onecycle", "loss": "combo", "limit_val_batches": 8,
-}  # fmt: skip
+    "cv_split": 0,
+    "batch_size": 8,
+    "num_workers": 1,
+    "use_weighted_sampler": True,
+    "has_kelp_importance_factor": 3,
+    "kelp_pixels_pct_importance_factor": 0.2,
+    "qa_ok_importance_factor": 0,
+    "qa_corrupted_pixels_pct_importance_factor": -1,
+    "almost_all_water_importance_factor": 0.5,
+    "dem_nan_pixels_pct_importance_factor": 0.25,
+    "dem_zero_pixels_pct_importance_factor": -1,
+    "encoder": "tu-tf_efficientnet_lite0",
+    "lr": 1e-3,
+    "lr_scheduler": "onecycle",
+    "loss": "combo",
+    "limit_val_batches": 8,
+}
 """What both networks share: only the picture they are shown differs."""
 KINDS = ("whole", "sliced")
 _WORLD = ("places", "test", "size")
@@ -57,17 +67,23 @@ def prepare(root: Path, world: str, options: argparse.Namespace) -> None:
         return
     kelp.simulate(
         config.SimulateConfig(
-            output_dir=root / "raw", places=options.places, dates=3, test=options.test,
-            size=options.size, seed=list(WORLDS).index(world), world=world,
+            output_dir=root / "raw",
+            places=options.places,
+            dates=3,
+            test=options.test,
+            size=options.size,
+            seed=list(WORLDS).index(world),
+            world=world,
         )
-    )  # fmt: skip
+    )
     kelp.build_metadata(config.MetadataConfig(data_dir=root / "raw", output_dir=root / "processed"))
     kelp.slice_dataset(
         config.SliceConfig(
-            data_dir=root / "raw" / "train", metadata_fp=root / "processed" / IMAGES_TABLE,
+            data_dir=root / "raw" / "train",
+            metadata_fp=root / "processed" / IMAGES_TABLE,
             output_dir=root / "sahi",
         )
-    )  # fmt: skip
+    )
     record.write_text(json.dumps(made), encoding="utf-8")
 
 
@@ -78,10 +94,15 @@ def train(root: Path, kind: str, seed: int, options: argparse.Namespace) -> Path
         sliced = kind == "sliced"
         table = root / "sahi" / TILES_TABLE if sliced else root / "processed" / IMAGES_TABLE
         base = config.TrainConfig(
-            data_dir=root / "sahi" if sliced else root / "raw", metadata_fp=table,
-            output_dir=root / "runs", sahi=sliced, seed=seed, epochs=options.epochs,
-            early_stopping_patience=options.epochs, **SHARED,
-        )  # fmt: skip
+            data_dir=root / "sahi" if sliced else root / "raw",
+            metadata_fp=table,
+            output_dir=root / "runs",
+            sahi=sliced,
+            seed=seed,
+            epochs=options.epochs,
+            early_stopping_patience=options.epochs,
+            **SHARED,
+        )
         samples = options.pixels / base.image_size**2 / options.epochs / base.batch_size
         draws = {"samples_per_epoch": max(1, round(samples)) * base.batch_size}
         run = kelp.train(base.model_copy(update=draws))
@@ -96,10 +117,14 @@ def judge(runs: list[Path], images: Path, truth: Path, out: Path) -> measuring.R
     if not kept.is_file():
         result = kelp.compare(
             config.CompareConfig(
-                data_dir=images, gt_dir=truth, run_dir=tuple(runs), output_dir=out,
-                use_checkpoint="latest", overlaps=(),
+                data_dir=images,
+                gt_dir=truth,
+                run_dir=tuple(runs),
+                output_dir=out,
+                use_checkpoint="latest",
+                overlaps=(),
             )
-        )  # fmt: skip
+        )
         print(f"\n{result.text}\n", flush=True)
         kept.write_text(json.dumps(reach(result.comparison), indent=1), encoding="utf-8")
     row: measuring.Row = json.loads(kept.read_text(encoding="utf-8"))

@@ -57,9 +57,12 @@ def one_scene(scene: SimulatedScene, rng: np.random.Generator, rows: Rows) -> No
 
 
 def pixels(
-    optical: NDArray[np.float32], dem: NDArray[np.int32], label: NDArray[np.bool_],
-    rng: np.random.Generator, rows: Rows,
-) -> None:  # fmt: skip
+    optical: NDArray[np.float32],
+    dem: NDArray[np.int32],
+    label: NDArray[np.bool_],
+    rng: np.random.Generator,
+    rows: Rows,
+) -> None:
     """Add a sample of the pixels that the elevation model calls water or land, with features."""
     seen = np.isfinite(optical).all(axis=0)
     water = seen & (dem < 1)
@@ -68,9 +71,14 @@ def pixels(
     red, nir = optical[2], optical[1]
     bare = water & ~label
     middle = np.median(optical[:, bare if bare.any() else water], axis=1)
-    features = np.stack([
-        *optical, (nir - red) / (nir + red), nir - middle[1], nir - middle[1] - red + middle[2],
-    ])  # fmt: skip
+    features = np.stack(
+        [
+            *optical,
+            (nir - red) / (nir + red),
+            nir - middle[1],
+            nir - middle[1] - red + middle[2],
+        ]
+    )
     some = water & (rng.random(water.shape) < 0.25)
     rows["features"].append(np.vstack([features[:, some], label[some]]))
     rows["ground"].append(optical[:, seen & (dem >= 1) & (rng.random(water.shape) < 0.05)])
@@ -81,9 +89,14 @@ def stored_size(array: NDArray[Any]) -> int:
     count, height, width = array.shape
     with MemoryFile() as memory:
         with memory.open(
-            driver="GTiff", count=count, height=height, width=width, dtype=array.dtype,
-            compress="lzw", interleave="pixel",
-        ) as dataset:  # fmt: skip
+            driver="GTiff",
+            count=count,
+            height=height,
+            width=width,
+            dtype=array.dtype,
+            compress="lzw",
+            interleave="pixel",
+        ) as dataset:
             dataset.write(array)
         return len(memory.getbuffer())
 
@@ -181,9 +194,12 @@ def values(rows: Rows, line: Any) -> None:
     table = np.concatenate(rows["features"], axis=1)
     label = table[-1] > 0
     published = (
-        "7484 / 7574 / 7584 / 7679", "7719 / 7794 / 8809 / 8924", "7758 / 7828 / 7902 / 7941",
-        "8051 / 8136 / 8109 / 8159", "8104 / 8162 / 7994 / 8031",
-    )  # fmt: skip
+        "7484 / 7574 / 7584 / 7679",
+        "7719 / 7794 / 8809 / 8924",
+        "7758 / 7828 / 7902 / 7941",
+        "8051 / 8136 / 8109 / 8159",
+        "8104 / 8162 / 7994 / 8031",
+    )
     ground = np.concatenate(rows["ground"], axis=1)
     land = ("13736 / 2969", "15268 / 3569", "9861 / 1683", "9736 / 1663", "8933 / 1368")
     for band, name in enumerate(BANDS):
@@ -220,10 +236,28 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    rows: Rows = {name: [] for name in (
-        "kelp px", "QA", "land", "sea", "dem", "dem void", "missing", "saturated", "image size",
-        "areas", "count", "mask size", "edge", "wrong", "shore", "features", "ground",
-    )}  # fmt: skip
+    rows: Rows = {
+        name: []
+        for name in (
+            "kelp px",
+            "QA",
+            "land",
+            "sea",
+            "dem",
+            "dem void",
+            "missing",
+            "saturated",
+            "image size",
+            "areas",
+            "count",
+            "mask size",
+            "edge",
+            "wrong",
+            "shore",
+            "features",
+            "ground",
+        )
+    }
     rng = np.random.default_rng(0)
     seconds = 0.0
     for child in np.random.SeedSequence(args.seed).spawn(args.scenes):

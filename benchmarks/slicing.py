@@ -32,9 +32,9 @@ from rasterio.windows import Window
 from kelp.config import SliceConfig
 from kelp.data_prep.slicing import slice_dataset
 from kelp.data_prep.tile_files import COMPRESSION
-from kelp.grid import TileGrid
+from kelp.tiling.grid import TileGrid
 
-SCENE = Path(__file__).parents[1] / "kelp" / "data" / "LS000001_satellite.tif"
+SCENE = Path(__file__).parents[1] / "kelp" / "demo" / "data" / "LS000001_satellite.tif"
 SIZE = 128
 TARGETS = {"materialised": 1.8, "virtual": 20.0}
 
@@ -80,10 +80,17 @@ def plain_loop(data_dir: Path, output_dir: Path, ids: Iterable[str]) -> None:
                 padded = np.full((len(values), SIZE, SIZE), fill, dtype or values.dtype)
                 padded[:, : part.height, : part.width] = values
                 with rasterio.open(
-                    output_dir / folder / f"{stem}_{tile.x}_{tile.y}.tif", "w", height=SIZE,
-                    width=SIZE, count=len(values), dtype=padded.dtype, nodata=fill,
-                    transform=transform, blockysize=SIZE, **COMPRESSION,
-                ) as out:  # fmt: skip
+                    output_dir / folder / f"{stem}_{tile.x}_{tile.y}.tif",
+                    "w",
+                    height=SIZE,
+                    width=SIZE,
+                    count=len(values),
+                    dtype=padded.dtype,
+                    nodata=fill,
+                    transform=transform,
+                    blockysize=SIZE,
+                    **COMPRESSION,
+                ) as out:
                     out.write(padded)
 
 
@@ -103,10 +110,13 @@ def compare(data_dir: Path, ids: list[str], repeats: int, root: Path) -> None:
     def sliced(name: str) -> None:
         slice_dataset(
             SliceConfig(
-                data_dir=data_dir, metadata_fp=table, output_dir=root / name, image_size=SIZE,
+                data_dir=data_dir,
+                metadata_fp=table,
+                output_dir=root / name,
+                image_size=SIZE,
                 materialize=name == "materialised",
             )
-        )  # fmt: skip
+        )
 
     for repeat in range(repeats + 1):  # the first warms the file cache and is not counted
         for name in times:
@@ -147,9 +157,16 @@ def formats(image: Path, folder: Path) -> None:
     def write(choice: dict[str, Any]) -> None:
         for path, tile in zip(files, tiles, strict=True):
             with rasterio.open(
-                path, "w", driver="GTiff", count=len(tile), height=SIZE, width=SIZE,
-                dtype=tile.dtype, blockysize=SIZE, **choice,
-            ) as out:  # fmt: skip
+                path,
+                "w",
+                driver="GTiff",
+                count=len(tile),
+                height=SIZE,
+                width=SIZE,
+                dtype=tile.dtype,
+                blockysize=SIZE,
+                **choice,
+            ) as out:
                 out.write(tile)
 
     def read() -> None:

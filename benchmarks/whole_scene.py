@@ -28,11 +28,11 @@ from rasterio.enums import Resampling
 from rasterio.transform import from_origin
 from rasterio.windows import Window
 
-from kelp.bands import BANDS, NODATA
-from kelp.grid import TileGrid
-from kelp.seams import steps
+from kelp.raster.bands import BANDS, NODATA
+from kelp.raster.writer import MASK_COLORS
 from kelp.simulation.scene import simulate_scene
-from kelp.writer import MASK_COLORS
+from kelp.tiling.grid import TileGrid
+from kelp.tiling.seams import steps
 
 TILE, OVERLAP = 128, 64
 
@@ -43,10 +43,19 @@ def make_scene(path: Path, side: int, seed: int) -> None:
     quarter = simulate_scene(seed, half, half).pixels
     across = np.concatenate([quarter, quarter[:, :, ::-1]], axis=2)[:, :, :side]
     profile = {
-        "driver": "GTiff", "count": len(BANDS), "height": side, "width": side, "dtype": "int32",
-        "nodata": NODATA, "crs": "EPSG:32611", "transform": from_origin(2e5, 4e6, 30, 30),
-        "tiled": True, "blockxsize": 512, "blockysize": 512, "compress": "deflate",
-    }  # fmt: skip
+        "driver": "GTiff",
+        "count": len(BANDS),
+        "height": side,
+        "width": side,
+        "dtype": "int32",
+        "nodata": NODATA,
+        "crs": "EPSG:32611",
+        "transform": from_origin(2e5, 4e6, 30, 30),
+        "tiled": True,
+        "blockxsize": 512,
+        "blockysize": 512,
+        "compress": "deflate",
+    }
     tilt = 0.2 * side  # Landsat's footprint is a square turned by some 12 degrees
     x = np.arange(side)
     with rasterio.open(path, "w", **profile) as dataset:
@@ -63,11 +72,28 @@ def make_scene(path: Path, side: int, seed: int) -> None:
 
 def command(options: argparse.Namespace, scene: Path, out: Path, blend: str) -> list[str]:
     return [
-        sys.executable, "-m", "kelp", "predict", "--data_dir", str(scene), "--output_dir", str(out),
-        "--run_dir", str(options.run_dir), "--max_memory", options.max_memory, "--blend", blend,
-        "--sahi_tile_size", str(TILE), "--sahi_overlap", str(OVERLAP), "--save_probabilities",
-        "--land", "skip",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "kelp",
+        "predict",
+        "--data_dir",
+        str(scene),
+        "--output_dir",
+        str(out),
+        "--run_dir",
+        str(options.run_dir),
+        "--max_memory",
+        options.max_memory,
+        "--blend",
+        blend,
+        "--sahi_tile_size",
+        str(TILE),
+        "--sahi_overlap",
+        str(OVERLAP),
+        "--save_probabilities",
+        "--land",
+        "skip",
+    ]
 
 
 def predict(arguments: list[str], kill_at: int | None, rows: Path) -> tuple[float, str]:
@@ -89,10 +115,10 @@ def predict(arguments: list[str], kill_at: int | None, rows: Path) -> tuple[floa
 def seam(path: Path, side: int) -> dict[str, float | None]:
     """Whether borders of tiles show in a map of probabilities.
 
-    `score` is that of `kelp.seams`, `kelp compare`'s: geometric means. `mean` is the plain mean of
-    the steps across borders by that of all others: a few edges of kelp hold most of it, so it
-    differs between any two sets of lines; `spread` is its standard deviation over the other
-    phases of a stride, each taken as if borders lay there.
+    `score` is that of `kelp.tiling.seams`, `kelp compare`'s: geometric means. `mean` is the
+    plain mean of the steps across borders by that of all others: a few edges of kelp hold most
+    of it, so it differs between any two sets of lines; `spread` is its standard deviation over
+    the other phases of a stride, each taken as if borders lay there.
     """
     with rasterio.open(path) as dataset:
         p = dataset.read(1)

@@ -18,11 +18,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Rectangle
 
-from kelp.bands import BANDS, DEM, canonical
-from kelp.grid import Shape, Tile, TileGrid
-from kelp.merge import Blend, StripMerger, window
-from kelp.nn.inference.strip import Pixels, Slicing, Strip
+from kelp.raster.bands import BANDS, DEM, canonical
+from kelp.raster.window import Shape, Tile
 from kelp.simulation.scene import simulate_scene
+from kelp.tiling.grid import TileGrid
+from kelp.tiling.merge import Blend, StripMerger, window
+from kelp.tiling.strip import Pixels, Slicing, Strip
 
 matplotlib.use("Agg")
 
@@ -114,9 +115,12 @@ def votes_figure() -> Figure:
         axes.plot(merged_row("hann", validity), color=BLUE, lw=2, label="hann")
         axes.text(4, 0.94, "left tile says 0.9, validity 1", fontsize=8.5)
         axes.text(
-            TILE + OVERLAP - 4, 0.22, f"right tile says 0.3, validity {validity:g}",
-            fontsize=8.5, ha="right",
-        )  # fmt: skip
+            TILE + OVERLAP - 4,
+            0.22,
+            f"right tile says 0.3, validity {validity:g}",
+            fontsize=8.5,
+            ha="right",
+        )
         axes.set(ylim=(0.1, 1.05), xlim=(0, TILE + OVERLAP), xlabel="column, px")
         axes.set_title("both observed" if validity == 1 else "the right one mostly cloud", size=10)
         axes.legend(loc="lower left", title="merged with", fontsize=8.5, title_fontsize=8.5)
@@ -160,9 +164,14 @@ def draw_strip(axes: Axes) -> None:
     axes.text(TILE / 2, y + TILE / 2, "tile", ha="center", va="center", fontsize=8.5, color=BLUE)
     axes.add_patch(Rectangle((0, 0), width, height, fill=False, edgecolor="black"))
     axes.add_patch(
-        FancyArrowPatch((width + 25, y), (width + 25, y + TILE + 80), arrowstyle="-|>",
-                        mutation_scale=14, color=BLUE)
-    )  # fmt: skip
+        FancyArrowPatch(
+            (width + 25, y),
+            (width + 25, y + TILE + 80),
+            arrowstyle="-|>",
+            mutation_scale=14,
+            color=BLUE,
+        )
+    )
     axes.set(xlim=(-6, width + 45), ylim=(height + 6, -6), aspect="equal")
     axes.spines[:].set_visible(False)
     without_ticks(axes, "a strip moves down the scene")
@@ -181,9 +190,14 @@ def draw_threads(axes: Axes) -> None:
         for number, start in enumerate(starts, 1):
             axes.add_patch(Rectangle((start, lane - 0.32), length, 0.64, facecolor=color))
             axes.text(
-                start + length / 2, lane, str(number), ha="center", va="center", fontsize=8.5,
+                start + length / 2,
+                lane,
+                str(number),
+                ha="center",
+                va="center",
+                fontsize=8.5,
                 color="black" if color == SAND else "white",
-            )  # fmt: skip
+            )
     axes.set(xlim=(-0.1, 6.9), ylim=(2.6, -0.6), xticks=[], xlabel="time (a sketch)")
     axes.set_yticks(range(3), [name for name, *_ in lanes], fontsize=9)
     axes.set_title("three threads, numbered batches", fontsize=10)

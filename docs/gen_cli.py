@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any, Final
 from pydantic.fields import FieldInfo
 
 from kelp import config as configs
-from kelp.catalogue import formula
 from kelp.cli import COMMANDS
 from kelp.config import Config
-from kelp.indices import INDICES
+from kelp.data_prep.catalogue import formula
 from kelp.nn.comparison.fields import FIELDS
+from kelp.raster.indices import INDICES
 
 if TYPE_CHECKING:
     from mkdocs.config.defaults import MkDocsConfig

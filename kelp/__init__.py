@@ -20,42 +20,42 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from kelp.data_prep.metadata import build_metadata
     from kelp.data_prep.slicing import slice_dataset
-    from kelp.data_prep.splitting import split_fold
-    from kelp.ensembling import ensemble
+    from kelp.data_prep.split import split_fold
+    from kelp.data_prep.stats import compute_stats
     from kelp.errors import KelpError
+    from kelp.evaluation.ensembling import ensemble
+    from kelp.evaluation.scoring import evaluate
+    from kelp.inference.arrays import predict, predict_array
+    from kelp.inference.predict import predict_scenes
     from kelp.nn.bundle import load_bundle
     from kelp.nn.comparison.compare import compare
     from kelp.nn.comparison.tune import tune
     from kelp.nn.export import export
-    from kelp.nn.inference.arrays import predict, predict_array
-    from kelp.nn.inference.predict import predict_scenes
     from kelp.nn.search.run import sweep
     from kelp.nn.training.baseline import train_baseline
     from kelp.nn.training.fit import train
     from kelp.nn.training.folds import train_folds
-    from kelp.reporting.run import make_report
-    from kelp.scoring import evaluate
+    from kelp.plotting.reports.run import make_report
+    from kelp.products.submission import submit
     from kelp.simulation.layout import simulate
-    from kelp.stats import compute_stats
-    from kelp.submission import submit
 
 _HOMES = {
     "KelpError": "kelp.errors",
     "build_metadata": "kelp.data_prep.metadata",
     "compare": "kelp.nn.comparison.compare",
-    "compute_stats": "kelp.stats",
-    "ensemble": "kelp.ensembling",
-    "evaluate": "kelp.scoring",
+    "compute_stats": "kelp.data_prep.stats",
+    "ensemble": "kelp.evaluation.ensembling",
+    "evaluate": "kelp.evaluation.scoring",
     "export": "kelp.nn.export",
     "load_bundle": "kelp.nn.bundle",
-    "make_report": "kelp.reporting.run",
-    "predict": "kelp.nn.inference.arrays",
-    "predict_array": "kelp.nn.inference.arrays",
-    "predict_scenes": "kelp.nn.inference.predict",
+    "make_report": "kelp.plotting.reports.run",
+    "predict": "kelp.inference.arrays",
+    "predict_array": "kelp.inference.arrays",
+    "predict_scenes": "kelp.inference.predict",
     "simulate": "kelp.simulation.layout",
     "slice_dataset": "kelp.data_prep.slicing",
-    "split_fold": "kelp.data_prep.splitting",
-    "submit": "kelp.submission",
+    "split_fold": "kelp.data_prep.split",
+    "submit": "kelp.products.submission",
     "sweep": "kelp.nn.search.run",
     "train": "kelp.nn.training.fit",
     "train_baseline": "kelp.nn.training.baseline",

@@ -5,12 +5,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from kelp.bands import BANDS
+from kelp.inference.spec import BundleSpec
 from kelp.nn import model
 from kelp.nn.bundle import save_bundle
 from kelp.nn.model import KelpNet
-from kelp.nn.spec import BundleSpec
-from kelp.summary import ChannelStats
+from kelp.raster.bands import BANDS
+from kelp.raster.streaming import ChannelStats
 
 STATISTICS = {
     **{name: ChannelStats(6000, 30000, 9000, 1500, 7000, 20000, 1000, 0) for name in BANDS},

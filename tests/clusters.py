@@ -12,9 +12,11 @@ QUIET = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 
 def process(*arguments, env=QUIET):
     return subprocess.Popen(
-        [sys.executable, "-m", "dask", *map(str, arguments)], env=env,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+        [sys.executable, "-m", "dask", *map(str, arguments)],
+        env=env,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
 
 
 class Dask:
@@ -22,8 +24,9 @@ class Dask:
 
     def __init__(self, folder, workers=2):
         self.file = folder / "scheduler.json"
-        self.scheduler = process("scheduler", "--port", 0, "--no-dashboard",
-                                 "--scheduler-file", self.file)  # fmt: skip
+        self.scheduler = process(
+            "scheduler", "--port", 0, "--no-dashboard", "--scheduler-file", self.file
+        )
         deadline = time.monotonic() + 300
         while not self.is_written:  # a worker that reads half of the file gives up
             assert time.monotonic() < deadline, "the scheduler did not start"

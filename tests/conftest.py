@@ -40,7 +40,7 @@ def labelled(tmp_path):
     import pandas as pd
     from world import coast, write_tif
 
-    from kelp.writer import write_mask
+    from kelp.raster.writer import write_mask
 
     rng = np.random.default_rng(5)
     rows = []

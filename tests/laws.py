@@ -7,9 +7,9 @@ from hypothesis import settings
 from world import coast, write_tif
 
 from kelp.config import PredictConfig
+from kelp.inference.predict import predict_scenes
 from kelp.nn import model
 from kelp.nn.bundle import save_bundle
-from kelp.nn.inference.predict import predict_scenes
 from kelp.nn.model import KelpNet
 
 # The same cases in every run, on every machine.

@@ -4,8 +4,8 @@ import threading
 
 import numpy as np
 
-from kelp.bands import BANDS, DEM, QA
-from kelp.grid import Tile
+from kelp.raster.bands import BANDS, DEM, QA
+from kelp.raster.window import Tile
 
 NIR = BANDS.index("NIR")
 

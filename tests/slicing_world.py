@@ -11,9 +11,12 @@ from kelp.config import SliceConfig
 
 def config(world, **options):
     values = {
-        "data_dir": world.train_dir, "metadata_fp": world.table, "workers": 1, "image_size": 32,
+        "data_dir": world.train_dir,
+        "metadata_fp": world.table,
+        "workers": 1,
+        "image_size": 32,
         "output_dir": world.data_dir.parent / "sahi",
-    }  # fmt: skip
+    }
     return SliceConfig(**(values | options))
 
 

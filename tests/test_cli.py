@@ -31,7 +31,7 @@ def seen(monkeypatch):
         return Result()
 
     from kelp.data_prep import slicing
-    from kelp.nn.inference import predict
+    from kelp.inference import predict
 
     monkeypatch.setattr(slicing, "slice_dataset", record)
     monkeypatch.setattr(predict, "predict_scenes", record)

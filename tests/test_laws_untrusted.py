@@ -12,12 +12,12 @@ from bundles import tiny_spec
 from laws import biased_bundle
 
 from kelp.config import PredictConfig
+from kelp.data_prep.stats import StatsFile
 from kelp.errors import BundleError, ConfigError, InputError, KelpError, StatsError, WeightsError
 from kelp.nn.bundle import load_bundle, save_bundle
 from kelp.nn.model import KelpNet
 from kelp.nn.pretrained import load_pretrained
 from kelp.nn.training.epochs import read_checkpoint
-from kelp.stats import StatsFile
 
 
 class Hostile:
@@ -74,11 +74,14 @@ def test_a_pickle_is_no_encoder_and_no_checkpoint(hostile, tmp_path):
     assert not marker.exists()
 
 
-@pytest.mark.parametrize("spelling", [
-    "__import__('os').mkdir('{marker}')",
-    "!!python/object/apply:os.mkdir ['{marker}']",
-    "{{'schema_version': __import__('os').mkdir('{marker}')}}",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        "__import__('os').mkdir('{marker}')",
+        "!!python/object/apply:os.mkdir ['{marker}']",
+        "{{'schema_version': __import__('os').mkdir('{marker}')}}",
+    ],
+)
 def test_text_that_looks_like_python_is_only_text(tmp_path, spelling):
     marker = tmp_path / "executed"
     text = spelling.format(marker=marker)

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 
 import kelp
-from kelp.manifest import IMAGES_TABLE, TILES_TABLE
-from kelp.raster import read_mask, read_tags
+from kelp.raster.masks import read_mask, read_tags
+from kelp.tables import IMAGES_TABLE, TILES_TABLE
 
 pytestmark = pytest.mark.slow
 
@@ -126,9 +126,13 @@ def shell(command, folder, expect=0, **environment):
     """Run a command as typed into a shell in `folder`, with this Python first on the path."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
-        ["bash", "-c", command], cwd=folder, capture_output=True, text=True, timeout=600,
+        ["bash", "-c", command],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=600,
         env={**ENVIRONMENT, "PATH": path, **environment},
-    )  # fmt: skip
+    )
     assert done.returncode == expect, f"{command}\n{done.stdout}\n{done.stderr}"
     return done
 
@@ -151,8 +155,11 @@ def world(tmp_path_factory):
     (stats,) = (root / "data/processed").glob("*-stats-*.json")
     stats.rename(root / "data/processed" / STATS)
     table = f"--metadata_fp data/processed/{IMAGES_TABLE}"
-    program(root, f"split --data_dir data/raw {table} --cv_split 8 "
-                  "--output_dir data/raw/splits/split_8 --quiet")  # fmt: skip
+    program(
+        root,
+        f"split --data_dir data/raw {table} --cv_split 8 "
+        "--output_dir data/raw/splits/split_8 --quiet",
+    )
     return root
 
 
@@ -257,21 +264,30 @@ def test_workers_make_no_difference(world, tiles):
 def test_the_program_on_a_virtual_dataset_and_whole_images(world):
     """`kelp slice/train/predict` (of the wheel, where CI names one): bilinear, and pad beside."""
     table = f"--metadata_fp data/processed/{IMAGES_TABLE}"
-    program(world, f"slice --data_dir data/raw/train {table} --output_dir virtual",
-            "--no-materialize --quiet")  # fmt: skip
-    common = ("--architecture linknet --encoder tu-resnet18 --pretrained False --epochs 1 "
-              "--limit_train_batches 2 --limit_val_batches 2 --num_workers 0 --batch_size 2 "
-              "--quiet")  # fmt: skip
+    program(
+        world,
+        f"slice --data_dir data/raw/train {table} --output_dir virtual",
+        "--no-materialize --quiet",
+    )
+    common = (
+        "--architecture linknet --encoder tu-resnet18 --pretrained False --epochs 1 "
+        "--limit_train_batches 2 --limit_val_batches 2 --num_workers 0 --batch_size 2 "
+        "--quiet"
+    )
     program(
         world,
         f"train --data_dir virtual --metadata_fp virtual/{TILES_TABLE} --output_dir vruns",
-        "--sahi --image_size 64 --resize_strategy resize --interpolation bilinear", common,
-    )  # fmt: skip
+        "--sahi --image_size 64 --resize_strategy resize --interpolation bilinear",
+        common,
+    )
     program(world, f"train --data_dir data/raw {table} --output_dir wruns", common)
     for runs in ("vruns", "wruns"):
         (run,) = (path for path in (world / runs / "kelp").iterdir() if path.is_dir())
-        program(world, f"predict --data_dir data/raw/test/images --output_dir out-{runs}",
-                f"--run_dir '{run}' --quiet")  # fmt: skip
+        program(
+            world,
+            f"predict --data_dir data/raw/test/images --output_dir out-{runs}",
+            f"--run_dir '{run}' --quiet",
+        )
         masks = sorted((world / f"out-{runs}").glob("*.tif"))
         assert len(masks) == 2
         assert np.isin(read_mask(masks[0]), (0, 1, 255)).all()

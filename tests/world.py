@@ -15,7 +15,7 @@ import rasterio
 from numpy.typing import NDArray
 from rasterio.errors import NotGeoreferencedWarning
 
-from kelp import manifest
+from kelp import tables
 
 # Surfaces in Landsat Collection-2 integers: SWIR, NIR, R, G, B.
 WATER = (7500, 7700, 7760, 8060, 8110)
@@ -118,10 +118,14 @@ def make_world(
             for k in range(folds)
         }
         share = float(mask.mean())
-        facts = dict.fromkeys(manifest.FACTS, 0.0) | {
-            "kelp_pixels": int(mask.sum()), "kelp_pixels_pct": share, "has_kelp": share > 0,
-            "qa_ok": False, "almost_all_water": False, "high_kelp_pixels_pct": False,
-        }  # fmt: skip
+        facts = dict.fromkeys(tables.FACTS, 0.0) | {
+            "kelp_pixels": int(mask.sum()),
+            "kelp_pixels_pct": share,
+            "has_kelp": share > 0,
+            "qa_ok": False,
+            "almost_all_water": False,
+            "high_kelp_pixels_pct": False,
+        }
         rows.append(
             {"tile_id": tile_id, "original_split": split, "aoi_id": number, "aoi_by_dem": True}
             | fold
@@ -131,7 +135,7 @@ def make_world(
                 "mask_path": f"{split}/masks/{tile_id}_kelp.tif" if split == "train" else None,
             }
         )
-    table = root / "processed" / manifest.IMAGES_TABLE
+    table = root / "processed" / tables.IMAGES_TABLE
     table.parent.mkdir(parents=True, exist_ok=True)
     pd.DataFrame(rows).to_parquet(table, index=False)
     return World(data_dir, table, train, test)

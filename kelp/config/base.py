@@ -10,9 +10,9 @@ from typing import Annotated, Any, ClassVar, Final, Self
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from kelp.config.location import is_url
 from kelp.errors import ConfigError
-from kelp.files import write_text
+from kelp.io.files import write_text
+from kelp.io.location import is_url
 
 
 def option(

@@ -5,13 +5,31 @@ from __future__ import annotations
 from typing import Literal
 
 Architecture = Literal[
-    "unet", "unet++", "linknet", "fpn", "manet", "pan", "pspnet", "deeplabv3", "deeplabv3+",
-    "segformer", "upernet",
-]  # fmt: skip
+    "unet",
+    "unet++",
+    "linknet",
+    "fpn",
+    "manet",
+    "pan",
+    "pspnet",
+    "deeplabv3",
+    "deeplabv3+",
+    "segformer",
+    "upernet",
+]
 Loss = Literal[
-    "dice", "jaccard", "ce", "bce", "focal", "tversky", "focal_tversky", "lovasz", "soft_ce", "mcc",
+    "dice",
+    "jaccard",
+    "ce",
+    "bce",
+    "focal",
+    "tversky",
+    "focal_tversky",
+    "lovasz",
+    "soft_ce",
+    "mcc",
     "combo",
-]  # fmt: skip
+]
 Optimizer = Literal["adam", "adamw", "sgd"]
 Scheduler = Literal[
     "onecycle", "cosine", "cosine_with_warm_restarts", "cyclic", "reduce_lr_on_plateau", "none"

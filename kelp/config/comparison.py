@@ -24,16 +24,18 @@ class JudgingConfig(Config):
     )
     output_dir: Path = option(help="Folder for report.html and the figures as JSON and text")
     data_dir: Path | None = option(
-        None, help="Folder of labelled scenes that no bundle was trained on; default: the images "
+        None,
+        help="Folder of labelled scenes that no bundle was trained on; default: the images "
         "that the fold of the runs validates on, which they must share",
-    )  # fmt: skip
+    )
     gt_dir: Path | None = option(
         None, help="Folder of their true <tile_id>_kelp.tif masks, with --data_dir"
     )
     metadata_fp: Path | None = option(
-        None, help="Table of kelp metadata: which scenes show one place; default: that of the "
+        None,
+        help="Table of kelp metadata: which scenes show one place; default: that of the "
         "fold; with --data_dir each scene is a place of its own",
-    )  # fmt: skip
+    )
     use_checkpoint: Literal["best", "latest"] = option("best", help="Which bundle of a run")
     draws: int = option(2000, help="Bootstrap draws of places", unit="draws", ge=100)
     seed: int = option(0, help="Seed of the draws", unit="integer", ge=0)
@@ -75,13 +77,18 @@ class CompareConfig(JudgingConfig):
     interpolations: Interpolations = option((), help="Other interpolations of tiles")
     tta: bool = option(False, help="Also with the 8 symmetries of the square (8 times the cost)")
     decision_threshold: float | None = option(
-        None, help="Kelp where p is at least this; default: fitted, for each place on others",
-        unit="0-1", ge=0, le=1,
-    )  # fmt: skip
+        None,
+        help="Kelp where p is at least this; default: fitted, for each place on others",
+        unit="0-1",
+        ge=0,
+        le=1,
+    )
     largest_pass: int = option(
-        2048, help="Largest side that a network is shown at once; wider ways are left out",
-        unit="px", ge=32,
-    )  # fmt: skip
+        2048,
+        help="Largest side that a network is shown at once; wider ways are left out",
+        unit="px",
+        ge=32,
+    )
     pixel_size: float = option(
         30.0, help="Side of a pixel where a mask has no CRS, for areas", unit="m", gt=0
     )

@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from kelp.bands import BANDS, IndexInput, parse_bands
 from kelp.config.base import Config, Names, option
 from kelp.errors import ConfigError
+from kelp.raster.bands import BANDS, IndexInput, parse_bands
 
 
 def number(value: Any) -> Any:

@@ -18,8 +18,8 @@ from kelp.config.base import (
     option,
 )
 from kelp.config.choices import Precision
-from kelp.config.location import Location
 from kelp.errors import ConfigError
+from kelp.io.location import Location
 
 Blend = Literal["mean", "hann"]
 MergeMode = Literal["mean", "max", "min", "gmean"]
@@ -104,9 +104,12 @@ class PredictConfig(Config):
         gt=0,
     )
     threads: int | None = option(
-        None, help="Threads of the network in a process; default: as many as torch takes, on a "
-        "cluster as many as a worker has", unit="threads", ge=1,
-    )  # fmt: skip
+        None,
+        help="Threads of the network in a process; default: as many as torch takes, on a "
+        "cluster as many as a worker has",
+        unit="threads",
+        ge=1,
+    )
     scheduler: str | None = option(None, help=SCHEDULER_HELP)
     overwrite: bool = option(False, help="Make finished outputs anew")
     preview_submission: bool = option(
@@ -183,9 +186,10 @@ class EnsembleConfig(Config):
         "network was trained on",
     )
     metadata_fp: Path | None = option(
-        None, help="With --gt_dir, table of kelp metadata: which scenes show one place; default: "
+        None,
+        help="With --gt_dir, table of kelp metadata: which scenes show one place; default: "
         "each scene is a place of its own",
-    )  # fmt: skip
+    )
 
     @model_validator(mode="after")
     def _weights_fit(self) -> Self:

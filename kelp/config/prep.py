@@ -7,9 +7,9 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import model_validator
 
-from kelp.bands import IndexInput
 from kelp.config.base import SCHEDULER_HELP, WORKERS_HELP, Config, Names, option
 from kelp.errors import ConfigError
+from kelp.raster.bands import IndexInput
 
 WorldName = Literal["calibrated", "specks", "murky"]
 

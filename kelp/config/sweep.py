@@ -29,9 +29,9 @@ class SweepConfig(Config):
         None, help="Begin no trial after this time; default: no limit", unit="seconds", gt=0
     )
     sampler: Sampler = option(
-        "tpe", help="How options are chosen: from what did well (tpe), by chance, or all "
-        "combinations",
-    )  # fmt: skip
+        "tpe",
+        help="How options are chosen: from what did well (tpe), by chance, or all combinations",
+    )
     pruner: Pruner = option(
         "median", help="End trials that do worse than the median of those before at the same epoch"
     )

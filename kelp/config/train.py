@@ -44,9 +44,12 @@ class TrainConfig(FoldConfig):
 
     # data
     batch_size: int = option(
-        32, help="Crops in a batch of each process: a step sees --devices x --num_nodes x "
-        "--accumulate_grad_batches times as many", unit="crops", ge=1,
-    )  # fmt: skip
+        32,
+        help="Crops in a batch of each process: a step sees --devices x --num_nodes x "
+        "--accumulate_grad_batches times as many",
+        unit="crops",
+        ge=1,
+    )
     pack: bool = option(
         True, help="Decode each image once, into <output_dir>/packed, for this and later runs"
     )
@@ -54,21 +57,35 @@ class TrainConfig(FoldConfig):
         True, help="Turn and mirror training crops: the 8 symmetries of the square"
     )
     augment_offset: float = option(
-        0.0, help="Lift and lower the optical bands of training crops, as haze and glint do: "
-        "standard deviation", unit="reflectance", ge=0, le=1,
-    )  # fmt: skip
+        0.0,
+        help="Lift and lower the optical bands of training crops, as haze and glint do: "
+        "standard deviation",
+        unit="reflectance",
+        ge=0,
+        le=1,
+    )
     augment_gain: float = option(
-        0.0, help="Multiply the optical bands of training crops: standard deviation of the "
-        "factor's logarithm", unit="factor", ge=0, le=1,
-    )  # fmt: skip
+        0.0,
+        help="Multiply the optical bands of training crops: standard deviation of the "
+        "factor's logarithm",
+        unit="factor",
+        ge=0,
+        le=1,
+    )
     augment_noise: float = option(
-        0.0, help="Noise on each pixel of training crops: standard deviation", unit="reflectance",
-        ge=0, le=1,
-    )  # fmt: skip
+        0.0,
+        help="Noise on each pixel of training crops: standard deviation",
+        unit="reflectance",
+        ge=0,
+        le=1,
+    )
     augment_dropout: float = option(
-        0.0, help="Chance of an optical band to be missing all over a training crop",
-        unit="fraction 0-1", ge=0, lt=1,
-    )  # fmt: skip
+        0.0,
+        help="Chance of an optical band to be missing all over a training crop",
+        unit="fraction 0-1",
+        ge=0,
+        lt=1,
+    )
     random_crops: bool = option(
         False,
         help="With --sahi: cut training tiles anywhere up to half a tile from their place in the "
@@ -156,21 +173,30 @@ class TrainConfig(FoldConfig):
         100.0, help="onecycle ends at its start divided by this", unit="factor", gt=0
     )
     lr_cycle_epochs: int = option(
-        2, help="Length of a cycle of cyclic, and of the first of cosine_with_warm_restarts",
-        unit="epochs", ge=1,
-    )  # fmt: skip
+        2,
+        help="Length of a cycle of cyclic, and of the first of cosine_with_warm_restarts",
+        unit="epochs",
+        ge=1,
+    )
     lr_cycle_factor: int = option(
-        1, help="Each cycle of cosine_with_warm_restarts is longer than the last by this",
-        unit="factor", ge=1,
-    )  # fmt: skip
+        1,
+        help="Each cycle of cosine_with_warm_restarts is longer than the last by this",
+        unit="factor",
+        ge=1,
+    )
     lr_plateau_patience: int = option(
-        2, help="Epochs without a better --monitor_metric that reduce_lr_on_plateau bears",
-        unit="epochs", ge=0,
-    )  # fmt: skip
+        2,
+        help="Epochs without a better --monitor_metric that reduce_lr_on_plateau bears",
+        unit="epochs",
+        ge=0,
+    )
     lr_plateau_factor: float = option(
-        0.3, help="reduce_lr_on_plateau then multiplies the rate by this", unit="factor",
-        gt=0, lt=1,
-    )  # fmt: skip
+        0.3,
+        help="reduce_lr_on_plateau then multiplies the rate by this",
+        unit="factor",
+        gt=0,
+        lt=1,
+    )
     epochs: int = option(10, help="Epochs at most", unit="epochs", ge=1)
     precision: Precision = option(
         "bf16-mixed", help="Number format; one that the device lacks falls back with a notice"
@@ -182,9 +208,11 @@ class TrainConfig(FoldConfig):
         False, help="Average the weights of the epochs from --swa_epoch_start on (SWA)"
     )
     swa_epoch_start: float = option(
-        0.75, help="First epoch of the average: its number; below 1, the share of epochs before",
-        unit="epoch or fraction", ge=0,
-    )  # fmt: skip
+        0.75,
+        help="First epoch of the average: its number; below 1, the share of epochs before",
+        unit="epoch or fraction",
+        ge=0,
+    )
     swa_lr: float = option(
         3e-5, help="Learning rate while weights are averaged by --swa", unit="per step", gt=0
     )
@@ -192,9 +220,13 @@ class TrainConfig(FoldConfig):
         2, help="Epochs in which the rate moves to --swa_lr", unit="epochs", ge=0
     )
     ema_decay: float = option(
-        0.0, help="Keep a moving average of the weights, which this decays in a step, for example "
-        "0.999; 0: none", unit="fraction 0-1", ge=0, lt=1,
-    )  # fmt: skip
+        0.0,
+        help="Keep a moving average of the weights, which this decays in a step, for example "
+        "0.999; 0: none",
+        unit="fraction 0-1",
+        ge=0,
+        lt=1,
+    )
 
     compile: bool = option(
         False, help="Compile the network with torch.compile: slower to start, then faster"
@@ -215,21 +247,32 @@ class TrainConfig(FoldConfig):
         None, help="Validation batches at most; default: all", unit="batches", ge=1
     )
     limit_test_batches: int | None = option(
-        None, help="Taken for the sake of older command lines: training has no test pass",
-        unit="batches", ge=1,
-    )  # fmt: skip
+        None,
+        help="Taken for the sake of older command lines: training has no test pass",
+        unit="batches",
+        ge=1,
+    )
     val_check_interval: float = option(
-        1.0, help="Validate each time this share of an epoch is done; epochs are ranked at their "
-        "ends all the same", unit="fraction 0-1", gt=0, le=1,
-    )  # fmt: skip
+        1.0,
+        help="Validate each time this share of an epoch is done; epochs are ranked at their "
+        "ends all the same",
+        unit="fraction 0-1",
+        gt=0,
+        le=1,
+    )
     log_every_n_steps: int = option(
-        50, help="Optimizer steps between points of the curves train/loss_step, lr_step; 0: none",
-        unit="steps", ge=0,
-    )  # fmt: skip
+        50,
+        help="Optimizer steps between points of the curves train/loss_step, lr_step; 0: none",
+        unit="steps",
+        ge=0,
+    )
     plot_n_batches: int = option(
-        1, help="Sets of six validation samples to picture: the first at each epoch, all with the "
-        "best network; 0: none", unit="sets", ge=0,
-    )  # fmt: skip
+        1,
+        help="Sets of six validation samples to picture: the first at each epoch, all with the "
+        "best network; 0: none",
+        unit="sets",
+        ge=0,
+    )
     fast_dev_run: bool = option(False, help="Two batches of each kind only, to try a setting")
 
     # run
@@ -238,16 +281,19 @@ class TrainConfig(FoldConfig):
     )
     device: Literal["auto", "cpu", "cuda"] = option("auto", help="Where the network runs")
     devices: Devices = option(
-        1, help="Processes on each machine, each with a GPU of its own (or a share of the CPU); "
-        "`auto`: one for each GPU", unit="processes",
-    )  # fmt: skip
+        1,
+        help="Processes on each machine, each with a GPU of its own (or a share of the CPU); "
+        "`auto`: one for each GPU",
+        unit="processes",
+    )
     num_nodes: int = option(
         1, help="Machines; more than one are started by torchrun or srun", unit="machines", ge=1
     )
     strategy: Literal["auto", "ddp"] = option(
-        "auto", help="How processes work together: ddp, torch's DistributedDataParallel; auto: ddp "
+        "auto",
+        help="How processes work together: ddp, torch's DistributedDataParallel; auto: ddp "
         "where there are several",
-    )  # fmt: skip
+    )
     seed: int = option(42, help="Seed of weights, sampling and augmentation", unit="integer", ge=0)
 
     @model_validator(mode="before")

@@ -1,6 +1,6 @@
 """`kelp metadata`: the table of images, with their facts, places and leak-free folds.
 
-One row for each image, sorted by `tile_id`; `manifest.FACTS`, and
+One row for each image, sorted by `tile_id`; `tables.FACTS`, and
 
 - `original_split`: `train` or `test`;
 - `aoi_id`: the place, numbered from 0, over training and test images together; `aoi_by_dem` is
@@ -25,12 +25,16 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import numpy as np
 import pandas as pd
 
-from kelp import manifest
-from kelp.bands import DEM
-from kelp.data_prep import folds, places, survey
+from kelp import tables
+from kelp.data_prep import folds, sites, survey
 from kelp.errors import InputError, TableError
-from kelp.files import input_folder, output_folder
-from kelp.manifest import (
+from kelp.io.executors import gather, spread
+from kelp.io.files import input_folder, output_folder
+from kelp.progress import Progress, silent
+from kelp.raster.bands import DEM
+from kelp.raster.masks import read_mask
+from kelp.raster.scene import Scene
+from kelp.tables import (
     FACTS,
     IMAGE_SUFFIX,
     IMAGES_TABLE,
@@ -40,10 +44,6 @@ from kelp.manifest import (
     TRAIN,
     VAL,
 )
-from kelp.progress import Progress, silent
-from kelp.raster import read_mask
-from kelp.scene import Scene
-from kelp.workers import gather, spread
 
 if TYPE_CHECKING:
     from kelp.config import MetadataConfig
@@ -99,7 +99,7 @@ class _Surveyed(NamedTuple):
     """What is known of one image after it was read."""
 
     facts: dict[str, survey.Fact]
-    terrain: places.Terrain
+    terrain: sites.Terrain
 
 
 def build_metadata(config: MetadataConfig, progress: Progress = silent) -> MetadataResult:
@@ -127,15 +127,15 @@ def build_metadata(config: MetadataConfig, progress: Progress = silent) -> Metad
                 surveyed.append(one)
                 progress("reading images", len(surveyed), len(sources))
     threshold = config.similarity_threshold
-    grouped = places.group_terrains(
+    grouped = sites.group_terrains(
         [one.terrain for one in surveyed],
-        places.DEFAULT_THRESHOLD if threshold is None else threshold,
+        sites.DEFAULT_THRESHOLD if threshold is None else threshold,
         progress,
     )
     table = _image_table(config.data_dir, sources, surveyed, grouped)
     left_out = _add_folds(table, config)
     path = config.output_dir / IMAGES_TABLE
-    manifest.write_table(table, path)
+    tables.write_table(table, path)
     config.record(config.output_dir)
     train = int((table["original_split"] == TRAIN).sum())
     n_folds = sum(str(name).startswith("split_") for name in table.columns)
@@ -158,7 +158,7 @@ def _from_folders(data_dir: Path) -> list[_Source]:
 
 def _images(data_dir: Path, split: str) -> list[_Source]:
     found = input_folder(data_dir / split / "images", f"*{IMAGE_SUFFIX}")
-    return [_source(data_dir, manifest.tile_id_of(path), split) for path in found]
+    return [_source(data_dir, tables.tile_id_of(path), split) for path in found]
 
 
 def _source(data_dir: Path, tile_id: str, split: str) -> _Source:
@@ -174,7 +174,7 @@ def _from_csv(path: Path, data_dir: Path) -> list[_Source]:
     Its rows of `type` "satellite" are the images, `in_train` tells their part. Its rows of `type`
     "kelp", the masks of the training images, all say `in_train` False, which means nothing.
     """
-    table = manifest.read_table(path, ("tile_id", "type", "in_train"))
+    table = tables.read_table(path, ("tile_id", "type", "in_train"))
     rows = table[table["type"].astype(str).str.strip() == "satellite"]
     if rows.empty:
         raise TableError(f"{path}: no row has type = satellite; is it the competition's metadata?")
@@ -190,7 +190,7 @@ def _from_csv(path: Path, data_dir: Path) -> list[_Source]:
         for tile_id, train in zip(rows["tile_id"], in_train, strict=True)
     ]
     needed = [file for source in sources for file in (source.image, source.mask) if file]
-    manifest.require_files(needed, path)
+    tables.require_files(needed, path)
     return _unique(sources, path)
 
 
@@ -212,14 +212,14 @@ def _survey(band_order: Sequence[str], source: _Source) -> _Surveyed:
         facts = survey.facts(pixels, mask)
     except InputError as error:
         raise InputError(f"{source.mask}: {error}") from error
-    return _Surveyed(facts, places.embed(pixels[DEM]))
+    return _Surveyed(facts, sites.embed(pixels[DEM]))
 
 
 def _image_table(
     data_dir: Path,
     sources: Sequence[_Source],
     surveyed: Sequence[_Surveyed],
-    grouped: places.Places,
+    grouped: sites.Places,
 ) -> pd.DataFrame:
     """The table of images, still without folds."""
 

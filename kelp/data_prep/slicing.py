@@ -26,8 +26,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from kelp import manifest
-from kelp.data_prep.tile_facts import tile_facts
+from kelp import tables
+from kelp.data_prep.facts import tile_facts
 from kelp.data_prep.tile_files import (
     MASK_FORMAT,
     cut,
@@ -36,17 +36,18 @@ from kelp.data_prep.tile_files import (
     put,
 )
 from kelp.errors import ConfigError, InputError, TableError
-from kelp.files import discard_partials, output_folder
-from kelp.grid import Shape, TileGrid
-from kelp.manifest import IMAGE_SUFFIX, MASK_SUFFIX, TILES_TABLE, TRAIN
+from kelp.io.executors import gather, require_shared, spread
+from kelp.io.files import discard_partials, output_folder
 from kelp.progress import Progress, silent
-from kelp.raster import Georeference, georeference_of, read_mask
-from kelp.scene import Scene
-from kelp.workers import gather, require_shared, spread
+from kelp.raster.masks import Georeference, georeference_of, read_mask
+from kelp.raster.scene import Scene
+from kelp.raster.window import Shape
+from kelp.tables import IMAGE_SUFFIX, MASK_SUFFIX, TILES_TABLE, TRAIN
+from kelp.tiling.grid import TileGrid
 
 if TYPE_CHECKING:
-    from kelp.cluster import Cluster
     from kelp.config import SliceConfig
+    from kelp.io.cluster import Cluster
 
 log = logging.getLogger("kelp")
 
@@ -108,7 +109,7 @@ def slice_dataset(config: SliceConfig, progress: Progress = silent) -> SliceResu
         _tell_strangers(config, table)
         if hasattr(os, "sync"):
             os.sync()  # the tiles are on disk before the table that vouches for them
-    manifest.write_table(table, table_path)
+    tables.write_table(table, table_path)
     config.record(config.output_dir)
     return SliceResult(table_path, len(rows), len(table), sum(one.left_out for one in sliced))
 
@@ -147,7 +148,7 @@ def _training_rows(config: SliceConfig) -> pd.DataFrame:
             "choose another folder"
         )
     path = config.metadata_fp
-    table = manifest.read_table(path, ("tile_id", "original_split"))
+    table = tables.read_table(path, ("tile_id", "original_split"))
     rows = table[table["original_split"] == TRAIN].copy()
     if rows.empty:
         raise TableError(f"{path}: the table has no row whose original_split is {TRAIN}")
@@ -157,7 +158,7 @@ def _training_rows(config: SliceConfig) -> pd.DataFrame:
         raise TableError(f"{path}: two rows have the tile_id {repeated.iloc[0]}")
     rows = rows.sort_values("tile_id", ignore_index=True)
     files = [source for tile_id in rows["tile_id"] for source in _sources(config, tile_id)]
-    manifest.require_files(files, path)
+    tables.require_files(files, path)
     return rows
 
 
@@ -224,7 +225,7 @@ def _tile_table(config: SliceConfig, rows: pd.DataFrame, sliced: list[_Sliced]) 
     x = np.concatenate([one.x for one in sliced])
     y = np.concatenate([one.y for one in sliced])
     own: dict[str, Any] = {"tile_id": rows["tile_id"].to_numpy()[parent], "x": x, "y": y}
-    for name in manifest.FACTS:
+    for name in tables.FACTS:
         own[name] = np.concatenate([one.facts[name] for one in sliced])
     sources = [_sources(config, tile_id) for tile_id in rows["tile_id"]]
     for kind, folder, files in (
@@ -241,8 +242,8 @@ def _tile_table(config: SliceConfig, rows: pd.DataFrame, sliced: list[_Sliced]) 
     own["tile_height"] = own["tile_width"] = np.full(len(x), config.image_size, dtype=np.int64)
     inherited = [name for name in rows.columns if name not in own]
     table = rows[inherited].iloc[parent].reset_index(drop=True).assign(**own)
-    others = [name for name in rows.columns if name not in manifest.TILE_KEY]
-    order = [*manifest.TILE_KEY, *others, *(n for n in own if n not in rows.columns)]
+    others = [name for name in rows.columns if name not in tables.TILE_KEY]
+    order = [*tables.TILE_KEY, *others, *(n for n in own if n not in rows.columns)]
     return table[list(dict.fromkeys(order))]
 
 
@@ -270,9 +271,13 @@ def _tell_size(config: SliceConfig, rows: pd.DataFrame) -> None:
     size = one * sum(weights) / weights[0]
     log.info(
         "slicing %d images into about %d tiles of %d x %d px, about %.3g MB in %s",
-        len(sources), len(tiles) * len(sources), config.image_size, config.image_size,
-        size / 1e6, config.output_dir,
-    )  # fmt: skip
+        len(sources),
+        len(tiles) * len(sources),
+        config.image_size,
+        config.image_size,
+        size / 1e6,
+        config.output_dir,
+    )
 
 
 def _tell_strangers(config: SliceConfig, table: pd.DataFrame) -> None:
@@ -282,5 +287,7 @@ def _tell_strangers(config: SliceConfig, table: pd.DataFrame) -> None:
     if strangers := sorted(found - known):
         log.warning(
             "%s: %d files are not of this slice, %s for one; the table does not name them",
-            config.output_dir / IMAGES, len(strangers), strangers[0],
-        )  # fmt: skip
+            config.output_dir / IMAGES,
+            len(strangers),
+            strangers[0],
+        )

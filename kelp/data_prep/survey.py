@@ -7,9 +7,9 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from kelp.data_prep.tile_facts import tile_facts
+from kelp.data_prep.facts import tile_facts
 from kelp.errors import InputError
-from kelp.grid import Tile
+from kelp.raster.window import Tile
 
 KELP_FACTS: Final = ("kelp_pixels", "kelp_pixels_pct", "has_kelp", "high_kelp_pixels_pct")
 """The facts that only a mask tells."""

@@ -13,12 +13,12 @@ from rasterio.dtypes import in_dtype_range
 from rasterio.errors import NotGeoreferencedWarning
 from rasterio.io import MemoryFile
 
-from kelp.bands import MASK_NODATA, NODATA, OPTICAL
 from kelp.errors import InputError
-from kelp.files import atomic
-from kelp.grid import Tile
-from kelp.raster import Georeference
-from kelp.scene import Scene
+from kelp.io.files import atomic
+from kelp.raster.bands import MASK_NODATA, NODATA, OPTICAL
+from kelp.raster.masks import Georeference
+from kelp.raster.scene import Scene
+from kelp.raster.window import Tile
 
 # DEFLATE is in every GDAL build. Tiles are written once and read in every epoch: band by band in
 # one strip they are smallest and read as fast as any, a predictor gains nothing, and level 3 is
@@ -57,8 +57,8 @@ def image_format(scene: Scene, named: bool) -> TileFormat:
 
     Without a usable nodata tag that value is -32768, and 8 and 16 bit unsigned values are widened
     to int32. A tag of 0 is not usable: padding of 0 would be good pixels at sea level in QA and
-    DEM. Where 0 means missing (so tagged, or unsigned without a tag; see `kelp.scene`) the tiles
-    say -32768, and so must their optical pixels. With `named` (`--band_order` was given) the
+    DEM. Where 0 means missing (so tagged, or unsigned without a tag; see `kelp.raster.scene`) the
+    tiles say -32768, and so must their optical pixels. With `named` (`--band_order` was given) the
     bands are described.
     """
     descriptions = tuple(name or None for name in scene.names) if named else scene.descriptions

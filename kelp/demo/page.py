@@ -9,17 +9,17 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from kelp import manifest
+from kelp import tables
 from kelp.config import DemoConfig
-from kelp.config.location import local
-from kelp.preview import picture_of
-from kelp.raster import read_mask
-from kelp.report import Report, curves
-from kelp.scoring import Scores
+from kelp.evaluation.scoring import Scores
+from kelp.io.location import local
+from kelp.plotting.html import Report, curves
+from kelp.plotting.preview import picture_of
+from kelp.raster.masks import read_mask
 
 if TYPE_CHECKING:
+    from kelp.inference.predict import PredictResult
     from kelp.nn.comparison.compare import CompareResult
-    from kelp.nn.inference.predict import PredictResult
     from kelp.nn.training.result import TrainResult
 
 REAL_SCENE: Final = "OL000001_satellite_georef.tif"
@@ -41,7 +41,7 @@ class Outcome:
 
 def real_scene() -> resources.abc.Traversable:
     """The packaged Landsat scene."""
-    return resources.files("kelp").joinpath("data", REAL_SCENE)
+    return resources.files("kelp.demo").joinpath("data", REAL_SCENE)
 
 
 def write_report(path: Path, outcome: Outcome, raw: Path, predictions: Path) -> Path:
@@ -69,7 +69,7 @@ def write_report(path: Path, outcome: Outcome, raw: Path, predictions: Path) -> 
     )
     report.text("## Predictions of unseen places")
     for scene in _most_kelp(raw)[:_PICTURES]:
-        name = manifest.output_name(scene)
+        name = tables.output_name(scene)
         picture = picture_of(scene, predictions / "test" / name, raw / "test_truth" / name)
         report.figure(picture, f"`{scene.name}`: simulated scene, truth and prediction.")
     _comparison_section(report, outcome.comparison)
@@ -90,7 +90,7 @@ def write_report(path: Path, outcome: Outcome, raw: Path, predictions: Path) -> 
 def _most_kelp(raw: Path) -> list[Path]:
     """The test scenes, those with the most kelp first: they have something to show."""
     scenes = sorted((raw / "test" / "images").glob("*.tif"))
-    truths = [raw / "test_truth" / manifest.output_name(scene) for scene in scenes]
+    truths = [raw / "test_truth" / tables.output_name(scene) for scene in scenes]
     kelp_pixels = {s: int((read_mask(t) == 1).sum()) for s, t in zip(scenes, truths, strict=True)}
     return sorted(scenes, key=lambda scene: -kelp_pixels[scene])
 

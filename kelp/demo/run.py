@@ -25,13 +25,13 @@ from kelp.config import (
 )
 from kelp.data_prep.metadata import build_metadata
 from kelp.data_prep.slicing import slice_dataset
+from kelp.data_prep.stats import compute_stats
 from kelp.demo.page import Outcome, real_scene, write_report
-from kelp.files import output_folder, write_json
+from kelp.evaluation.scoring import evaluate
+from kelp.io.files import output_folder, write_json
+from kelp.products.submission import ARCHIVE, SIDE
 from kelp.progress import Progress, silent
-from kelp.scoring import evaluate
 from kelp.simulation.layout import simulate
-from kelp.stats import compute_stats
-from kelp.submission import ARCHIVE, SIDE
 
 if TYPE_CHECKING:
     from kelp.nn.training.result import TrainResult
@@ -87,8 +87,8 @@ def demo(config: DemoConfig, progress: Progress = silent) -> DemoResult:
     `predictions/` and `comparison/`.
     """
     # Known in kelp by its commands only: the demo does what a user would do.
+    from kelp.inference.predict import predict_scenes
     from kelp.nn.comparison.compare import compare
-    from kelp.nn.inference.predict import predict_scenes
     from kelp.nn.training.fit import train
 
     root = output_folder(config.output_dir)
@@ -106,28 +106,34 @@ def demo(config: DemoConfig, progress: Progress = silent) -> DemoResult:
     with clock.step("score"):
         scores = evaluate(
             EvaluateConfig(
-                gt_dir=raw / "test_truth", preds_dir=predictions / "test",
+                gt_dir=raw / "test_truth",
+                preds_dir=predictions / "test",
                 output_dir=predictions / "test",
             ),
             progress,
-        )  # fmt: skip
+        )
     with clock.step("compare whole images with slices"):
         comparison = compare(
             CompareConfig(
-                data_dir=raw / "test" / "images", gt_dir=raw / "test_truth",
+                data_dir=raw / "test" / "images",
+                gt_dir=raw / "test_truth",
                 run_dir=_named(root / "networks", sliced=training, whole=rival),
-                output_dir=root / "comparison", overlaps=(),
+                output_dir=root / "comparison",
+                overlaps=(),
             ),
             progress,
-        )  # fmt: skip
+        )
     with clock.step("predict a real scene"), resources.as_file(real_scene()) as scene:
         real = predict_scenes(
             PredictConfig(
-                data_dir=scene, output_dir=predictions / "real", run_dir=(training.run_dir,),
-                save_probabilities=True, overwrite=True,
+                data_dir=scene,
+                output_dir=predictions / "real",
+                run_dir=(training.run_dir,),
+                save_probabilities=True,
+                overwrite=True,
             ),
             progress,
-        )  # fmt: skip
+        )
     if config.size == SIDE:
         (predictions / "test" / ARCHIVE).replace(root / ARCHIVE)
     outcome = Outcome(config, training, scores, comparison, real, clock.seconds)
@@ -150,11 +156,15 @@ def _prepare(
     with clock.step("simulate coasts"):
         simulate(
             SimulateConfig(
-                output_dir=raw, places=config.places, dates=config.dates, test=config.test,
-                size=config.size, seed=config.seed,
+                output_dir=raw,
+                places=config.places,
+                dates=config.dates,
+                test=config.test,
+                size=config.size,
+                seed=config.seed,
             ),
             progress,
-        )  # fmt: skip
+        )
     with clock.step("describe images, group places, make folds"):
         images = build_metadata(MetadataConfig(data_dir=raw, output_dir=processed), progress)
     with clock.step("band statistics"):

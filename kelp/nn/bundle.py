@@ -26,14 +26,14 @@ from torch import Tensor
 import kelp
 from kelp.config.choices import Precision
 from kelp.errors import BundleError
-from kelp.files import atomic_folder, recover_folder, write_json, write_text
+from kelp.inference.backends.onnx import SPEC_KEY, SUFFIX, OnnxFile
+from kelp.inference.backends.trees import MODEL_FILE, PixelTrees
+from kelp.inference.foldruns import FoldRuns
+from kelp.inference.spec import SCHEMA_VERSION, BundleSpec
+from kelp.io.files import atomic_folder, recover_folder, write_json, write_text
 from kelp.nn.card import model_card
-from kelp.nn.folding import folded
-from kelp.nn.foldruns import FoldRuns
+from kelp.nn.fusion import folded
 from kelp.nn.model import KelpNet
-from kelp.nn.onnxfile import SPEC_KEY, SUFFIX, OnnxFile
-from kelp.nn.spec import SCHEMA_VERSION, BundleSpec
-from kelp.nn.trees import MODEL_FILE, PixelTrees
 
 log = logging.getLogger("kelp")
 
@@ -148,9 +148,11 @@ def load_bundle(path: Path | str, which: Which = "best") -> Bundle:
         return Bundle(folder, spec, _load_trees(folder, spec))
     net = load_network(folder, spec)
     example = torch.randn(
-        1, len(spec.channels), *spec.network_shape(spec.tile_size),
+        1,
+        len(spec.channels),
+        *spec.network_shape(spec.tile_size),
         generator=torch.Generator().manual_seed(0),
-    )  # fmt: skip
+    )
     net.body = folded(net.body, example.to(memory_format=torch.channels_last))
     return Bundle(folder, spec, net)
 

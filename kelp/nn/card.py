@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from kelp.config import TrainConfig
-from kelp.nn.spec import BundleSpec
+from kelp.inference.spec import BundleSpec
 
 
 def model_card(spec: BundleSpec, spec_file: str) -> str:
@@ -104,16 +104,22 @@ def _options(data: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [
         ("Started from", start),
         ("Loss", data["loss"]),
-        ("Optimizer", f"{data['optimizer']}, rate {data['lr']:g}{course}, "
-         f"weight decay {data['weight_decay']:g}"),
-        ("Steps", f"at most {data['epochs']} epochs, batches of {data['batch_size']}{times}; "
-         f"{data['precision']}"),
+        (
+            "Optimizer",
+            f"{data['optimizer']}, rate {data['lr']:g}{course}, "
+            f"weight decay {data['weight_decay']:g}",
+        ),
+        (
+            "Steps",
+            f"at most {data['epochs']} epochs, batches of {data['batch_size']}{times}; "
+            f"{data['precision']}",
+        ),
         ("Samples", drawn if data["use_weighted_sampler"] else "each row once an epoch"),
         ("Augmentation", _augmentation(data)),
         *([("Average of weights", averaged)] if averaged else []),
         ("Best epoch by", data["monitor_metric"]),
         ("Seed", str(data["seed"])),
-    ]  # fmt: skip
+    ]
 
 
 def _augmentation(data: Mapping[str, Any]) -> str:
@@ -126,9 +132,11 @@ def _augmentation(data: Mapping[str, Any]) -> str:
 
 
 def _tree_options(data: Mapping[str, Any]) -> list[tuple[str, str]]:
-    return [(name.replace("_", " ").capitalize(), str(data[name]))
-            for name in ("pixels_per_image", "trees", "leaves", "learning_rate", "seed")
-            if name in data]  # fmt: skip
+    return [
+        (name.replace("_", " ").capitalize(), str(data[name]))
+        for name in ("pixels_per_image", "trees", "leaves", "learning_rate", "seed")
+        if name in data
+    ]
 
 
 def _pixelwise_lines(spec: BundleSpec) -> list[str]:

@@ -19,13 +19,9 @@ import torch
 from torch import Tensor, nn
 
 import kelp
-from kelp.bands import BANDS, DEM, NODATA, OPTICAL, PIXEL_SIZE_M, QA
 from kelp.config import ExportConfig
 from kelp.errors import ConfigError, KelpError
-from kelp.files import atomic
-from kelp.nn.bundle import find_bundle, load_network, read_spec
-from kelp.nn.model import KelpNet
-from kelp.nn.onnxfile import (
+from kelp.inference.backends.onnx import (
     INPUT,
     OUTPUT,
     SPEC_KEY,
@@ -36,8 +32,12 @@ from kelp.nn.onnxfile import (
     extra,
     weights_sha256,
 )
-from kelp.nn.spec import BundleSpec
+from kelp.inference.spec import BundleSpec
+from kelp.io.files import atomic
+from kelp.nn.bundle import find_bundle, load_network, read_spec
+from kelp.nn.model import KelpNet
 from kelp.progress import Progress, silent
+from kelp.raster.bands import BANDS, DEM, NODATA, OPTICAL, PIXEL_SIZE_M, QA
 
 log = logging.getLogger("kelp")
 

@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.nn import functional
 from torchvision.ops import sigmoid_focal_loss
 
-from kelp.bands import MASK_NODATA
 from kelp.config.choices import Loss
+from kelp.raster.bands import MASK_NODATA
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 """`loss(logits, target)`: a float32 scalar."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.classification import BinaryConfusionMatrix
 
-from kelp.bands import MASK_NODATA
+from kelp.raster.bands import MASK_NODATA
 
 THRESHOLD: Final = 0.5
 """The decision threshold of `val/…` scores."""

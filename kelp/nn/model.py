@@ -12,14 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kelp.bands import MASK_NODATA
 from kelp.config.choices import Precision
 from kelp.errors import ConfigError
-from kelp.grid import Shape
+from kelp.inference.spec import NetworkSpec
 from kelp.nn.device import compute_dtype
 from kelp.nn.preprocess import Preprocess
 from kelp.nn.resize import pick, to_network, to_scene
-from kelp.nn.spec import NetworkSpec
+from kelp.raster.bands import MASK_NODATA
+from kelp.raster.window import Shape
 
 _SMP_NAMES: Final = {"unet++": "unetplusplus", "deeplabv3+": "deeplabv3plus"}
 _WITH_DECODER_CHANNELS: Final = ("unet", "unet++", "manet")

@@ -7,11 +7,11 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
-from kelp.bands import BANDS, NODATA, QA
 from kelp.errors import StatsError
-from kelp.indices import index_planes
-from kelp.nn.samplerange import PER_SAMPLE, sample_range
-from kelp.nn.spec import NetworkSpec
+from kelp.inference.spec import NetworkSpec
+from kelp.nn.normalization import PER_SAMPLE, sample_range
+from kelp.raster.bands import BANDS, NODATA, QA
+from kelp.raster.indices import index_planes
 
 # Saturated or broken pixels lie dozens of ranges away; bounding them keeps bf16 and batch
 # statistics sane, while 0-1 (the q01-q99 range) and the fill value stay where they are.
@@ -32,7 +32,7 @@ class Preprocess(nn.Module):
     least 1e-6.
 
     The per-sample strategies take these numbers from the observed values of each sample instead
-    (`kelp.nn.samplerange`). QA, which is 0 or 1, keeps its stored ones: a sample that is cloudy
+    (`kelp.nn.normalization`). QA, which is 0 or 1, keeps its stored ones: a sample that is cloudy
     all over must not look like a clear one.
 
     Raises:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kelp.config.choices import Interpolation
-from kelp.grid import Shape
+from kelp.raster.window import Shape
 
 
 def to_network(x: Tensor, side: int, interpolation: Interpolation) -> Tensor:

@@ -56,12 +56,13 @@ def make_sites(rng: np.random.Generator, terrain: Terrain) -> Sites:
     at = at[(stop > start) & (at < len(water))]
     y, x = np.divmod(water[order[at]], terrain.shape[1])
     return Sites(
-        y, x,
+        y,
+        x,
         rng.standard_normal(len(at)),
         rng.standard_normal(len(at)),
         rng.uniform(2, 5, len(at)),
         float(rng.standard_normal()),
-    )  # fmt: skip
+    )
 
 
 def _alike(
@@ -128,9 +129,14 @@ def grow(
 
 
 def _fill(
-    patches: NDArray[np.int32], free: Mask, terrain: Terrain, centre: tuple[int, int],
-    aspect: float, pixels: int, number: int,
-) -> None:  # fmt: skip
+    patches: NDArray[np.int32],
+    free: Mask,
+    terrain: Terrain,
+    centre: tuple[int, int],
+    aspect: float,
+    pixels: int,
+    number: int,
+) -> None:
     """Grow one patch: the `pixels` free pixels that are nearest along the shore."""
     reach = int(np.ceil(1.3 * np.sqrt(pixels * aspect))) + 3
     y0, x0 = max(0, centre[0] - reach), max(0, centre[1] - reach)

@@ -19,12 +19,12 @@ from rasterio.io import MemoryFile
 import kelp
 from kelp.data_prep.tile_files import put
 from kelp.errors import ConfigError
-from kelp.files import discard_partials, output_folder, write_text
-from kelp.manifest import IMAGE_SUFFIX, MASK_SUFFIX, TEST, TRAIN
+from kelp.io.executors import spread
+from kelp.io.files import discard_partials, output_folder, write_text
 from kelp.progress import Progress, silent
 from kelp.simulation.scene import SimulatedScene, make_place, take_picture
 from kelp.simulation.world import WORLDS
-from kelp.workers import spread
+from kelp.tables import IMAGE_SUFFIX, MASK_SUFFIX, TEST, TRAIN
 
 if TYPE_CHECKING:
     from kelp.config import SimulateConfig
@@ -135,10 +135,12 @@ def tile_name(number: int, seed: int) -> str:
 def _jobs(config: SimulateConfig) -> list[_Job]:
     # Even numbers are training images, odd ones test images: more of one kind renames none.
     train = [
-        tuple(tile_name(2 * (place * config.dates + date), config.seed)
-              for date in range(config.dates))
+        tuple(
+            tile_name(2 * (place * config.dates + date), config.seed)
+            for date in range(config.dates)
+        )
         for place in range(config.places)
-    ]  # fmt: skip
+    ]
     jobs = [_Job(TRAIN, place, ids) for place, ids in enumerate(train)]
     for index in range(config.test):
         tile_id = tile_name(2 * index + 1, config.seed)
@@ -208,9 +210,14 @@ def _encode(pixels: NDArray[Any]) -> bytes:
     with MemoryFile() as memory, warnings.catch_warnings():
         warnings.simplefilter("ignore", NotGeoreferencedWarning)
         with memory.open(
-            driver="GTiff", count=count, height=height, width=width, dtype=pixels.dtype,
-            compress="lzw", interleave="pixel",
-        ) as dataset:  # fmt: skip
+            driver="GTiff",
+            count=count,
+            height=height,
+            width=width,
+            dtype=pixels.dtype,
+            compress="lzw",
+            interleave="pixel",
+        ) as dataset:
             dataset.write(pixels)
         return bytes(memory.getbuffer())
 

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from kelp.bands import BANDS
-from kelp.grid import Shape
+from kelp.raster.bands import BANDS
+from kelp.raster.window import Shape
 from kelp.simulation import sensor
 from kelp.simulation.beds import Sites, density, grow, make_sites
 from kelp.simulation.labels import draw_labels
@@ -47,7 +47,8 @@ class SimulatedScene:
     """An image and its masks.
 
     Attributes:
-        pixels: int32 `(7, height, width)`, bands in `kelp.bands.BANDS` order, -32768 = missing.
+        pixels: int32 `(7, height, width)`, bands in the order of `kelp.raster.bands.BANDS`,
+            -32768 = missing.
         truth: uint8 0/1 `(height, width)`: where kelp is, and not hidden by clouds or gaps.
         label: uint8 0/1 `(height, width)`: where volunteers draw it.
     """

@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from kelp.bands import NODATA, OPTICAL
-from kelp.grid import Shape
+from kelp.raster.bands import NODATA, OPTICAL
+from kelp.raster.window import Shape
 from kelp.simulation.terrain import Field, Mask, fractal, quantile_of, tiles_in
 from kelp.simulation.world import CALIBRATED, World
 

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import fft, ndimage
 
-from kelp.bands import NODATA
-from kelp.grid import Shape
+from kelp.raster.bands import NODATA
+from kelp.raster.window import Shape
 
 Field = NDArray[np.float32]
 Mask = NDArray[np.bool_]

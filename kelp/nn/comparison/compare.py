@@ -12,11 +12,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kelp.bands import DEM, MASK_NODATA
 from kelp.config import CompareConfig
 from kelp.errors import ConfigError
-from kelp.files import discard_partials, output_folder, scratch_folder, write_json, write_text
-from kelp.manifest import output_name
+from kelp.evaluation.scoring import pixel_area_m2
+from kelp.evaluation.thresholds import (
+    CODES,
+    best_threshold,
+    parts_of,
+    pixels_by_code,
+    precision_by_code,
+)
+from kelp.io.files import discard_partials, output_folder, scratch_folder, write_json, write_text
 from kelp.nn.bundle import Bundle, load_bundle
 from kelp.nn.comparison.advice import Advice, advise
 from kelp.nn.comparison.fields import FIELDS
@@ -26,14 +32,14 @@ from kelp.nn.comparison.scenes import Labelled, labelled_scenes
 from kelp.nn.comparison.sums import FIGURES, Draws, Sums, sums_of
 from kelp.nn.comparison.ways import Runtime, Way, ways_of
 from kelp.nn.device import resolve_device, resolve_precision
-from kelp.preview import picture_of
+from kelp.plotting.preview import picture_of
 from kelp.progress import Progress, silent
-from kelp.raster import read_mask
-from kelp.scene import read_scene
-from kelp.scoring import pixel_area_m2
-from kelp.seams import Steps, steps
-from kelp.thresholds import CODES, best_threshold, parts_of, pixels_by_code, precision_by_code
-from kelp.writer import write_mask
+from kelp.raster.bands import DEM, MASK_NODATA
+from kelp.raster.masks import read_mask
+from kelp.raster.scene import read_scene
+from kelp.raster.writer import write_mask
+from kelp.tables import output_name
+from kelp.tiling.seams import Steps, steps
 
 log = logging.getLogger("kelp")
 
@@ -96,9 +102,14 @@ def compare(config: CompareConfig, progress: Progress = silent) -> CompareResult
             comparison = replace(comparison, equal=Comparison(precise, places, draws))
         text = to_text(comparison, advice)
         report = write_report(
-            folder / "report.html", comparison, advice, config, scenes.words,
-            judge.pictures(advice), [way.name for way in left_out],
-        )  # fmt: skip
+            folder / "report.html",
+            comparison,
+            advice,
+            config,
+            scenes.words,
+            judge.pictures(advice),
+            [way.name for way in left_out],
+        )
     figures: dict[str, Any] = {
         "advice": advice.to_json(),
         "scenes": scenes.words,
@@ -122,9 +133,14 @@ def _ways(config: CompareConfig, bundles: Sequence[Bundle]) -> list[Way]:
     for bundle, path in zip(bundles, config.run_dir, strict=True):
         name = path.name if len(bundles) > 1 else ""
         ways += ways_of(
-            bundle, name, config.sahi_tile_size, config.overlaps, config.tile_sizes,
-            config.interpolations, config.tta,
-        )  # fmt: skip
+            bundle,
+            name,
+            config.sahi_tile_size,
+            config.overlaps,
+            config.tile_sizes,
+            config.interpolations,
+            config.tta,
+        )
     names = [way.name for way in ways]
     if len(set(names)) < len(names):
         raise ConfigError("--run_dir: two of these folders have one name; rename one")
@@ -135,9 +151,13 @@ class _Judge:
     """Predictions of all ways, and what they are worth."""
 
     def __init__(
-        self, config: CompareConfig, images: Sequence[Labelled], ways: Sequence[Way],
-        runtime: Runtime, folder: Path,
-    ) -> None:  # fmt: skip
+        self,
+        config: CompareConfig,
+        images: Sequence[Labelled],
+        ways: Sequence[Way],
+        runtime: Runtime,
+        folder: Path,
+    ) -> None:
         self._config = config
         self._images = images
         self._ways = ways
@@ -185,12 +205,15 @@ class _Judge:
             km2 = (area or self._config.pixel_size**2) / 1e6
             by_image.append(
                 sums_of(
-                    read_mask(image.truth), self._codes(way, number),
-                    thresholds[self._part[image.place]], self._land[number],
-                    self._steps[way.name][number], km2,
+                    read_mask(image.truth),
+                    self._codes(way, number),
+                    thresholds[self._part[image.place]],
+                    self._land[number],
+                    self._steps[way.name][number],
+                    km2,
                     read_mask(image.labels) if image.labels else None,
                 )
-            )  # fmt: skip
+            )
         pixels = sum(image.shape[0] * image.shape[1] for image in self._images)
         network_pixels = self._network_pixels[way.name]
         return Judged(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from kelp.agreement import PATCH_SIZES
+from kelp.evaluation.confusion import PATCH_SIZES
 from kelp.nn.comparison.result import AT_EQUAL_PRECISION
 from kelp.nn.comparison.sums import OPEN_WATER
 

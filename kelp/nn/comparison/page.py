@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from kelp.agreement import PATCH_SIZES
 from kelp.config import CompareConfig
+from kelp.evaluation.confusion import PATCH_SIZES
 from kelp.nn.comparison.advice import Advice
 from kelp.nn.comparison.result import Comparison, Estimate, Judged
-from kelp.report import Report, by_class, intervals
+from kelp.plotting.html import Report, by_class, intervals
 
 _SCORES: Final = (
     ("iou", "IoU"),
@@ -43,11 +43,17 @@ def to_text(comparison: Comparison, advice: Advice) -> str:
         mean, seam = (comparison.figure(one, name).value for name in _BESIDE)
         rows.append(
             [
-                one.way.name, _number(dice.value), _bounds(dice), _number(gain.value, "+.3f"),
-                _bounds(gain, "+.3f"), _number(mean), _number(seam), f"{one.multiplier:.1f}",
+                one.way.name,
+                _number(dice.value),
+                _bounds(dice),
+                _number(gain.value, "+.3f"),
+                _bounds(gain, "+.3f"),
+                _number(mean),
+                _number(seam),
+                f"{one.multiplier:.1f}",
                 f"{one.seconds:.2f}",
             ]
-        )  # fmt: skip
+        )
     legend = (
         "mean Dice: of the images; cost: network pixels for each scene pixel; s: seconds an image; "
         "seam: 1 = none shows"

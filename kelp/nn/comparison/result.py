@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from kelp.agreement import PATCH_SIZES
+from kelp.evaluation.confusion import PATCH_SIZES
 from kelp.nn.comparison.sums import BINS, FIGURES, OPEN_WATER, Array, Draws, Sums, interval
 from kelp.nn.comparison.ways import Way
 
@@ -82,8 +82,11 @@ class Judged:
 
 
 AT_EQUAL_PRECISION: Final = (
-    "precision", "recall", *(f"recall_{size}_px" for size in PATCH_SIZES), OPEN_WATER,
-)  # fmt: skip
+    "precision",
+    "recall",
+    *(f"recall_{size}_px" for size in PATCH_SIZES),
+    OPEN_WATER,
+)
 """The figures that tell of a way at thresholds of equal precision."""
 
 _NOTHING: Final = Estimate(None, None, None)

@@ -11,10 +11,14 @@ from typing import Final, NamedTuple
 import pandas as pd
 
 from kelp.config import CompareConfig, TuneConfig
-from kelp.config.location import Url, local
 from kelp.errors import BundleError, ConfigError, InputError, TableError
-from kelp.grid import Shape
-from kelp.manifest import (
+from kelp.evaluation.scoring import places_of
+from kelp.inference.inputs import find_scenes, survey
+from kelp.io.location import Url, local
+from kelp.nn.bundle import Bundle
+from kelp.raster.masks import raster_shape
+from kelp.raster.window import Shape
+from kelp.tables import (
     MASK_SUFFIX,
     TRAIN,
     VAL,
@@ -24,10 +28,6 @@ from kelp.manifest import (
     require_files,
     tile_id_of,
 )
-from kelp.nn.bundle import Bundle
-from kelp.nn.inference.inputs import find_scenes, survey
-from kelp.raster import raster_shape
-from kelp.scoring import places_of
 
 log = logging.getLogger("kelp")
 

@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from kelp.agreement import PATCH_SIZES, Counts, Figures, count
-from kelp.bands import MASK_NODATA
-from kelp.seams import Steps
-from kelp.thresholds import CODES
+from kelp.evaluation.confusion import PATCH_SIZES, Counts, Figures, count
+from kelp.evaluation.thresholds import CODES
+from kelp.raster.bands import MASK_NODATA
+from kelp.tiling.seams import Steps
 
 Array = NDArray[np.float64]
 Mask = NDArray[np.uint8]
@@ -33,15 +33,31 @@ _MOST_UNDEFINED: Final = 0.05
 """Share of draws without a value above which an interval is not told."""
 
 _NAMES: Final = (
-    "images", "dice_sum", "tp", "fp", "fn", "tn",
-    *(f"patches_{size}" for size in PATCH_SIZES), *(f"found_{size}" for size in PATCH_SIZES),
-    "band_tp", "band_fp", "band_fn",
-    "open_false_km2", "open_km2",
-    "border", "borders", "elsewhere", "others",
-    "truth_km2", "mask_km2", "expected_km2",
-    "labels_tp", "labels_fp", "labels_fn",
+    "images",
+    "dice_sum",
+    "tp",
+    "fp",
+    "fn",
+    "tn",
+    *(f"patches_{size}" for size in PATCH_SIZES),
+    *(f"found_{size}" for size in PATCH_SIZES),
+    "band_tp",
+    "band_fp",
+    "band_fn",
+    "open_false_km2",
+    "open_km2",
+    "border",
+    "borders",
+    "elsewhere",
+    "others",
+    "truth_km2",
+    "mask_km2",
+    "expected_km2",
+    "labels_tp",
+    "labels_fp",
+    "labels_fn",
     *(f"bin_{part}_{k}" for part in ("pixels", "p", "kelp") for k in range(BINS)),
-)  # fmt: skip
+)
 _PLACE: Final = {name: k for k, name in enumerate(_NAMES)}
 
 
@@ -61,9 +77,14 @@ class Sums:
 
 
 def sums_of(
-    truth: Mask, codes: Mask, threshold: int, land: NDArray[np.bool_], steps: Steps, km2: float,
+    truth: Mask,
+    codes: Mask,
+    threshold: int,
+    land: NDArray[np.bool_],
+    steps: Steps,
+    km2: float,
     labels: Mask | None = None,
-) -> Sums:  # fmt: skip
+) -> Sums:
     """Sums of one image; all arrays `(height, width)`.
 
     Args:
@@ -71,7 +92,7 @@ def sums_of(
         codes: probabilities in units of 1 / `CODES`, 255 = not observed (counts as no kelp).
         threshold: kelp where a code is at least this.
         land: DEM > 0.
-        steps: of the probabilities (see `kelp.seams`).
+        steps: of the probabilities (see `kelp.tiling.seams`).
         km2: area of a pixel.
         labels: a second truth, of other labellers.
     """

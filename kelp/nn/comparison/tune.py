@@ -18,7 +18,11 @@ import numpy as np
 
 from kelp.config import TuneConfig
 from kelp.errors import ConfigError, InputError
-from kelp.files import output_folder, write_json
+from kelp.evaluation.thresholds import parts_of
+from kelp.inference.arrays import predict_array
+from kelp.inference.backends.onnx import OnnxNet
+from kelp.inference.foldruns import runs_of
+from kelp.io.files import output_folder, write_json
 from kelp.nn.bundle import Bundle, describe_bundle, load_bundle
 from kelp.nn.comparison.counted import (
     COOLEST,
@@ -35,13 +39,9 @@ from kelp.nn.comparison.scenes import Labelled, Scenes, labelled_scenes
 from kelp.nn.comparison.sums import Draws
 from kelp.nn.comparison.tune_page import write_page
 from kelp.nn.device import resolve_device, resolve_precision
-from kelp.nn.foldruns import runs_of
-from kelp.nn.inference.arrays import predict_array
-from kelp.nn.onnxfile import OnnxNet
 from kelp.progress import Progress, silent
-from kelp.raster import read_mask
-from kelp.scene import read_scene
-from kelp.thresholds import parts_of
+from kelp.raster.masks import read_mask
+from kelp.raster.scene import read_scene
 
 log = logging.getLogger("kelp")
 
@@ -128,15 +128,25 @@ def _tune(
             # Cross-entropy has fallen, but one number cannot mend confident false alarms.
             log.info(
                 "temperature %g would calibrate no better (error %.2g, now %.2g): it stays %g",
-                temperature, errors[1], errors[0], was,
-            )  # fmt: skip
+                temperature,
+                errors[1],
+                errors[0],
+                was,
+            )
             temperature, after = was, before
     best = int(dice(after.outcomes().sum(axis=0)).argmax())
     return Tuned(
-        name, bundle.path, scenes.words, before, after, (was, temperature),
-        (bundle.spec.threshold, as_threshold(best)), parts_of(len(places), config.seed),
-        Draws(len(places), config.draws, config.seed), len(scenes.images),
-    )  # fmt: skip
+        name,
+        bundle.path,
+        scenes.words,
+        before,
+        after,
+        (was, temperature),
+        (bundle.spec.threshold, as_threshold(best)),
+        parts_of(len(places), config.seed),
+        Draws(len(places), config.draws, config.seed),
+        len(scenes.images),
+    )
 
 
 def _count_scenes(
@@ -150,9 +160,13 @@ def _count_scenes(
     missed = np.zeros(places, dtype=np.int64)
     for done, image in enumerate(images, 1):
         p = predict_array(
-            bundle, read_scene(image.scene, config.band_order), batch_size=config.batch_size,
-            precision=precision, device=config.device, qa_as_nodata=config.qa_as_nodata,
-        )  # fmt: skip
+            bundle,
+            read_scene(image.scene, config.band_order),
+            batch_size=config.batch_size,
+            precision=precision,
+            device=config.device,
+            qa_as_nodata=config.qa_as_nodata,
+        )
         pixels, unseen = count(p, read_mask(image.truth))
         by_place[image.place] += pixels
         missed[image.place] += unseen

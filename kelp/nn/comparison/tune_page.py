@@ -13,7 +13,7 @@ from scipy import special
 import kelp
 from kelp.config import TuneConfig
 from kelp.nn.comparison.counted import EDGES, THRESHOLDS, Tuned, dice
-from kelp.report import Report, lines
+from kelp.plotting.html import Report, lines
 
 
 def write_page(path: Path, config: TuneConfig, tuned: Sequence[Tuned]) -> Path:
@@ -69,21 +69,25 @@ def _network(report: Report, one: Tuned) -> None:
     tp, fp, fn = totals
     with np.errstate(invalid="ignore"):
         swept = {
-            "Dice": dice(totals), "precision": tp / (tp + fp), "recall": tp / (tp + fn),
-        }  # fmt: skip
+            "Dice": dice(totals),
+            "precision": tp / (tp + fp),
+            "recall": tp / (tp + fn),
+        }
     report.figure(
         lines(
             {k: list(zip(map(float, at), map(float, v), strict=True)) for k, v in swept.items()},
-            "threshold", "share",
+            "threshold",
+            "share",
         ),
         "Dice, precision and recall at every threshold, over all scenes.",
-    )  # fmt: skip
+    )
     shown = {}
     for name, counted in (("before", one.before), ("after", one.after)):
         _, p, share = counted.reliability()
         shown[name] = [(float(a), float(b)) for a, b in zip(p, share, strict=True) if a == a]
     report.figure(
-        lines({**shown, "calibrated": [(0.0, 0.0), (1.0, 1.0)]}, "mean probability",
-              "share of kelp"),
+        lines(
+            {**shown, "calibrated": [(0.0, 0.0), (1.0, 1.0)]}, "mean probability", "share of kelp"
+        ),
         "Reliability in tenths of probability: calibrated maps lie on the diagonal.",
-    )  # fmt: skip
+    )

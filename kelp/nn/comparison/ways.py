@@ -15,15 +15,16 @@ from torch.nn import functional
 from kelp.config.choices import Interpolation, Precision
 from kelp.config.predict import MergeMode
 from kelp.errors import ConfigError
-from kelp.grid import Shape, TileGrid
-from kelp.merge import Blend
+from kelp.inference.arrays import predict_array
+from kelp.inference.backends.onnx import OnnxNet
+from kelp.inference.spec import BundleSpec
 from kelp.nn.bundle import Bundle
 from kelp.nn.device import autocast
-from kelp.nn.inference.arrays import predict_array
 from kelp.nn.model import KelpNet
-from kelp.nn.onnxfile import OnnxNet
 from kelp.nn.resize import pick, to_network
-from kelp.nn.spec import BundleSpec
+from kelp.raster.window import Shape
+from kelp.tiling.grid import TileGrid
+from kelp.tiling.merge import Blend
 
 _TILE: Final = 128
 """Of a network that was trained on whole images."""
@@ -76,11 +77,17 @@ class Way:
             tile = self.tile or max(height, width)
             bundle = self._for(tile)
             p = predict_array(
-                bundle, scene, tile=tile, overlap=self.overlap, blend=self.blend, tta=self.tta,
-                batch_size=runtime.batch_size if self.tile else 1, precision=runtime.precision,
+                bundle,
+                scene,
+                tile=tile,
+                overlap=self.overlap,
+                blend=self.blend,
+                tta=self.tta,
+                batch_size=runtime.batch_size if self.tile else 1,
+                precision=runtime.precision,
                 device="cpu" if runtime.device.type == "cpu" else "cuda",
                 qa_as_nodata=qa_as_nodata,
-            )  # fmt: skip
+            )
             rows, columns = bundle.spec.network_shape((tile, tile))
             crops = len(TileGrid((height, width), tile, self.overlap)) * (8 if self.tta else 1)
             network_pixels = crops * rows * columns

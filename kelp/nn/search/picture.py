@@ -60,9 +60,13 @@ def _draw_values(axes: Axes, outcomes: Sequence[Outcome], metric: str, mode: str
         best = list(accumulate(values, max if mode == "max" else min))
         last = max(t.number for t in outcomes)
         axes.step(
-            [*numbers, last], [*best, best[-1]], where="post", color=_ORANGE, lw=1.6,
+            [*numbers, last],
+            [*best, best[-1]],
+            where="post",
+            color=_ORANGE,
+            lw=1.6,
             label="best so far",
-        )  # fmt: skip
+        )
         axes.plot(numbers, values, "o", color=_BLUE, ms=6, label="complete")
     if pruned:
         numbers, values = zip(*pruned, strict=True)
@@ -72,9 +76,14 @@ def _draw_values(axes: Axes, outcomes: Sequence[Outcome], metric: str, mode: str
     if without:
         # Their height says nothing: they stand on the lower edge.
         axes.plot(
-            without, [0.02] * len(without), "x", color=_QUIET, ms=6, label="failed, or refused",
+            without,
+            [0.02] * len(without),
+            "x",
+            color=_QUIET,
+            ms=6,
+            label="failed, or refused",
             transform=axes.get_xaxis_transform(),
-        )  # fmt: skip
+        )
     _title(axes, f"{metric} of the trials ({'more' if mode == 'max' else 'less'} is better)")
     axes.set_xlabel("trial", color=_QUIET, size=9)
     axes.locator_params(axis="x", integer=True)
@@ -90,9 +99,13 @@ def _draw_importances(axes: Axes, importances: Mapping[str, Importance], complet
         axes.barh(k, one.share, height=0.6, color=_BLUE)
         axes.plot([one.chance] * 2, [k - 0.4, k + 0.4], color=_ORANGE, lw=2.2)
         axes.text(
-            max(one.share, one.chance) + 0.015, k, f"{one.share:.2f}", va="center", size=8.5,
+            max(one.share, one.chance) + 0.015,
+            k,
+            f"{one.share:.2f}",
+            va="center",
+            size=8.5,
             color=_INK,
-        )  # fmt: skip
+        )
     names = [
         name if len(name) <= _LONGEST_NAME else f"…{name[1 - _LONGEST_NAME :]}"
         for name in importances
@@ -105,8 +118,9 @@ def _draw_importances(axes: Axes, importances: Mapping[str, Importance], complet
     axes.set_xlabel(
         f"share of the variance among {complete} complete trials (fANOVA);\n"
         "orange: the same with the scores dealt by chance",
-        color=_QUIET, size=9,
-    )  # fmt: skip
+        color=_QUIET,
+        size=9,
+    )
     axes.grid(visible=True, axis="x", color=_GRID, lw=0.8)
     _plain(axes)
 

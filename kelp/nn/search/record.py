@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from kelp.config import TrainConfig
-from kelp.files import atomic, write_text
+from kelp.io.files import atomic, write_text
 from kelp.nn.search.picture import draw
 from kelp.nn.search.space import Base, Space
 
@@ -107,9 +107,12 @@ class Standing:
         if best is not None:
             write_text(folder / BEST, best)
         png = draw(
-            self.outcomes, self.config.monitor_metric, self.config.monitor_mode,
-            self.importances, self._why_not(),
-        )  # fmt: skip
+            self.outcomes,
+            self.config.monitor_metric,
+            self.config.monitor_mode,
+            self.importances,
+            self._why_not(),
+        )
         with atomic(folder / PICTURE) as partial:
             partial.write_bytes(png)
         write_text(folder / SUMMARY, self.text() + "\n")

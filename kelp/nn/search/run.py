@@ -16,7 +16,7 @@ import torch
 
 from kelp.config import SweepConfig, TrainConfig
 from kelp.errors import ConfigError, InputError, KelpError, WeightsError
-from kelp.files import discard_partials, locked, output_folder
+from kelp.io.files import discard_partials, locked, output_folder
 from kelp.nn.search.record import BEST, Standing
 from kelp.nn.search.space import Base, Space
 from kelp.nn.training.fit import train
@@ -188,9 +188,12 @@ class _Session:
             self.progress("trials", memory.finished, memory.wanted)
             trial = memory.begin()
             log.info(
-                "trial %d (%d of %d): %s", trial.number, memory.finished + 1, memory.wanted,
+                "trial %d (%d of %d): %s",
+                trial.number,
+                memory.finished + 1,
+                memory.wanted,
                 ", ".join(f"{name} {value}" for name, value in trial.params.items()),
-            )  # fmt: skip
+            )
             try:
                 self._train(trial, parent)
             except BaseException:
@@ -238,9 +241,13 @@ class _Session:
         """Write how the sweep stands."""
         memory = self.memory
         standing = Standing(
-            self.base.output_dir, self.base, self.space, memory.wanted, memory.outcomes(),
+            self.base.output_dir,
+            self.base,
+            self.space,
+            memory.wanted,
+            memory.outcomes(),
             memory.importances(),
-        )  # fmt: skip
+        )
         standing.write(self.base.output_dir)
         return standing
 

@@ -20,9 +20,18 @@ Value = bool | int | float | str | None
 """Of an option, as Optuna keeps it; lists are comma-separated text, as flags give them."""
 
 _SHARED: Final = {
-    "data_dir", "metadata_fp", "output_dir", "cv_split", "experiment", "resume_from",
-    "monitor_metric", "monitor_mode", "limit_val_batches", "limit_test_batches", "fast_dev_run",
-}  # fmt: skip
+    "data_dir",
+    "metadata_fp",
+    "output_dir",
+    "cv_split",
+    "experiment",
+    "resume_from",
+    "monitor_metric",
+    "monitor_mode",
+    "limit_val_batches",
+    "limit_test_batches",
+    "fast_dev_run",
+}
 """Options that say what the score is and where things lie: all trials share them."""
 _OF_THE_LOSS: Final = {"loss", "ce_smooth_factor", "ce_class_weights"}
 _ENDS: Final = ("low", "high")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 from kelp.config import TrainConfig
-from kelp.nn.dataset import Sample
+from kelp.nn.data.dataset import Sample
 from kelp.nn.model import KelpNet
 
 if TYPE_CHECKING:

@@ -14,24 +14,24 @@ import torch
 
 from kelp.config import BaselineConfig
 from kelp.errors import TableError
-from kelp.grid import Shape
-from kelp.indices import channel_names, parse_indices
+from kelp.inference.backends.trees import PixelTrees, lightgbm
+from kelp.inference.spec import TREES, BundleSpec, NetworkSpec
 from kelp.nn.bundle import save_bundle
 from kelp.nn.metrics import Confusion, KelpScores
 from kelp.nn.preprocess import Preprocess
-from kelp.nn.spec import TREES, BundleSpec, NetworkSpec
 from kelp.nn.training.boosting import grow
 from kelp.nn.training.importances import IMPORTANCES, draw_importances
 from kelp.nn.training.pictures import MATRIX, draw_confusion, write_confusion
 from kelp.nn.training.pixels import PixelSample, sample_pixels, samples_of
 from kelp.nn.training.plan import STATS_FOLDER, Statistics, run_statistics
 from kelp.nn.training.tracking import Tracking, quiet_libraries, start_run
-from kelp.nn.trees import PixelTrees, lightgbm
 from kelp.progress import Progress, silent
-from kelp.statsfile import StatsFile
+from kelp.raster.indices import channel_names, parse_indices
+from kelp.raster.statistics import StatsFile
+from kelp.raster.window import Shape
 
 if TYPE_CHECKING:
-    from kelp.nn.datamodule import Fold
+    from kelp.nn.data.datamodule import Fold
 
 log = logging.getLogger("kelp")
 
@@ -90,7 +90,7 @@ def train_baseline(config: BaselineConfig, progress: Progress = silent) -> Basel
     started = time.monotonic()
     lightgbm()  # before hours of reading, not after
     with quiet_libraries():
-        from kelp.nn.datamodule import read_fold, require_bands, training_shape
+        from kelp.nn.data.datamodule import read_fold, require_bands, training_shape
 
         fold = read_fold(config)
         require_bands(fold, config)

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from kelp.config import BaselineConfig
+from kelp.inference.backends.trees import lightgbm
 from kelp.nn.training.pixels import PixelSample
-from kelp.nn.trees import lightgbm
 from kelp.progress import Progress
 
 
@@ -56,10 +56,13 @@ def grow(
     if config.early_stopping_rounds:
         callbacks.append(library.early_stopping(config.early_stopping_rounds, verbose=False))
     booster = library.train(
-        settings, data, config.trees,
+        settings,
+        data,
+        config.trees,
         valid_sets=[data, _dataset(library, validation, channels, settings, data)],
-        valid_names=["train", "val"], callbacks=callbacks,
-    )  # fmt: skip
+        valid_names=["train", "val"],
+        callbacks=callbacks,
+    )
     progress("growing trees", config.trees, config.trees)
     best = booster.best_iteration if config.early_stopping_rounds else booster.num_trees()
     gains = booster.feature_importance("gain", iteration=best)

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from kelp.nn.dataset import TileDataset
+from kelp.nn.data.dataset import TileDataset
 
 SET_SIZE: Final = 6
 _MOST, _SOME = 3, 2

@@ -14,13 +14,13 @@ import torch
 
 from kelp.config import TrainConfig
 from kelp.config.choices import Precision
-from kelp.files import write_text
+from kelp.inference.spec import BundleSpec, NetworkSpec
+from kelp.io.files import write_text
 from kelp.nn.bundle import save_bundle
 from kelp.nn.device import resolve_device, resolve_precision, weights_dtype
 from kelp.nn.model import KelpNet
 from kelp.nn.preprocess import Preprocess
 from kelp.nn.pretrained import load_pretrained
-from kelp.nn.spec import BundleSpec, NetworkSpec
 from kelp.nn.training.compiling import compile_network
 from kelp.nn.training.plan import (
     CONFIG_FILE,
@@ -43,11 +43,11 @@ from kelp.nn.training.tracking import (
     start_run,
 )
 from kelp.progress import Progress, silent
-from kelp.statsfile import StatsFile
+from kelp.raster.statistics import StatsFile
 
 # Lightning takes seconds to import, and talks meanwhile: inside `quiet_libraries` only.
 if TYPE_CHECKING:
-    from kelp.nn.datamodule import FoldData
+    from kelp.nn.data.datamodule import FoldData
     from kelp.nn.training.epochs import EpochJudge
     from kelp.nn.training.keeping import EpochKeeper, SaveBundle
     from kelp.nn.training.team import Team
@@ -165,8 +165,8 @@ def _prepare(config: TrainConfig, team: Team, device: torch.device, progress: Pr
     Only the first process does what takes long: the network's weights and numbers are brought to
     the others when they meet.
     """
-    from kelp.nn.datamodule import FoldData, read_fold, require_bands
-    from kelp.nn.packing import pack
+    from kelp.nn.data.datamodule import FoldData, read_fold, require_bands
+    from kelp.nn.data.packing import pack
 
     precision = resolve_precision(config.precision, device)
     fold = read_fold(config)
@@ -295,9 +295,15 @@ def _fit(setup: _Setup, judge: EpochJudge, run_dir: Path | None) -> None:
 
     config = setup.config
     trainer = build_trainer(
-        config, setup.device, setup.precision, setup.team, judge, setup.validates_every, run_dir,
+        config,
+        setup.device,
+        setup.precision,
+        setup.team,
+        judge,
+        setup.validates_every,
+        run_dir,
         has_idle_parameters(setup.net) if setup.team.ddp else False,
-    )  # fmt: skip
+    )
     task = KelpTask(setup.net, config)
     if config.compile:
         compile_network(setup.net.body, config.compile_mode, setup.device)

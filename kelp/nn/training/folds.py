@@ -10,9 +10,8 @@ from pathlib import Path
 
 from kelp.config import TrainConfig
 from kelp.errors import ConfigError, TableError
-from kelp.files import write_text
-from kelp.manifest import TRAIN, VAL, count_folds, fold_column, read_table
-from kelp.nn.foldruns import FOLDS_FILE, FoldRun, FoldRuns
+from kelp.inference.foldruns import FOLDS_FILE, FoldRun, FoldRuns
+from kelp.io.files import write_text
 from kelp.nn.training.fit import train
 from kelp.nn.training.plan import CONFIG_FILE, effective, run_folder
 from kelp.nn.training.result import TrainResult
@@ -25,6 +24,7 @@ from kelp.nn.training.tracking import (
     start_run,
 )
 from kelp.progress import Progress, silent
+from kelp.tables import TRAIN, VAL, count_folds, fold_column, read_table
 
 log = logging.getLogger("kelp")
 

@@ -28,8 +28,8 @@ import kelp
 from kelp import errors
 from kelp.config import TrainConfig
 from kelp.errors import KelpError, ProcessError
+from kelp.io.executors import worker_count
 from kelp.nn.training.team import Team, open_store
-from kelp.workers import worker_count
 
 log = logging.getLogger("kelp")
 
@@ -49,9 +49,12 @@ class Helper:
         self.errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-m", _MODULE],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.errors,
+            text=True,
             env=environment,
-        )  # fmt: skip
+        )
         self.listener = threading.Thread(target=self._listen, daemon=True)
         self.listener.start()
 
@@ -108,14 +111,20 @@ class Helpers:
         root = str(Path(kelp.__file__).resolve().parents[1])
         paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = {
-            "OMP_NUM_THREADS": str(threads), **os.environ, "PYTHONPATH": os.pathsep.join(paths),
-        }  # fmt: skip
+            "OMP_NUM_THREADS": str(threads),
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(paths),
+        }
         self.helpers = [Helper(rank, environment) for rank in range(1, count)]
         for helper in self.helpers:
             helper.tell(
-                {"rank": helper.rank, "count": count, "port": port,
-                 "config": config.model_dump(mode="json")}
-            )  # fmt: skip
+                {
+                    "rank": helper.rank,
+                    "count": count,
+                    "port": port,
+                    "config": config.model_dump(mode="json"),
+                }
+            )
 
     def __enter__(self) -> Self:
         return self

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-from kelp.files import atomic, write_json
+from kelp.io.files import atomic, write_json
 
 IMPORTANCES: Final = "feature_importances"
 _BARS: Final = 20

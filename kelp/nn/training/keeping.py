@@ -14,7 +14,7 @@ import torch
 from lightning import LightningModule, Trainer
 
 from kelp.config import TrainConfig
-from kelp.files import atomic, atomic_folder, write_json
+from kelp.io.files import atomic, atomic_folder, write_json
 from kelp.nn.bundle import load_network, read_spec
 from kelp.nn.model import KelpNet
 from kelp.nn.training.epochs import CHECKPOINTS, LAST, EpochJudge
@@ -26,7 +26,7 @@ from kelp.nn.training.pictures import (
     draw_confusion,
     draw_curves,
     write_confusions,
-)  # fmt: skip
+)
 from kelp.nn.training.task import LEARNING_RATE, TRAIN_LOSS
 from kelp.nn.training.tracking import Part, Tracking
 from kelp.progress import Progress
@@ -49,9 +49,14 @@ class EpochKeeper(EpochJudge):
     """
 
     def __init__(
-        self, config: TrainConfig, tracking: Tracking, save: SaveBundle, progress: Progress,
-        album: Album, part: Part | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        config: TrainConfig,
+        tracking: Tracking,
+        save: SaveBundle,
+        progress: Progress,
+        album: Album,
+        part: Part | None = None,
+    ) -> None:
         super().__init__(config)
         self.album = album
         self.part = part
@@ -78,17 +83,26 @@ class EpochKeeper(EpochJudge):
         self.album.forget()
 
     def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any,
-        batch_idx: int, dataloader_idx: int = 0,
-    ) -> None:  # fmt: skip
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
         """Predictions that are to be pictured need not be made twice."""
         if trainer.world_size == 1:  # else the batches are dealt out
             self.album.take(outputs, batch_idx)
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any,
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
         batch_idx: int,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Tell how far the run is, and how it does."""
         batches = int(trainer.num_training_batches)
         if batch_idx + 1 == batches and pl_module.device.type == "cuda":

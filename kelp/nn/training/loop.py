@@ -11,14 +11,14 @@ from pathlib import Path
 import torch
 from lightning import Callback, LightningModule, Trainer
 
-from kelp.bands import BANDS
 from kelp.config import TrainConfig
 from kelp.config.choices import Precision
 from kelp.errors import ConfigError, KelpError
-from kelp.nn.dataset import as_raised
+from kelp.nn.data.dataset import as_raised
 from kelp.nn.model import KelpNet
 from kelp.nn.training.epochs import EpochJudge
 from kelp.nn.training.team import Team
+from kelp.raster.bands import BANDS
 
 
 def build_trainer(

@@ -13,19 +13,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kelp import preview, report, sheets
 from kelp.config import TrainConfig
-from kelp.files import atomic, output_folder, write_json
-from kelp.merge import to_mask
-from kelp.nn.dataset import Sample, collate
+from kelp.inference.spec import NetworkSpec
+from kelp.io.files import atomic, output_folder, write_json
+from kelp.nn.data.dataset import Sample, collate
 from kelp.nn.metrics import THRESHOLD, Confusion
 from kelp.nn.model import KelpNet
-from kelp.nn.spec import NetworkSpec
 from kelp.nn.training.chosen import SET_SIZE, choose
-from kelp.sheets import SheetTile
+from kelp.plotting import html, preview, sheets
+from kelp.plotting.sheets import SheetTile
+from kelp.tiling.merge import to_mask
 
 if TYPE_CHECKING:
-    from kelp.nn.datamodule import FoldData
+    from kelp.nn.data.datamodule import FoldData
 
 SAMPLES: Final = "samples"
 INPUTS: Final = f"{SAMPLES}/inputs.png"
@@ -35,10 +35,13 @@ CURVES: Final = "curves.png"
 _SHEETS: Final = 20
 """Epochs with a sheet, about: of longer runs not every epoch has one."""
 _PANELS: Final = {
-    "train/loss": "train/loss", "val/loss": "val/loss", "val/dice": "val/dice",
-    "val/precision": "precision/precision, recall", "val/recall": "recall/precision, recall",
+    "train/loss": "train/loss",
+    "val/loss": "val/loss",
+    "val/dice": "val/dice",
+    "val/precision": "precision/precision, recall",
+    "val/recall": "recall/precision, recall",
     "lr": "learning rate",
-}  # fmt: skip
+}
 """Metrics in `curves.png`: line and panel."""
 
 
@@ -173,7 +176,7 @@ def draw_curves(folder: Path, history: Sequence[Mapping[str, float]], best: int)
         place: [(k, epoch[name]) for k, epoch in enumerate(history, 1)]
         for name, place in _PANELS.items()
     }
-    _write(folder / CURVES, report.curves(curves, best))
+    _write(folder / CURVES, html.curves(curves, best))
 
 
 def write_confusions(folder: Path, epochs: Sequence[Confusion], best: int) -> None:
@@ -198,7 +201,7 @@ def write_confusion(
 
 def draw_confusion(folder: Path, confusion: Confusion) -> None:
     """Picture a confusion matrix."""
-    png = report.confusion(
+    png = html.confusion(
         tp=confusion.true_positive,
         fp=confusion.false_positive,
         fn=confusion.false_negative,

@@ -12,9 +12,9 @@ from torch.utils.data import DataLoader
 
 from kelp.config import BaselineConfig
 from kelp.errors import KelpError
-from kelp.nn.dataset import Sample, Source, TileDataset, as_raised
+from kelp.inference.backends.trees import features
+from kelp.nn.data.dataset import Sample, Source, TileDataset, as_raised
 from kelp.nn.preprocess import Preprocess
-from kelp.nn.trees import features
 from kelp.progress import Progress
 
 

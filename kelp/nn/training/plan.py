@@ -11,19 +11,19 @@ from typing import Any, Final
 
 from kelp import __version__
 from kelp.config import FoldConfig, TrainConfig
+from kelp.data_prep.stats import Source as StatsSource
+from kelp.data_prep.stats import file_statistics
 from kelp.errors import ConfigError, InputError
-from kelp.files import atomic
-from kelp.grid import Shape
-from kelp.indices import IndexSettings, channel_names, parse_indices
-from kelp.nn.dataset import Source
+from kelp.inference.spec import NetworkSpec
+from kelp.io.files import atomic
+from kelp.nn.data.dataset import Source
 from kelp.nn.device import resolve_device
-from kelp.nn.spec import NetworkSpec
 from kelp.nn.training.tracking import ARTIFACTS
 from kelp.progress import Progress
-from kelp.stats import Source as StatsSource
-from kelp.stats import file_statistics
-from kelp.statsfile import About, StatsFile
-from kelp.summary import unit_stats
+from kelp.raster.indices import IndexSettings, channel_names, parse_indices
+from kelp.raster.statistics import About, StatsFile
+from kelp.raster.streaming import unit_stats
+from kelp.raster.window import Shape
 
 log = logging.getLogger("kelp")
 
@@ -37,10 +37,22 @@ _FEW_FILES: Final = 256  # below this, starting processes takes longer than read
 
 # What may change when a run is resumed: where things are and how fast they go, not the result.
 _FREE: Final = frozenset(
-    {"resume_from", "data_dir", "metadata_fp", "output_dir", "dataset_stats_fp", "num_workers",
-     "device", "strategy", "plot_n_batches", "early_stopping_patience", "limit_test_batches",
-     "log_every_n_steps", "pack"}
-)  # fmt: skip
+    {
+        "resume_from",
+        "data_dir",
+        "metadata_fp",
+        "output_dir",
+        "dataset_stats_fp",
+        "num_workers",
+        "device",
+        "strategy",
+        "plot_n_batches",
+        "early_stopping_patience",
+        "limit_test_batches",
+        "log_every_n_steps",
+        "pack",
+    }
+)
 # Whose learning rates follow from the number of epochs.
 _BY_LENGTH: Final = ("onecycle", "cosine")
 
@@ -151,8 +163,11 @@ def run_statistics(config: FoldConfig, sources: Sequence[Source], progress: Prog
             seen = "all rows" if file.about.cv_split is None else f"fold {file.about.cv_split}"
             log.info(
                 "%s: made from %s, so it saw validation rows of fold %d; scores may flatter "
-                "a little", given, seen, config.fold,
-            )  # fmt: skip
+                "a little",
+                given,
+                seen,
+                config.fold,
+            )
         return Statistics(file, given.name, given)
     stats = file_statistics(
         [StatsSource(source.image, source.tile) for source in sources],

@@ -13,18 +13,18 @@ from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.optim.swa_utils import SWALR
 
-from kelp.bands import OPTICAL
 from kelp.config import TrainConfig
-from kelp.indices import needed_bands
+from kelp.inference.spec import NetworkSpec
 from kelp.nn import symmetry
-from kelp.nn.dataset import Sample
+from kelp.nn.data.augmentation import Radiometry
+from kelp.nn.data.dataset import Sample
 from kelp.nn.losses import LossSettings, build_loss
 from kelp.nn.metrics import KelpScores
 from kelp.nn.model import KelpNet
-from kelp.nn.radiometry import Radiometry
-from kelp.nn.spec import NetworkSpec
 from kelp.nn.training.averaging import NORM_BATCHES, build_average, renew_norms, share_norms
 from kelp.nn.training.rates import build_optimizer, build_schedulers
+from kelp.raster.bands import OPTICAL
+from kelp.raster.indices import needed_bands
 
 TRAIN_LOSS: Final = "train/loss"
 VAL_LOSS: Final = "val/loss"
@@ -47,9 +47,12 @@ class KelpTask(LightningModule):
             config.loss, LossSettings(config.ce_smooth_factor, (background, kelp))
         )
         self.radiometry = Radiometry(
-            config.augment_offset, config.augment_gain, config.augment_noise,
-            config.augment_dropout, _optical(net.spec),
-        )  # fmt: skip
+            config.augment_offset,
+            config.augment_gain,
+            config.augment_noise,
+            config.augment_dropout,
+            _optical(net.spec),
+        )
         self.scores = KelpScores()
         # A module of this one: so it is moved, kept in checkpoints and resumed with it.
         self.average = build_average(net, config)

@@ -17,7 +17,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from kelp.config import TrainConfig
 from kelp.errors import ConfigError
-from kelp.nn.sampling import Share
+from kelp.nn.data.sampling import Share
 
 HOST: Final = "127.0.0.1"
 Outside = SLURMEnvironment | TorchElasticEnvironment

@@ -21,7 +21,7 @@ from urllib.parse import unquote, urlparse
 
 from kelp.config import FoldConfig
 from kelp.errors import InputError
-from kelp.files import locked, output_folder
+from kelp.io.files import locked, output_folder
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -34,8 +34,13 @@ STORE_VARIABLE: Final = "MLFLOW_TRACKING_URI"
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 _CHATTY: Final = (
-    "mlflow", "alembic", "sqlalchemy", "lightning.pytorch", "lightning.fabric", "optuna"
-)  # fmt: skip
+    "mlflow",
+    "alembic",
+    "sqlalchemy",
+    "lightning.pytorch",
+    "lightning.fabric",
+    "optuna",
+)
 _SERVERS: Final = ("http", "https", "databricks", "databricks-uc")
 _LOCK: Final = ".mlflow.lock"
 _PRUNED: Final = "kelp.pruned"
@@ -236,8 +241,10 @@ def _tracking(client: MlflowClient, artifact_uri: str, run_dir: Path) -> Trackin
     if not is_here and STORE_VARIABLE not in os.environ:
         log.info(
             "%s was moved: MLflow looks for files in %s, kelp writes them to %s",
-            run_dir.parents[1], artifact_uri, run_dir / ARTIFACTS,
-        )  # fmt: skip
+            run_dir.parents[1],
+            artifact_uri,
+            run_dir / ARTIFACTS,
+        )
     copies = not is_here and STORE_VARIABLE in os.environ
     return Tracking(client, run_dir.name, run_dir, copies)
 

@@ -1,0 +1,309 @@
+"""The `kelp` program: flags from configurations, progress on the screen, errors as exit codes.
+
+Exit status: 0 done; 2 bad input or usage (one line on stderr); 130 Ctrl-C; anything else is a
+bug and shows a traceback. Nothing heavy is imported before the arguments are parsed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+import click
+
+from kelp.errors import KelpError
+
+if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
+
+    from kelp.config import Config
+
+
+class Command(NamedTuple):
+    """One command: its configuration class in `kelp.config`, and `module:function` that does it."""
+
+    config: str
+    target: str
+    summary: str
+
+
+COMMANDS: Final = {
+    "metadata": Command(
+        "MetadataConfig",
+        "kelp.data_prep.metadata:build_metadata",
+        "Per-image facts, AOI groups, leak-free folds.",
+    ),
+    "stats": Command(
+        "StatsConfig",
+        "kelp.data_prep.stats:compute_stats",
+        "Band and index statistics.",
+    ),
+    "indices": Command(
+        "IndicesConfig",
+        "kelp.data_prep.catalogue:list_indices",
+        "The spectral indices and their formulas.",
+    ),
+    "slice": Command(
+        "SliceConfig",
+        "kelp.data_prep.slicing:slice_dataset",
+        "A dataset of small tiles.",
+    ),
+    "train": Command(
+        "TrainConfig",
+        "kelp.nn.training.folds:train_one_or_all",
+        "One tracked run, ending in a bundle; or one for each fold.",
+    ),
+    "baseline": Command(
+        "BaselineConfig",
+        "kelp.nn.training.baseline:train_baseline",
+        "Boosted trees on single pixels: what a network has to beat.",
+    ),
+    "sweep": Command(
+        "SweepConfig",
+        "kelp.nn.search.run:sweep",
+        "A search for better options of training: many runs, the best one's settings.",
+    ),
+    "tune": Command(
+        "TuneConfig",
+        "kelp.nn.comparison.tune:tune",
+        "Threshold and calibration of a network, fitted on scenes it was not trained on.",
+    ),
+    "predict": Command(
+        "PredictConfig",
+        "kelp.inference.predict:predict_scenes",
+        "Masks and probabilities of scenes, in slices or whole.",
+    ),
+    "export": Command(
+        "ExportConfig",
+        "kelp.nn.export:export",
+        "A network as an ONNX file for other programs.",
+    ),
+    "submit": Command(
+        "SubmitConfig",
+        "kelp.products.submission:submit",
+        "The submission archive of a folder of masks.",
+    ),
+    "preview": Command(
+        "PreviewConfig", "kelp.plotting.preview:preview", "Pictures of scenes and masks."
+    ),
+    "split": Command(
+        "SplitConfig",
+        "kelp.data_prep.split:split_fold",
+        "A fold's validation images and masks as a folder.",
+    ),
+    "evaluate": Command(
+        "EvaluateConfig",
+        "kelp.plotting.reports.run:evaluate_and_report",
+        "Scores of masks against truth.",
+    ),
+    "report": Command(
+        "ReportConfig",
+        "kelp.plotting.reports.run:make_report",
+        "One page about masks and their truth.",
+    ),
+    "compare": Command(
+        "CompareConfig",
+        "kelp.nn.comparison.compare:compare",
+        "Should I slice? Ways of applying networks, side by side.",
+    ),
+    "ensemble": Command(
+        "EnsembleConfig",
+        "kelp.evaluation.ensembling:ensemble",
+        "Weighted mean of prediction folders.",
+    ),
+    "simulate": Command(
+        "SimulateConfig",
+        "kelp.simulation.layout:simulate",
+        "Simulated scenes, for trials.",
+    ),
+    "demo": Command(
+        "DemoConfig",
+        "kelp.demo.run:demo",
+        "Everything above, small, ending in a report.",
+    ),
+}
+
+
+class _Program(click.Group):
+    """A group that builds a command only when it is called for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        return _build(cmd_name) if cmd_name in COMMANDS else None
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        # click's own would build every command only to show its first line.
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, command.summary) for name, command in COMMANDS.items()])
+
+
+class _Command(click.Command):
+    """A command that also takes `--no-flag`, which click keeps for flags without a value."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        flags = {spelling for p in self.params if p.metavar == _BOOLEAN for spelling in p.opts}
+        return super().parse_args(ctx, [_positive(arg, flags) for arg in args])
+
+
+def _positive(argument: str, flags: set[str]) -> str:
+    """`--no-flag` as `--flag=False`."""
+    if argument.startswith(("--no-", "--no_")):
+        flag = f"--{argument[5:].replace('-', '_')}"
+        return f"{flag}=False" if flag in flags else argument
+    return argument
+
+
+def _build(name: str) -> click.Command:
+    """The click command of a configuration class: one flag for each field."""
+    command = COMMANDS[name]
+    config: type[Config] = getattr(importlib.import_module("kelp.config"), command.config)
+    params: list[click.Parameter] = []
+    for field, info in config.model_fields.items():
+        extra: Any = info.json_schema_extra or {}
+        spellings = [f"--{spelling}" for spelling in (field, *extra.get("aliases", ()))]
+        meaning = f"{info.description}{_default(info)}"
+        if info.annotation is bool:  # `--flag` alone means True
+            option = click.Option(
+                [*spellings, field],
+                is_flag=False,
+                flag_value="True",
+                metavar=_BOOLEAN,
+                help=meaning,
+            )
+        else:
+            metavar = _metavar(info.annotation)
+            option = click.Option([*spellings, field], metavar=metavar, help=meaning)
+        params.append(option)
+    params.append(click.Option(["--config", "config_file"], metavar="FILE", help=_CONFIG_HELP))
+    params.append(click.Option(["--quiet"], is_flag=True, help="Only warnings and errors."))
+
+    def run(config_file: str | None, quiet: bool, **values: str | None) -> None:
+        _run(command, config, values, config_file, quiet)
+
+    return _Command(
+        name,
+        params=params,
+        callback=run,
+        help=config.__doc__,
+        context_settings=_SETTINGS,
+    )
+
+
+# `--data-dir` is `--data_dir`: dashes and underscores are one.
+_SETTINGS: Final[dict[str, Any]] = {
+    "help_option_names": ["-h", "--help"],
+    "max_content_width": 100,
+    "token_normalize_func": lambda token: token.replace("-", "_"),
+}
+
+_BOOLEAN: Final = "[True|False]"
+_CONFIG_HELP: Final = "YAML file of options; flags on the command line win."
+
+
+_METAVARS: Final = (
+    ("parse_bytes", "SIZE"),
+    ("tuple", "A,B,…"),
+    ("Url", "PATH|URL"),
+    ("Path", "PATH"),
+    ("int", "N"),
+    ("float", "X"),
+)
+
+
+def _metavar(annotation: Any) -> str:
+    text = str(annotation)
+    if word := re.search(r"int.*Literal\['(\w+)'\]", text):  # a number, or this
+        return f"N|{word[1]}"
+    if "Literal" in text:
+        choices = text.partition("Literal[")[2].partition("]")[0]
+        return "|".join(part.strip(" '\"") for part in choices.split(","))
+    for kind, name in _METAVARS:
+        if kind in text:
+            return name
+    return "TEXT"
+
+
+def _default(info: FieldInfo) -> str:
+    """What the help says of an option's default; nothing where the help text itself does."""
+    if info.is_required():
+        return "  [required]"
+    if info.default is None or info.default == ():
+        return ""
+    value = info.default
+    return f"  [default: {','.join(map(str, value)) if isinstance(value, tuple) else value}]"
+
+
+def _run(
+    command: Command,
+    config_class: type[Config],
+    values: dict[str, str | None],
+    config_file: str | None,
+    quiet: bool,
+) -> None:
+    from kelp.cli.console import reporting
+
+    given = {name: value for name, value in values.items() if value is not None}
+    config = config_class.load(Path(config_file), given) if config_file else config_class(**given)
+    module, _, function = command.target.partition(":")
+    with reporting(quiet) as progress:
+        result = getattr(importlib.import_module(module), function)(config, progress=progress)
+    if text := result.summary():
+        click.echo(text)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `kelp` with `argv` (default: the process's arguments); return the exit status."""
+    # Networks allocate the same large arrays for every batch; in huge pages that costs a fifth
+    # less time. torch reads this once, when it is imported.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    program = _Program(
+        "kelp",
+        help="Find small things in big satellite images: slice, train, predict, merge, score.",
+        context_settings=_SETTINGS,
+        params=[_version_option()],
+    )
+    try:
+        status = program.main(
+            list(sys.argv[1:] if argv is None else argv), prog_name="kelp", standalone_mode=False
+        )
+    except click.exceptions.NoArgsIsHelpError as help_text:
+        click.echo(help_text.format_message(), err=True)
+        return 2
+    except click.ClickException as error:
+        return _fail(error.format_message())
+    except KelpError as error:
+        return _fail(str(error))
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("kelp: stopped; nothing half-written was left under a final name", err=True)
+        return 130
+    return status if isinstance(status, int) else 0
+
+
+def _fail(message: str) -> int:
+    click.echo(f"kelp: error: {' '.join(message.split())}", err=True)
+    return 2
+
+
+def _version_option() -> click.Option:
+    def show(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+        if value and not ctx.resilient_parsing:
+            from kelp import __version__
+
+            click.echo(f"kelp {__version__}")
+            ctx.exit()
+
+    return click.Option(
+        ["--version"],
+        is_flag=True,
+        expose_value=False,
+        is_eager=True,
+        callback=show,
+        help="Show the version.",
+    )

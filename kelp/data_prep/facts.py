@@ -1,0 +1,57 @@
+"""The facts of all tiles of an image at once.
+
+`survey.facts` of each tile gives the same (a property test says so); here every pixel is judged
+once, however many tiles it lies in: a virtual dataset costs little beside reading the images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kelp.raster.bands import DEM, QA, observed
+from kelp.raster.window import Tile
+
+ALMOST_ALL: Final = 0.98
+HIGH_KELP: Final = 0.4
+
+
+def tile_facts(
+    pixels: NDArray[np.float32], mask: NDArray[np.uint8], tiles: Sequence[Tile]
+) -> dict[str, NDArray[Any]]:
+    """Facts of tiles that lie inside an image: the columns `manifest.FACTS`, a row for each tile.
+
+    `pixels` is a canonical array `(7, height, width)`, `mask` uint8 `(height, width)`, 1 = kelp.
+    """
+    dem = pixels[DEM]
+    planes = {
+        "kelp": mask == 1,
+        "bad": pixels[QA] == 1,
+        "dem": dem >= 0,  # unknown, NaN, is not
+        "sea": dem == 0,
+        "land": dem > 0,
+        "seen": observed(pixels),
+    }
+    counts = {
+        name: np.array([np.count_nonzero(plane[tile.slices]) for tile in tiles], dtype=np.int64)
+        for name, plane in planes.items()
+    }
+    size = np.array([tile.height * tile.width for tile in tiles], dtype=np.int64)
+    kelp = counts["kelp"] / size
+    water = (size - counts["land"]) / size
+    return {
+        "kelp_pixels": counts["kelp"],
+        "kelp_pixels_pct": kelp,
+        "has_kelp": counts["kelp"] > 0,
+        "qa_corrupted_pixels_pct": counts["bad"] / size,
+        "qa_ok": counts["bad"] == 0,
+        "dem_nan_pixels_pct": (size - counts["dem"]) / size,
+        "dem_zero_pixels_pct": counts["sea"] / size,
+        "water_pixels_pct": water,
+        "almost_all_water": water > ALMOST_ALL,
+        "valid_pixels_pct": counts["seen"] / size,
+        "high_kelp_pixels_pct": kelp > HIGH_KELP,
+    }

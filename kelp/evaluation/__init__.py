@@ -1,0 +1,1 @@
+"""Scores of masks and probabilities against truth. Needs no torch."""

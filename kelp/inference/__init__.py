@@ -1,0 +1,1 @@
+"""Prediction: bundles applied to scenes."""

@@ -1,0 +1,183 @@
+"""Networks as ONNX files: what such a file says of itself, and ONNX Runtime as a backend.
+
+ONNX is protobuf: reading one runs nothing and unpickles nothing. The packages come with
+`pip install "kelp-slicer[onnx]"` and are imported on first use.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import logging
+from collections.abc import Iterator, MutableSequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kelp.config.choices import Precision
+from kelp.errors import BundleError, KelpError
+from kelp.raster.bands import BANDS
+from kelp.raster.window import Shape
+
+log = logging.getLogger("kelp")
+
+SUFFIX: Final = ".onnx"
+INPUT: Final = "raw"
+OUTPUT: Final = "probability"
+
+SPEC_KEY: Final = "kelp_spec"
+VERSION_KEY: Final = "kelp_version"
+WEIGHTS_KEY: Final = "kelp_weights_sha256"
+
+_AGAIN: Final = "copy the file again, or make it anew with kelp export"
+_ERRORS_ONLY: Final = 3  # severity: ONNX Runtime would tell stderr of every node it skips
+
+
+def extra(module: str) -> Any:
+    """A module of the extra `onnx`; without the extra a `KelpError` that says how to get it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise KelpError(
+            f'ONNX needs the package {module.partition(".")[0]}: pip install "kelp-slicer[onnx]"'
+        ) from error
+
+
+class OnnxNet:
+    """A network that ONNX Runtime computes, on the CPU, in float32.
+
+    It uses as many threads as torch does (`torch.get_num_threads()`, when it is loaded).
+    """
+
+    def __init__(self, content: bytes, name: str) -> None:
+        """Start ONNX Runtime on a file's bytes; `name` is what messages call it.
+
+        Raises:
+            BundleError: ONNX Runtime refuses the graph, or it is no network of kelp's.
+        """
+        runtime = extra("onnxruntime")
+        options = runtime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.inter_op_num_threads = 1
+        options.log_severity_level = _ERRORS_ONLY
+        try:
+            self._session = runtime.InferenceSession(
+                content, options, providers=["CPUExecutionProvider"]
+            )
+        except _refusals() as error:
+            reason = " ".join(str(error).split())
+            raise BundleError(f"{name}: ONNX Runtime refuses it ({reason}); {_AGAIN}") from error
+        self._name = name
+        self.version: str = runtime.__version__
+        self.tile = self._tile()
+
+    def on(self, device: torch.device, precision: Precision) -> Self:
+        """This network itself; where something else was wished for, one line says so."""
+        if precision != "32-true" or device.type != "cpu":
+            wish = precision if device.type == "cpu" else f"{precision} on the GPU"
+            log.info("%s: ONNX Runtime computes in 32-true on the CPU, not in %s", self._name, wish)
+        return self
+
+    def probabilities(self, raw: Tensor) -> Tensor:
+        """Raw DN `(n, 7, h, w)` to float32 probabilities `(n, h, w)` on the same device.
+
+        Raises:
+            BundleError: the crops have another size than the graph takes.
+        """
+        shape = (raw.shape[-2], raw.shape[-1])
+        if shape != self.tile:
+            raise BundleError(
+                f"{self._name}: takes tiles of {self.tile[0]} x {self.tile[1]} px only, not "
+                f"{shape[0]} x {shape[1]}; leave --sahi_tile_size out, or use the run's bundle"
+            )
+        return torch.from_numpy(self.run(raw.float().cpu().numpy())).to(raw.device)
+
+    def run(self, raw: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Raw DN `(n, 7, h, w)` to probabilities `(n, h, w)`, both float32."""
+        feed = {INPUT: np.ascontiguousarray(raw)}
+        probability: NDArray[np.float32] = self._session.run([OUTPUT], feed)[0]
+        return probability[:, 0]
+
+    def _tile(self) -> Shape:
+        """Height and width of the crops that the graph takes."""
+        inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
+        if [i.name for i in inputs] == [INPUT] and [o.name for o in outputs] == [OUTPUT]:
+            match inputs[0].shape, outputs[0].shape:
+                case (
+                    [str(), channels, int(height), int(width)],
+                    [str(), 1, int(rows), int(columns)],
+                ) if channels == len(BANDS) and (height, width) == (rows, columns):
+                    return height, width
+        raise BundleError(f"{self._name}: its inputs and outputs are not kelp's; {_AGAIN}")
+
+
+@dataclass(frozen=True)
+class OnnxFile:
+    """An ONNX file of `kelp export`: its metadata, and the network ready to run."""
+
+    metadata: dict[str, str]
+    net: OnnxNet
+
+    @classmethod
+    def read(cls, path: Path) -> OnnxFile:
+        """Read, check and start the network of a file.
+
+        Raises:
+            BundleError: no such file, no ONNX, not of kelp, altered, or with weights elsewhere.
+            KelpError: the packages of the extra `onnx` are missing.
+        """
+        onnx, protobuf = extra("onnx"), extra("google.protobuf.message")
+        try:
+            content = path.read_bytes()
+            model = onnx.ModelProto.FromString(content)
+        except OSError as error:
+            raise BundleError(
+                f"{path}: cannot be read ({error.strerror}); check the path"
+            ) from error
+        except protobuf.DecodeError as error:
+            raise BundleError(f"{path}: no ONNX file, or a truncated one; {_AGAIN}") from error
+        metadata = {entry.key: entry.value for entry in model.metadata_props}
+        if SPEC_KEY not in metadata:
+            raise BundleError(
+                f"{path}: holds no description by kelp ({SPEC_KEY}), so its bands and numbers are "
+                "unknown; make the file with kelp export"
+            )
+        # The file is all there is: a path in it could name any other file of this machine.
+        if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in tensors(model)):
+            raise BundleError(f"{path}: keeps weights in other files, which kelp does not read")
+        if weights_sha256(model) != metadata.get(WEIGHTS_KEY):
+            raise BundleError(f"{path}: its weights were altered after the export; {_AGAIN}")
+        return cls(metadata, OnnxNet(content, str(path)))
+
+
+def tensors(message: Any) -> Iterator[Any]:
+    """Every tensor within an ONNX message, however deep: weights, constants, subgraphs."""
+    for field, value in message.ListFields():
+        if field.message_type is None:
+            continue
+        for part in value if isinstance(value, MutableSequence) else (value,):
+            if field.message_type.name == "TensorProto":
+                yield part
+            else:
+                yield from tensors(part)
+
+
+def weights_sha256(model: Any) -> str:
+    """SHA-256 of the weights of an ONNX model, with their names and shapes."""
+    digest = hashlib.sha256()
+    for tensor in model.graph.initializer:
+        digest.update(f"{tensor.name} {tensor.data_type} {list(tensor.dims)}\n".encode())
+        digest.update(tensor.raw_data)
+    return digest.hexdigest()
+
+
+def _refusals() -> tuple[type[Exception], ...]:
+    """What ONNX Runtime raises: it has no error type of its own that all share."""
+    state = extra("onnxruntime.capi.onnxruntime_pybind11_state")
+    found = (kind for kind in vars(state).values() if isinstance(kind, type))
+    return (*(kind for kind in found if issubclass(kind, Exception)), RuntimeError, ValueError)

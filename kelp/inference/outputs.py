@@ -1,0 +1,201 @@
+"""What becomes of a scene's probabilities: one threshold, then files that appear complete."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Final, Literal, TypeVar, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kelp.inference.journal import JournalFile, journal_path
+from kelp.io.location import Url
+from kelp.raster.bands import MASK_NODATA
+from kelp.raster.masks import Georeference
+from kelp.raster.window import Shape
+from kelp.raster.writer import COG_SIDE, RasterWriter, remove_rows
+from kelp.tables import MASK_SUFFIX, PROBABILITY_SUFFIX, SPREAD_SUFFIX
+from kelp.tiling.jobs import WriteRows
+from kelp.tiling.merge import MergerState, to_mask
+
+log = logging.getLogger("kelp")
+
+ProbabilityType = Literal["float32", "uint8"]
+
+_STEPS: Final = 250
+"""A stored unit of `uint8` probabilities is 1/250 = 0.004, which decimal scale factors can say."""
+
+
+P = TypeVar("P", bound=Path | Url)
+
+
+def probability_path(mask: P) -> P:
+    """The probability raster that belongs to a mask."""
+    return _beside(mask, PROBABILITY_SUFFIX)
+
+
+def spread_path(mask: P) -> P:
+    """The raster of the spread of tiles that belongs to a mask."""
+    return _beside(mask, SPREAD_SUFFIX)
+
+
+def _beside(mask: P, suffix: str) -> P:
+    found = mask.with_name(mask.name.removesuffix(MASK_SUFFIX) + suffix)
+    return cast("P", found)  # of the mask's kind
+
+
+class Outputs:
+    """Sink of one scene: its mask and, on request, its probabilities and the spread of tiles.
+
+    A large scene with a fingerprint keeps a journal: what a killed process left of the same
+    inputs and settings is gone on with.
+
+    Args:
+        shape: `(height, width)` of the scene.
+        place: its georeference.
+        mask: the file of the mask.
+        threshold: kelp where p is at least this.
+        tags: metadata of the files.
+        probabilities: type of the probabilities to write beside the mask; None = none.
+        fingerprint: stands for inputs and settings.
+        resume: whether what an earlier process left is gone on with.
+        spread: whether `write_spread` is wanted.
+        deliver: called with the finished files, the mask first.
+    """
+
+    def __init__(
+        self,
+        shape: Shape,
+        place: Georeference,
+        mask: Path,
+        threshold: float,
+        tags: Mapping[str, str],
+        probabilities: ProbabilityType | None = None,
+        fingerprint: str | None = None,
+        resume: bool = True,
+        spread: bool = False,
+        deliver: Callable[[Sequence[Path]], None] | None = None,
+    ) -> None:
+        def writer(path: Path, kind: str, scale: float | None = None) -> RasterWriter:
+            nodata = MASK_NODATA if kind == "uint8" else np.nan
+            return RasterWriter(path, shape, kind, place, nodata, tags, scale)
+
+        self.threshold = threshold
+        self._mask = writer(mask, "uint8")
+        self._scaled = probabilities == "uint8"
+        self._probabilities = self._spread = None
+        if probabilities:
+            scale = 1 / _STEPS if self._scaled else None
+            self._probabilities = writer(probability_path(mask), probabilities, scale)
+        if spread:
+            self._spread = writer(spread_path(mask), "float32")
+        self._writers = [w for w in (self._mask, self._probabilities, self._spread) if w]
+        self._begun = False
+        self._deliver = deliver
+        self._journal: JournalFile | None = None
+        self.start: MergerState | None = None
+        if fingerprint and max(shape) > COG_SIDE:
+            self._journal = JournalFile(mask, fingerprint)
+            self.start = self._recover(self._journal, shape[0], resume)
+
+    def _recover(self, journal: JournalFile, height: int, resume: bool) -> MergerState | None:
+        """Take over what an earlier process left, if it is wished and fits to the last bit."""
+        entry = journal.load()
+        if entry is None:
+            return None
+        self._begin(entry.state.top)  # from here on no other process touches them
+        reason = "what an earlier run left of it is damaged"
+        if entry.fingerprint != journal.fingerprint:
+            reason = "an earlier run began it with other inputs or settings"
+        elif not resume:
+            reason = "an earlier run was stopped in it"
+        elif entry.checksums == tuple(writer.checksum for writer in self._writers):
+            log.info("%s: going on from row %d of %d", self._mask.path, entry.state.top, height)
+            return entry.state
+        log.info("%s: %s; starting over", self._mask.path, reason)
+        journal.discard()
+        self._begin()
+        return None
+
+    def _begin(self, kept: int = 0) -> None:
+        self._begun = True
+        for writer in self._writers:
+            writer.begin(kept)
+
+    def _end(self, keep: bool) -> None:
+        self._begun = False
+        for writer in self._writers:
+            if keep:
+                writer.suspend()
+            else:
+                writer.discard()
+
+    def write(self, y: int, rows: NDArray[np.float32]) -> None:
+        """Write rows `(n, width)` of probabilities from row `y` on."""
+        if not self._begun:
+            self._begin()
+        self._mask.write(y, to_mask(rows, self.threshold))
+        if self._probabilities:
+            self._probabilities.write(y, _scaled(rows) if self._scaled else rows)
+
+    @property
+    def write_spread(self) -> WriteRows | None:
+        """Writes rows `(n, width)` of the spread, after their probabilities; None = not wanted."""
+        return self._spread.write if self._spread else None
+
+    def commit(self, state: Callable[[], MergerState]) -> None:
+        """Save what is needed to go on from here, unless that was done a moment ago."""
+        if self._journal and self._journal.is_due:
+            self._journal.save(state(), self._sync)
+
+    def _sync(self) -> list[int]:
+        for writer in self._writers:
+            writer.sync()
+        return [writer.checksum for writer in self._writers]
+
+    def close(self) -> None:
+        """Finish the files; the mask last: it is what marks a scene as finished."""
+        for writer in reversed(self._writers):
+            writer.finish()
+        written = [writer.path for writer in self._writers]
+        for path in products(self._mask.path):
+            if path not in written:  # of an earlier run, it would not belong to the mask
+                path.unlink(missing_ok=True)
+                remove_rows(path)
+        if self._journal:
+            self._journal.discard()
+        self._end(keep=False)
+        if self._deliver:
+            self._deliver(written)
+
+    def abandon(self) -> None:
+        """Stop, if not closed. What a journal speaks of stays for the next process."""
+        if self._begun:
+            self._end(keep=self._journal is not None and self._journal.exists)
+
+
+def sections_folder(mask: Path) -> Path:
+    """Where finished sections of a scene wait for the others."""
+    return mask.with_name(f".{mask.name}.sections")
+
+
+def forget(mask: Path) -> None:
+    """Remove what was needed to make a scene that is finished now."""
+    shutil.rmtree(sections_folder(mask), ignore_errors=True)
+    free = [remove_rows(path) for path in products(mask)]
+    if all(free):
+        journal_path(mask).unlink(missing_ok=True)
+
+
+def products(mask: Path) -> tuple[Path, ...]:
+    """All files that may belong to a scene."""
+    return mask, probability_path(mask), spread_path(mask)
+
+
+def _scaled(rows: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Probabilities in steps of 0.004, 255 = not observed."""
+    steps = np.rint(rows * _STEPS)
+    return np.where(np.isnan(rows), MASK_NODATA, steps).astype(np.uint8)

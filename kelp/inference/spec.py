@@ -1,0 +1,126 @@
+"""What describes a network and a bundle, as data: everything prediction needs but the weights."""
+
+from __future__ import annotations
+
+from typing import Any, Final, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from kelp.config.choices import Architecture, Interpolation, Normalization, ResizeStrategy
+from kelp.raster.bands import IndexInput
+from kelp.raster.indices import IndexSettings, channel_names
+from kelp.raster.streaming import ChannelStats
+from kelp.raster.window import Shape
+
+SCHEMA_VERSION: Final = 1
+STRIDE: Final = 32
+"""Networks take sides that are multiples of this."""
+TREES: Final = "lightgbm"
+"""The architecture of `kelp baseline`."""
+
+
+class NetworkSpec(BaseModel):
+    """How raw digital numbers become probabilities; see `kelp.nn.model.KelpNet`.
+
+    Also of boosted trees (`kelp.inference.backends.trees.PixelTrees`), which ignore all sizes.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    bands: tuple[str, ...]
+    spectral_indices: tuple[str, ...] = ()
+    index_input: IndexInput = "dn"
+    mask_using_qa: bool = True
+    mask_using_water_mask: bool = True
+    fill_missing_pixels_with_torch_nan: bool = True
+    normalization_strategy: Normalization = "quantile"
+    statistics: dict[str, ChannelStats]
+    """Of each channel, in raw units: DN for bands, index units for indices."""
+
+    sahi: bool = False
+    """Trained on tiles and to be applied in tiles of `tile_size`."""
+    tile_size: Shape
+    """Height and width of a training image or tile, in its own pixels."""
+    prediction_tile: int | None = None
+    """Side of the tiles that prediction cuts, shown at the training's scale; None: `tile_size`."""
+    prediction_overlap: int | None = None
+    """Overlap of neighbouring tiles at prediction; None: half a tile."""
+    image_size: int
+    """Side of the network's input, in pixels."""
+    resize_strategy: ResizeStrategy = "pad"
+    interpolation: Interpolation = "nearest"
+
+    architecture: Architecture | Literal["lightgbm"] = "unet"
+    encoder: str = "tu-efficientnet_b5"
+    decoder_channels: tuple[int, ...] = (256, 128, 64, 32, 16)
+    decoder_attention_type: Literal["scse", "none"] = "none"
+
+    temperature: float = Field(1.0, gt=0)
+    """Logits are divided by this: `kelp tune` fits it, so that probabilities mean what they say."""
+
+    @property
+    def index_settings(self) -> IndexSettings:
+        """Index input and masks."""
+        return IndexSettings(self.index_input, self.mask_using_qa, self.mask_using_water_mask)
+
+    def network_shape(self, tile: Shape) -> Shape:
+        """What the network sees of a tile, `(height, width)` in its own pixels."""
+        if self.is_pixelwise:
+            return tile
+        if self.resize_strategy == "resize":
+            return self.image_size, self.image_size
+        side = self.image_size if tile == self.tile_size else 0
+        height, width = (max(side, -(-size // STRIDE) * STRIDE) for size in tile)
+        return height, width
+
+    @property
+    def is_pixelwise(self) -> bool:
+        """Whether each pixel is judged on its own, so that tiles make no difference."""
+        return self.architecture == TREES
+
+    @property
+    def scale(self) -> float:
+        """Network pixels for each scene pixel, along a side, as trained."""
+        resized = self.resize_strategy == "resize"
+        return self.image_size / max(self.tile_size) if resized else 1.0
+
+    def at_scale(self, tile: int, scale: float | None = None) -> Self:
+        """The same network for tiles of `tile` pixels, shown `scale` times as large.
+
+        Default: as large as in training. Sides are rounded up to what networks take.
+        """
+        scale = self.scale if scale is None else scale
+        return self.model_copy(
+            update={
+                "tile_size": (tile, tile),
+                "image_size": -(-round(tile * scale) // STRIDE) * STRIDE,
+                "resize_strategy": "pad" if scale == 1 else "resize",
+            }
+        )
+
+    @property
+    def channels(self) -> tuple[str, ...]:
+        """The network's input channels: bands, then indices."""
+        return channel_names(self.bands, self.spectral_indices)
+
+
+class BundleSpec(NetworkSpec):
+    """`bundle.json`: the network and where it comes from."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    threshold: float = Field(0.5, ge=0, le=1)
+    """Kelp where the probability is at least this."""
+    tuning: dict[str, Any] = {}
+    """What `kelp tune` fitted threshold and temperature on, and what they gain; empty: nothing."""
+    scores: dict[str, float] = {}
+    """Of the validation fold, at the epoch of these weights."""
+    epoch: int = 0
+    """Of boosted trees: how many they are."""
+    stats_file: str | None = None
+    """Name of the statistics file the run was given."""
+    rows: dict[str, int] = {}
+    """Of the table: how many it was trained on (`train`) and validated on (`val`)."""
+    training: dict[str, Any] = {}
+    """The run's resolved configuration."""
+    versions: dict[str, str] = {}
+    weights_sha256: str = ""

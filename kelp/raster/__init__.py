@@ -1,0 +1,1 @@
+"""Scenes, masks and statistics: what is read from and written to rasters."""

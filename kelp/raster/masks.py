@@ -1,0 +1,196 @@
+"""Reading one-band rasters (masks, probabilities), and the georeference that pixels keep."""
+
+from __future__ import annotations
+
+import logging
+import re
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import rasterio
+import rasterio.shutil
+from affine import Affine
+from numpy.typing import NDArray
+from rasterio._err import CPLE_BaseError
+from rasterio.errors import NotGeoreferencedWarning, RasterioError
+from rasterio.windows import Window
+
+from kelp.errors import InputError
+from kelp.io import remote
+from kelp.io.location import Url
+from kelp.raster.bands import MASK_NODATA
+from kelp.raster.window import Shape, Tile
+
+log = logging.getLogger("kelp")
+
+
+@dataclass(frozen=True)
+class Georeference:
+    """Where a raster lies; both `None` for a raster without one."""
+
+    crs: Any = None
+    transform: Affine | None = None
+
+    def shifted(self, tile: Tile) -> Georeference:
+        """The georeference of a window of the raster."""
+        if self.transform is None:
+            return self
+        return Georeference(self.crs, self.transform @ Affine.translation(tile.x, tile.y))
+
+    @property
+    def profile(self) -> dict[str, Any]:
+        """Keyword arguments for `rasterio.open(..., "w")`."""
+        return {
+            name: value
+            for name, value in (("crs", self.crs), ("transform", self.transform))
+            if value is not None
+        }
+
+
+class _Silence:
+    """Ignores NotGeoreferencedWarning while at least one thread is inside.
+
+    Filters belong to the process: threads that each set and restored them would undo each other.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._filters = warnings.catch_warnings()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._inside += 1
+            if self._inside == 1:
+                self._filters = warnings.catch_warnings()
+                self._filters.__enter__()
+                warnings.simplefilter("ignore", NotGeoreferencedWarning)
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                self._filters.__exit__(None, None, None)
+
+
+_silence: Final = _Silence()
+
+
+@contextmanager
+def quietly(path: Path | Url, writing: bool = False) -> Iterator[None]:
+    """Competition files have no georeference, which is no news; errors name the file."""
+    try:
+        with _silence:
+            yield
+    except (RasterioError, CPLE_BaseError) as error:  # copying lets GDAL's own errors through
+        reason = " ".join(str(error).split()) or "no reason given"
+        reason = re.sub(r"/vsiriopener_\w+/", "", reason)  # rasterio's name for a store
+        if writing:
+            raise InputError(
+                f"{path}: cannot be written ({reason}); check the free space"
+            ) from error
+        raise InputError(
+            f"{path}: not a readable raster ({reason}); the file may be truncated, fetch it again"
+        ) from error
+
+
+@contextmanager
+def decoding(cache: int) -> Iterator[None]:
+    """Keep at most `cache` bytes of decoded blocks (GDAL's block cache), whatever threads read."""
+    with _silence, rasterio.Env(GDAL_CACHEMAX=cache):
+        yield
+
+
+def open_dataset(path: Path | Url) -> Any:
+    """Open a raster for reading with rasterio. Raises `InputError` naming the file.
+
+    Of one in a store the header is fetched, and later what is read: nobody should read much.
+    """
+    if isinstance(path, Url):
+        with quietly(path):
+            return remote.open_raster(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; check the path")
+    with quietly(path):
+        return rasterio.open(path)
+
+
+def read_mask(path: Path, tile: Tile | None = None) -> NDArray[np.uint8]:
+    """A mask (or a window of it): uint8, 0 = no kelp, 1 = kelp, 255 = not observed.
+
+    Raises `InputError` when the file has more than one band or other values than these.
+    """
+    raw, nodata, _ = _read_band(path, tile, "a mask")
+    missing = raw == MASK_NODATA
+    if nodata is not None and nodata not in (0, 1):
+        missing |= raw == nodata
+    wrong = ~(missing | (raw == 0) | (raw == 1))
+    if wrong.any():
+        raise InputError(
+            f"{path}: a mask holds 0, 1 and 255 (not observed), this one also {raw[wrong][0]}"
+        )
+    return np.where(missing, MASK_NODATA, raw).astype(np.uint8)
+
+
+def read_probability(path: Path, tile: Tile | None = None) -> NDArray[np.float32]:
+    """Probabilities (or a window of them): float32 in 0-1, NaN = not observed.
+
+    Numbers stored in steps (uint8 with a scale) are scaled.
+
+    Raises `InputError` when the file has more than one band or other values than these.
+    """
+    raw, nodata, scale = _read_band(path, tile, "a raster of probabilities")
+    p: NDArray[np.float32] = raw.astype(np.float32)
+    if nodata is not None:
+        p[p == np.float32(nodata)] = np.nan
+    p *= np.float32(scale)
+    wrong = (p < 0) | (p > 1)
+    if wrong.any():
+        raise InputError(f"{path}: probabilities lie between 0 and 1, this one is {p[wrong][0]}")
+    return p
+
+
+def _read_band(
+    path: Path, tile: Tile | None, kind: str
+) -> tuple[NDArray[Any], float | None, float]:
+    """The only band of a raster (or a window of it), as stored; its nodata tag; its scale."""
+    with open_dataset(path) as dataset:
+        if dataset.count != 1:
+            raise InputError(f"{path}: {kind} has one band, this file has {dataset.count}")
+        window = Window(tile.x, tile.y, tile.width, tile.height) if tile else None
+        with quietly(path):
+            return dataset.read(1, window=window), dataset.nodata, dataset.scales[0]
+
+
+def raster_shape(path: Path) -> Shape:
+    """Height and width of a raster, in pixels, without reading its pixels."""
+    with open_dataset(path) as dataset:
+        return dataset.height, dataset.width
+
+
+def read_tags(path: Path | Url) -> dict[str, str]:
+    """The metadata tags of a raster; empty for a file that is missing or unreadable."""
+    try:
+        with open_dataset(path) as dataset:
+            return dict(dataset.tags())
+    except InputError:
+        return {}
+
+
+def georeference_from(dataset: Any) -> Georeference:
+    """A dataset's georeference; an identity transform without CRS counts as none."""
+    if dataset.crs is None and dataset.transform == Affine.identity():
+        return Georeference()
+    return Georeference(dataset.crs, dataset.transform)
+
+
+def georeference_of(path: Path) -> Georeference:
+    """The georeference of a raster file."""
+    with open_dataset(path) as dataset:
+        return georeference_from(dataset)

@@ -1,0 +1,113 @@
+"""Tables of images and tiles: their columns, their files, joins by key and never by order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+import pandas as pd
+import pyarrow
+
+from kelp.errors import TableError
+from kelp.io.files import atomic
+from kelp.io.location import Url
+
+IMAGE_SUFFIX: Final = "_satellite.tif"
+MASK_SUFFIX: Final = "_kelp.tif"
+PROBABILITY_SUFFIX: Final = "_kelp_prob.tif"
+SPREAD_SUFFIX: Final = "_kelp_spread.tif"
+WORKERS_FILE: Final = "kelp-workers.json"
+"""Beside maps that a cluster made: what each worker did."""
+IMAGES_TABLE: Final = "train_val_test_dataset.parquet"
+TILES_TABLE: Final = "sahi_train_val_test_dataset.parquet"
+
+TRAIN: Final = "train"
+VAL: Final = "val"
+TEST: Final = "test"
+LEFT_OUT: Final = "left_out"
+"""In a fold's column: a training image with a suspect label, neither trained nor validated on."""
+
+FACTS: Final = (
+    "kelp_pixels",
+    "kelp_pixels_pct",
+    "has_kelp",
+    "qa_corrupted_pixels_pct",
+    "qa_ok",
+    "dem_nan_pixels_pct",
+    "dem_zero_pixels_pct",
+    "water_pixels_pct",
+    "almost_all_water",
+    "valid_pixels_pct",
+    "high_kelp_pixels_pct",
+)
+"""Columns that describe an image, or a tile of its own (not its parent)."""
+
+TILE_KEY: Final = ("tile_id", "x", "y")
+"""Key of a row of a table of tiles; `x` and `y` are the column and row offset in pixels."""
+
+
+def output_name(path: Path | Url, suffix: str = MASK_SUFFIX) -> str:
+    """Name of the product of a scene: X_satellite.tif gives X_kelp.tif, name.tif name_kelp.tif."""
+    return (_without(path.name, IMAGE_SUFFIX) or path.stem) + suffix
+
+
+def tile_id_of(path: Path) -> str:
+    """The competition's name of a scene or mask file."""
+    for suffix in (IMAGE_SUFFIX, PROBABILITY_SUFFIX, SPREAD_SUFFIX, MASK_SUFFIX):
+        if stem := _without(path.name, suffix):
+            return stem
+    return path.stem
+
+
+def _without(name: str, suffix: str) -> str:
+    """What stands before the suffix, in whatever case that is; '' where it is not there."""
+    return name[: -len(suffix)] if name.lower().endswith(suffix) else ""
+
+
+def read_table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
+    """Read a parquet (or CSV) table that must hold `columns`. Raises `TableError`."""
+    if not path.is_file():
+        raise TableError(f"{path}: no such table; make it with kelp metadata or kelp slice")
+    try:
+        table = pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
+    except (pyarrow.ArrowException, ValueError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise TableError(f"{path}: not a readable table ({reason})") from error
+    absent = [name for name in columns if name not in table.columns]
+    if absent:
+        raise TableError(f"{path}: the table lacks the column {', '.join(absent)}")
+    if table.empty:
+        raise TableError(f"{path}: the table has no rows")
+    return table
+
+
+def write_table(table: pd.DataFrame, path: Path) -> None:
+    """Write a table as parquet, atomically."""
+    with atomic(path) as partial:
+        table.to_parquet(partial, index=False)
+
+
+def fold_column(table: pd.DataFrame, fold: int, path: Path) -> str:
+    """Name of the column of a fold. Raises `TableError` when the table has no such fold."""
+    name = f"split_{fold}"
+    if name not in table.columns:
+        folds = count_folds(table, path)
+        raise TableError(f"{path}: has no fold {fold}; --cv_split lies between 0 and {folds - 1}")
+    return name
+
+
+def count_folds(table: pd.DataFrame, path: Path) -> int:
+    """Number of folds of a table, at least 1. Raises `TableError` where it has none."""
+    folds = sum(str(column).startswith("split_") for column in table.columns)
+    if not folds:
+        raise TableError(f"{path}: the table has no folds; make it with kelp metadata")
+    return folds
+
+
+def require_files(paths: Sequence[Path], table: Path) -> None:
+    """Raise `TableError` naming (the first of) the files that a table needs and that are absent."""
+    absent = [path for path in paths if not path.is_file()]
+    if absent:
+        more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
+        raise TableError(f"{absent[0]}{more}: no such file, but {table} has a row for it")

@@ -1,0 +1,1 @@
+"""The grid of tiles, the sliced engine and the merge. Needs numpy only."""

@@ -1,0 +1,303 @@
+"""The sliced engine: tiles out of scenes, through any network, merged into one map.
+
+It knows no torch: the network is a callable on arrays. Scenes are read strip by strip and
+finished rows leave at once, so memory grows with width x tile, not with height x width. Batches
+have one fixed shape and run across strips and scenes, so that many small images keep the network
+as busy as one large scene, and a pixel's value does not depend on what else is predicted.
+
+Three things happen at a time: one thread reads the next batches, the caller's thread runs the
+network, and one thread merges and writes.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kelp.errors import KelpError
+from kelp.raster.bands import BANDS
+from kelp.raster.window import Tile
+from kelp.tiling.grid import TileGrid
+from kelp.tiling.jobs import Counts, Edge, Job, Section, Sink
+from kelp.tiling.merge import MergerState, StripMerger
+from kelp.tiling.strip import Pixels, Slicing, Strip
+
+Predict = Callable[[Pixels], Pixels]
+"""Raw DN `(n, 7, h, w)` (canonical, NaN = missing) to probabilities `(n, h, w)`."""
+
+AHEAD: Final = 2
+"""Batches that are read before the network wants them, and that wait to be merged."""
+
+
+@dataclass(eq=False)
+class _Scene:
+    """A scene on its way: what is read but not yet written."""
+
+    job: Job
+    grid: TileGrid
+    merger: StripMerger
+    row: int
+    """The row of tiles that is being merged."""
+    end: int
+    """The row of tiles to stop before."""
+    head: int
+    """First row of pixels that no tile above the section touches."""
+    merged: int = 0
+    """Its tiles that are merged."""
+    seen: deque[NDArray[np.bool_]] = field(default_factory=deque)
+    """Observed planes, one row each, from the merger's top on."""
+    failed: bool = False
+    """It could not be read or written; what remains of it is left out."""
+
+    @classmethod
+    def of(cls, job: Job, slicing: Slicing) -> _Scene:
+        grid = TileGrid(job.source.shape, slicing.tile, slicing.overlap)
+        spread = job.spread is not None
+        section = job.section or Section(0, len(grid.rows))
+        row, head = section.first, 0
+        state = job.journal.start if job.journal else None
+        if state:
+            row = grid.rows.index(state.top)
+        elif row:
+            state = MergerState.empty(grid.rows[row], grid.shape[1], 1 + spread)
+            head = grid.rows[row - 1] + grid.tile[0]
+        merger = StripMerger(grid.shape, slicing.blend, state, spread=spread)
+        return cls(job, grid, merger, row, section.end, head)
+
+    def merge(self, tile: Tile, validity: float, values: Pixels | None) -> None:
+        """Merge one tile; they come in the order of the grid."""
+        if values is None:
+            self.merger.leave_out(tile)
+        else:
+            self.merger.add(tile, values, validity)
+        self.merged += 1
+        if self.merged == len(self.grid.columns):
+            self._finish_row()
+
+    def _finish_row(self) -> None:
+        """Hand on the rows that no later tile touches."""
+        self.merged = 0
+        self.row += 1
+        rows, tile = self.grid.rows, self.grid.tile[0]
+        end = self.grid.shape[0] if self.row == len(rows) else rows[self.row]
+        if self.merger.top < self.head:
+            self._cut(min(end, self.head))
+        if self.merger.top < end:
+            top = self.merger.top
+            planes = self.merger.take_planes(end)
+            finish(planes, [self.seen.popleft() for _ in range(planes.shape[1])])
+            self.job.sink.write(top, planes[0])
+            if self.job.spread:
+                self.job.spread(top, planes[1])
+        if self.row == self.end:
+            if self.row < len(rows):
+                self._cut(rows[self.row - 1] + tile)
+            self.job.sink.close()
+        elif self.job.journal:
+            self.job.journal.commit(self.merger.state)
+
+    def _cut(self, end: int) -> None:
+        """Hand on rows, up to `end`, to which a neighbouring section has tiles to add."""
+        state = self.merger.cut(end)
+        observed = np.array([self.seen.popleft() for _ in range(len(state.weights))])
+        if self.job.edge:
+            self.job.edge(Edge(state, observed))
+
+
+def finish(planes: Pixels, observed: Iterable[NDArray[np.bool_]]) -> None:
+    """Make merged rows `(planes, rows, width)` final, in place, by their observed planes."""
+    for row, seen in enumerate(observed):
+        unseen = ~seen
+        for values in planes[:, row]:
+            # Observed pixels without a vote lie in tiles left out as land: certainly no kelp.
+            values[np.isnan(values)] = 0.0
+            values[unseen] = np.nan
+
+
+class _Batch:
+    """Tiles on their way through the network, with those around them that are left out."""
+
+    def __init__(self, pixels: Pixels) -> None:
+        self.pixels = pixels
+        self.entries: list[tuple[_Scene, Tile, float, int | None]] = []
+        """Scene, tile, share of observed pixels, and place in the batch; None = left out."""
+        self.count = 0
+        self.resumed = 0
+        """Tiles that an earlier process had finished."""
+
+    @property
+    def full(self) -> bool:
+        return self.count == len(self.pixels)
+
+    def add(self, scene: _Scene, tile: Tile, validity: float, pixels: Pixels) -> None:
+        self.pixels[self.count] = pixels
+        self.entries.append((scene, tile, validity, self.count))
+        self.count += 1
+
+    def leave_out(self, scene: _Scene, tile: Tile) -> None:
+        self.entries.append((scene, tile, 0.0, None))
+
+    def is_late(self, scene: _Scene, row: int) -> bool:
+        """Whether, at the end of a row of tiles, it must not wait for more.
+
+        Without tiles left out it fills up every few rows. Where most are left out, those that
+        wait would hold back all the rows below them, in memory.
+        """
+        if not self.count:
+            return bool(self.entries or self.resumed)
+        if len({id(other) for other, _, _, _ in self.entries}) > len(self.pixels):
+            return True  # or scenes that are all left out would stay open without end
+        columns = len(scene.grid.columns)
+        patience = -(-len(self.pixels) // columns)
+        oldest = next((tile.y for other, tile, _, _ in self.entries if other is scene), None)
+        return oldest is not None and scene.grid.rows.index(oldest) <= row - patience
+
+
+class Engine:
+    """Runs scenes through a network.
+
+    A tile's vote is weighted by its window and by the share of observed input it had; tiles
+    without an observed pixel are not run. A scene smaller than a tile is reflected up to it.
+
+    Args:
+        predict: the network.
+        slicing: how scenes are cut and merged.
+        tiles_done: called, in the caller's thread, with the number of tiles just finished.
+        allocate: makes the array of a batch (pinned memory, where the network wants it).
+    """
+
+    def __init__(
+        self,
+        predict: Predict,
+        slicing: Slicing,
+        tiles_done: Callable[[int], None] | None = None,
+        allocate: Callable[[tuple[int, ...]], Pixels] | None = None,
+    ) -> None:
+        self._predict = predict
+        self._slicing = slicing
+        self.reset(tiles_done)
+        shape = (slicing.batch_size, len(BANDS), *slicing.tile)
+        make = allocate or (lambda shape: np.zeros(shape, dtype=np.float32))
+        # One is in the network, the others are being read.
+        self._buffers = deque(make(shape) for _ in range(AHEAD + 1))
+
+    def reset(self, tiles_done: Callable[[int], None] | None = None) -> None:
+        """Begin to count anew."""
+        self.counts = Counts()
+        self.failures: list[tuple[Sink, KelpError]] = []
+        self._tiles_done = tiles_done
+
+    def run(self, jobs: Iterable[Job]) -> None:
+        """Predict scenes. `jobs` is drawn from in the reading thread, a scene at a time.
+
+        A scene that cannot be read or written ends up in `failures`; the others go on.
+        """
+        with ExitStack() as stack:
+            batches = stack.enter_context(closing(self._batches(jobs)))
+            # After Ctrl-C no further batch is read, but what the network has done is not lost.
+            reading = ThreadPoolExecutor(1, thread_name_prefix="kelp-read")
+            stack.callback(reading.shutdown, cancel_futures=True)
+            merging = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="kelp-merge"))
+            ahead = deque(reading.submit(self._read, batches) for _ in range(AHEAD))
+            merged: deque[Future[int]] = deque()
+            while batch := ahead.popleft().result():
+                ahead.append(reading.submit(self._read, batches))
+                if len(merged) == AHEAD:
+                    self._advance(merged.popleft().result())
+                probabilities = self._run_network(batch)
+                merged.append(merging.submit(self._merge, batch, probabilities))
+            for done in merged:
+                self._advance(done.result())
+
+    def _read(self, batches: Generator[_Batch, None, None]) -> _Batch | None:
+        began = perf_counter()
+        batch = next(batches, None)
+        self.counts.reading += perf_counter() - began
+        return batch
+
+    def _batches(self, jobs: Iterable[Job]) -> Generator[_Batch, None, None]:
+        """All tiles of all scenes, in batches; runs in the reading thread."""
+        batch = self._new_batch()
+        for job in jobs:
+            scene = _Scene.of(job, self._slicing)
+            begun = job.section.first if job.section else 0
+            resumed = (scene.row - begun) * len(scene.grid.columns)
+            batch.resumed += resumed
+            self.counts.tiles += resumed
+            self.counts.resumed += resumed
+            strip = Strip(job.source, self._slicing, scene.merger.top)
+            for row, y in enumerate(scene.grid.rows[scene.row : scene.end], scene.row):
+                if scene.failed:
+                    break
+                try:
+                    scene.seen.extend(strip.advance(y))
+                except KelpError as error:
+                    self._fail(scene, error)
+                    break
+                for tile in scene.grid.row(y):
+                    self._take(scene, strip, tile, batch)
+                    if batch.full:
+                        yield batch
+                        batch = self._new_batch()
+                if batch.is_late(scene, row):
+                    yield batch
+                    batch = self._new_batch()
+        yield batch
+
+    def _new_batch(self) -> _Batch:
+        self._buffers.rotate()
+        return _Batch(self._buffers[0])
+
+    def _take(self, scene: _Scene, strip: Strip, tile: Tile, batch: _Batch) -> None:
+        self.counts.tiles += 1
+        validity = strip.validity(tile)
+        land = validity > 0 and self._slicing.skip_land and strip.is_land(tile)
+        if validity > 0 and not land:
+            batch.add(scene, tile, validity, strip.pixels(tile))
+        else:
+            batch.leave_out(scene, tile)
+            self.counts.land += land
+            self.counts.unobserved += not land
+
+    def _run_network(self, batch: _Batch) -> Pixels | None:
+        if not batch.count:
+            return None
+        # One fixed shape: kernels, and so the last bits of a result, depend on it.
+        batch.pixels[batch.count :] = batch.pixels[batch.count - 1]
+        self.counts.batches += 1
+        self.counts.predicted += batch.count
+        began = perf_counter()
+        probabilities = self._predict(batch.pixels)
+        self.counts.network += perf_counter() - began
+        return probabilities
+
+    def _merge(self, batch: _Batch, probabilities: Pixels | None) -> int:
+        """Merge and write what a batch finished; runs in the merging thread."""
+        began = perf_counter()
+        for scene, tile, validity, slot in batch.entries:
+            if scene.failed:
+                continue
+            values = None if slot is None or probabilities is None else probabilities[slot]
+            try:
+                scene.merge(tile, validity, values)
+            except KelpError as error:
+                self._fail(scene, error)
+        self.counts.writing += perf_counter() - began
+        return len(batch.entries) + batch.resumed
+
+    def _advance(self, tiles: int) -> None:
+        if self._tiles_done and tiles:
+            self._tiles_done(tiles)
+
+    def _fail(self, scene: _Scene, error: KelpError) -> None:
+        """Give a scene up; its tiles that are under way are dropped."""
+        scene.failed = True
+        self.failures.append((scene.job.sink, error))

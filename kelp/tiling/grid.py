@@ -1,0 +1,91 @@
+"""Where tiles lie. Pure geometry: no pixels, no files.
+
+Positions are `(y, x)`, shapes `(height, width)`, always in pixels, never the other way round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Literal, overload
+
+from kelp.errors import ConfigError
+from kelp.raster.window import Shape, Tile
+
+
+def origins(size: int, tile: int, stride: int, edge: Literal["clamp", "pad"]) -> tuple[int, ...]:
+    """First pixels of the tiles along one axis of `size` pixels.
+
+    0, stride, 2·stride … until the axis is covered. `clamp` moves the last tile back so that
+    it ends at the edge (an axis shorter than a tile has one tile); `pad` lets it stick out.
+    """
+    steps = max(0, -(-(size - tile) // stride))
+    starts = [i * stride for i in range(steps + 1)]
+    if edge == "clamp":
+        starts[-1] = max(0, size - tile)
+    return tuple(starts)
+
+
+class TileGrid(Sequence[Tile]):
+    """All tiles of a scene, row by row.
+
+    Law: every pixel of `shape` lies in at least one tile. With `edge="clamp"` (prediction) no
+    tile leaves the scene when the scene is at least one tile large: the last row and column
+    are moved back. 350 x 350 with tile 128 and overlap 64 gives 25 tiles. With `edge="pad"`
+    (slicing a dataset) the last ones stick out and their reader pads them.
+
+    Args:
+        shape: `(height, width)` of the scene.
+        tile: side of a tile, or its `(height, width)`.
+        overlap: pixels that neighbouring tiles share, or `(vertical, horizontal)`.
+        edge: what happens to the last row and column.
+
+    Raises:
+        ConfigError: an empty scene, a tile below 1 px, or an overlap not below the tile.
+    """
+
+    def __init__(
+        self,
+        shape: Shape,
+        tile: int | Shape,
+        overlap: int | Shape = 0,
+        edge: Literal["clamp", "pad"] = "clamp",
+    ) -> None:
+        if min(shape) < 1:
+            raise ConfigError(f"a scene of {shape[0]} x {shape[1]} pixels has no pixel to tile")
+        self.shape = shape
+        self.tile = (tile, tile) if isinstance(tile, int) else tile
+        self.overlap = (overlap, overlap) if isinstance(overlap, int) else overlap
+        for side, shared in zip(self.tile, self.overlap, strict=True):
+            if side < 1:
+                raise ConfigError(f"the tile size must be at least 1 pixel, not {side}")
+            if not 0 <= shared < side:
+                raise ConfigError(
+                    f"the overlap must lie between 0 and tile size - 1 = {side - 1} px, "
+                    f"not {shared}"
+                )
+        strides = tuple(side - shared for side, shared in zip(self.tile, self.overlap, strict=True))
+        self.rows = origins(shape[0], self.tile[0], strides[0], edge)
+        self.columns = origins(shape[1], self.tile[1], strides[1], edge)
+
+    def __len__(self) -> int:
+        return len(self.rows) * len(self.columns)
+
+    @overload
+    def __getitem__(self, index: int) -> Tile: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Tile]: ...
+    def __getitem__(self, index: int | slice) -> Tile | Sequence[Tile]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        row, column = divmod(index % len(self), len(self.columns))
+        return Tile(self.rows[row], self.columns[column], *self.tile)
+
+    def __iter__(self) -> Iterator[Tile]:
+        for y in self.rows:
+            yield from self.row(y)
+
+    def row(self, y: int) -> tuple[Tile, ...]:
+        """The tiles whose first row is `y`, from left to right."""
+        return tuple(Tile(y, x, *self.tile) for x in self.columns)

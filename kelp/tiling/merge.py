@@ -1,0 +1,226 @@
+"""Merging the probabilities of overlapping tiles, in memory that grows with width x tile only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kelp.errors import CoverageError
+from kelp.raster.bands import MASK_NODATA
+from kelp.raster.window import Shape, Tile
+
+Blend = Literal["mean", "hann"]
+
+# Votes are whole multiples of 2^-42 (value unit x weight unit), summed as float64: whole numbers
+# below 2^53 add up exactly there, so the sum does not depend on the order of tiles, and a
+# constant stays that constant. 2^10 tiles may lie on a pixel. 2^-30 is finer than float32 near 1.
+# Squares of votes are rounded to the same unit and summed in the same way.
+_VALUE_UNIT: Final = np.float32(2.0**30)
+_WEIGHT_UNIT: Final = 2.0**12
+_LARGEST_VALUE: Final = 2.0  # probabilities, give or take the last bits of a resampling
+# A square loses half a unit, so tiles that agree may seem to vary by that much.
+_LEAST_VARIANCE: Final = 2.0**-30
+
+
+def window(blend: Blend, height: int, width: int) -> NDArray[np.float64]:
+    """Weight of each pixel of a tile's vote, in (0, 1], shape `(height, width)`.
+
+    `mean` is uniform. `hann` is the separable Hann window sin²(π (i + ½) / n), which trusts the
+    middle of a tile more than its rim (Pielawski & Wählby 2020, PLOS ONE 15(3): e0229839).
+    """
+    if blend == "mean":
+        return np.ones((height, width))
+    rows = np.sin(np.pi * (np.arange(height) + 0.5) / height) ** 2
+    columns = np.sin(np.pi * (np.arange(width) + 0.5) / width) ** 2
+    return np.outer(rows, columns)
+
+
+def to_mask(probabilities: NDArray[np.float32], threshold: float) -> NDArray[np.uint8]:
+    """Kelp where p >= threshold: uint8, 0, 1, or 255 where p is NaN.
+
+    The only place where kelp decides, after tiles, symmetries and networks are averaged. The
+    threshold is compared in float32, so that a stored 0.48 counts as at least 0.48.
+    """
+    mask = (probabilities >= np.float32(threshold)).view(np.uint8)
+    mask[np.isnan(probabilities)] = MASK_NODATA
+    return mask
+
+
+@dataclass(frozen=True)
+class MergerState:
+    """What a `StripMerger` still holds: enough for another process to go on with the scene."""
+
+    top: int
+    """First row not yet taken."""
+    sums: NDArray[np.float64]
+    """Of votes and, with the spread, of their squares: `(planes, rows, width)`."""
+    weights: NDArray[np.float32]
+    left_out: NDArray[np.bool_]
+
+    @classmethod
+    def empty(cls, top: int, width: int, planes: int) -> MergerState:
+        """Nothing yet, from row `top` on."""
+        return cls(
+            top,
+            np.zeros((planes, 0, width)),
+            np.zeros((0, width), dtype=np.float32),
+            np.zeros((0, width), dtype=np.bool_),
+        )
+
+    @property
+    def bottom(self) -> int:
+        """First row below those that are held."""
+        return self.top + len(self.weights)
+
+    def joined(self, other: MergerState) -> MergerState:
+        """What one merger would hold, had it been given the tiles of both.
+
+        Exact, as all sums are whole numbers. Raises `ValueError` unless both hold the same rows.
+        """
+        if (self.top, self.bottom) != (other.top, other.bottom):
+            raise ValueError(f"rows {self.top}-{self.bottom} beside {other.top}-{other.bottom}")
+        return MergerState(
+            self.top,
+            self.sums + other.sums,
+            self.weights + other.weights,
+            self.left_out | other.left_out,
+        )
+
+
+class StripMerger:
+    """Weighted mean of overlapping tiles of one scene, handed out row by row from the top.
+
+    `add` a tile's values (or `leave_out` the tile), `take` rows that no later tile touches. On
+    request also the spread: the standard deviation of a pixel's votes, weighted as the mean is. It
+    is right within 0.00004, and exactly 0 where votes are equal, or only one.
+
+    Laws: merging the tiles of an array gives the array back (within 2^-30), for every window,
+    validity and order of tiles; a pixel covered by no tile raises `CoverageError`, one covered
+    only by tiles left out on purpose is NaN.
+
+    Args:
+        shape: `(height, width)` of the scene; parts of tiles outside it are dropped.
+        blend: the window of a tile's vote.
+        state: what another merger of the same scene held.
+        spread: whether `take_planes` gives the spread as well; doubles the sums that are held.
+    """
+
+    def __init__(
+        self,
+        shape: Shape,
+        blend: Blend = "mean",
+        state: MergerState | None = None,
+        spread: bool = False,
+    ) -> None:
+        self.shape = shape
+        self.blend: Blend = blend
+        self._window: NDArray[np.float64] = np.zeros((0, 0))
+        self._vote = (0.0, np.zeros((0, 0), dtype=np.float32))  # validity, its rounded weights
+        state = state or MergerState.empty(0, shape[1], 2 if spread else 1)
+        self.top = state.top  # first row not yet taken
+        self._sums, self._weights = state.sums.copy(), state.weights.copy()
+        self._left_out = state.left_out.copy()
+
+    def add(self, tile: Tile, values: NDArray[np.floating], validity: float = 1.0) -> None:
+        """Add a tile's vote.
+
+        Args:
+            tile: where the tile lies.
+            values: probabilities (numbers within ±2), shape `(tile.height, tile.width)`.
+            validity: the share of observed input the tile had, in (0, 1].
+        """
+        if values.shape != (tile.height, tile.width):
+            raise ValueError(f"values of shape {values.shape} for {tile}")
+        if not max(-values.min(), values.max()) <= _LARGEST_VALUE:  # NaN is caught, too
+            raise ValueError(f"values of {tile} are not numbers within ±{_LARGEST_VALUE:g}")
+        rows, columns = self._slices(tile)
+        inside = slice(rows.stop - rows.start), slice(columns.stop - columns.start)
+        votes = np.multiply(values[inside], _VALUE_UNIT, dtype=np.float32)
+        votes = np.rint(votes, out=votes).astype(np.float64)
+        weights = self._weigh(values.shape, validity)[inside]
+        if len(self._sums) > 1:
+            squares = np.rint(votes * votes / _VALUE_UNIT)
+            squares *= weights
+            self._sums[1, rows, columns] += squares
+        votes *= weights
+        self._sums[0, rows, columns] += votes
+        self._weights[rows, columns] += weights
+
+    def leave_out(self, tile: Tile) -> None:
+        """Note that a tile was left out on purpose: its pixels are no holes."""
+        rows, columns = self._slices(tile)
+        self._left_out[rows, columns] = True
+
+    def take(self, end: int) -> NDArray[np.float32]:
+        """Rows `top … end` of the merged scene, float32; NaN where all tiles were left out.
+
+        Raises `CoverageError` when a pixel of them was covered by no tile.
+        """
+        mean: NDArray[np.float32] = self.take_planes(end)[0]
+        return mean
+
+    def take_planes(self, end: int) -> NDArray[np.float32]:
+        """As `take`, `(planes, rows, width)`: the mean and, where asked for, the spread."""
+        top = self.top
+        state = self.cut(end)
+        holes = (state.weights == 0) & ~state.left_out
+        if holes.any():
+            y, x = np.argwhere(holes)[0]
+            raise CoverageError(f"no tile covers the pixel at row {top + y}, column {x}")
+        with np.errstate(invalid="ignore"):  # 0 / 0 where all tiles were left out
+            merged = np.divide(state.sums, state.weights)
+        merged /= _VALUE_UNIT
+        if len(merged) > 1:
+            variance = merged[1]
+            variance -= merged[0] ** 2
+            variance[variance < _LEAST_VARIANCE] = 0
+            np.sqrt(variance, out=variance)
+        return merged.astype(np.float32)
+
+    def cut(self, end: int) -> MergerState:
+        """Rows `top … end` as sums, to which another merger may still have tiles to add."""
+        end = min(end, self.shape[0])
+        self._reach(end)
+        count = end - self.top
+        state = MergerState(
+            self.top, self._sums[:, :count], self._weights[:count], self._left_out[:count]
+        )
+        self._sums = self._sums[:, count:].copy()
+        self._weights = self._weights[count:].copy()
+        self._left_out = self._left_out[count:].copy()
+        self.top = end
+        return state
+
+    def state(self) -> MergerState:
+        """What was added to rows that are not yet taken."""
+        return MergerState(self.top, self._sums.copy(), self._weights.copy(), self._left_out.copy())
+
+    def _weigh(self, shape: tuple[int, ...], validity: float) -> NDArray[np.float32]:
+        """Weights of a vote: whole numbers, at least 1."""
+        if self._window.shape != shape:
+            self._window = window(self.blend, *shape)
+            self._vote = (0.0, self._vote[1])
+        if self._vote[0] != validity:
+            weights = np.rint(self._window * (validity * _WEIGHT_UNIT))
+            self._vote = (validity, np.maximum(weights, 1).astype(np.float32))
+        return self._vote[1]
+
+    def _slices(self, tile: Tile) -> tuple[slice, slice]:
+        """Where the part of a tile inside the scene lies in the buffers."""
+        if tile.y < self.top:
+            raise ValueError(f"{tile} begins above row {self.top}, which was already taken")
+        inside = tile.clipped(self.shape)
+        self._reach(inside.bottom)
+        return slice(inside.y - self.top, inside.bottom - self.top), slice(inside.x, inside.right)
+
+    def _reach(self, bottom: int) -> None:
+        """Grow the buffers down to row `bottom`."""
+        missing = bottom - self.top - len(self._weights)
+        if missing > 0:
+            grow = ((0, missing), (0, 0))
+            self._sums = np.pad(self._sums, ((0, 0), *grow))
+            self._weights = np.pad(self._weights, grow)
+            self._left_out = np.pad(self._left_out, grow)

@@ -1,0 +1,137 @@
+"""The rows of a scene that one row of tiles needs, read so that no row is fetched twice."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kelp.raster.bands import BANDS, DEM, observed, reflected
+from kelp.raster.window import Shape, Tile
+from kelp.tiling.merge import Blend
+
+Pixels = NDArray[np.float32]
+
+
+class Source(Protocol):
+    """Where a scene's pixels come from."""
+
+    @property
+    def shape(self) -> Shape:
+        """Height and width."""
+
+    def read(self, tile: Tile, /) -> Pixels:
+        """A window inside the scene as a canonical array `(7, height, width)`."""
+
+
+@dataclass(frozen=True)
+class Slicing:
+    """How scenes are cut and merged."""
+
+    tile: Shape
+    overlap: Shape
+    blend: Blend = "mean"
+    batch_size: int = 8
+    qa_as_nodata: bool = True
+    skip_land: bool = False
+    """Do not run tiles that are all land (DEM > 0); their pixels are 0."""
+    land_tolerance: int = 3
+    """Only where all is land this many pixels around them too: DEMs are misaligned."""
+
+
+def strip_rows(slicing: Slicing) -> int:
+    """Rows that a strip holds at most."""
+    tile, overlap = slicing.tile[0], slicing.overlap[0]
+    if not slicing.skip_land or not slicing.land_tolerance:
+        return tile
+    return tile + 2 * slicing.land_tolerance + (tile - overlap)
+
+
+class Strip:
+    """A row of tiles of a scene, with the rows around it that decide what is land.
+
+    Args:
+        source: the scene.
+        slicing: how it is cut.
+        top: the row from which on it is predicted.
+    """
+
+    def __init__(self, source: Source, slicing: Slicing, top: int = 0) -> None:
+        self._source = source
+        self._tile = slicing.tile
+        self._stride = slicing.tile[0] - slicing.overlap[0]
+        self._qa_as_nodata = slicing.qa_as_nodata
+        self._skip_land = slicing.skip_land
+        self._margin = slicing.land_tolerance if slicing.skip_land else 0
+        height, width = source.shape
+        rows = min(strip_rows(slicing), height)
+        self._pixels = np.empty((len(BANDS), rows, width), dtype=np.float32)
+        self._seen = np.empty((rows, width), dtype=np.bool_)
+        self._top = self._bottom = self._fetched(top)
+        self._told = top
+        self._view: Pixels = self._pixels
+        self._seen_before = self._water_before = np.zeros(0, dtype=np.int64)
+
+    def advance(self, y: int) -> NDArray[np.bool_]:
+        """Go to the tiles that begin at row `y`; observed planes of rows not told of before."""
+        height, width = self._source.shape
+        top = self._fetched(y)
+        end = y + self._tile[0] + self._margin
+        if self._margin:  # on a multiple of the stride, as without: rows of blocks end there, too
+            end = -(-end // self._stride) * self._stride
+        end = min(end, height)
+        kept = self._bottom - top
+        if top > self._top:
+            for plane in (*self._pixels, self._seen):  # one at a time: copied aside, they overlap
+                plane[:kept] = plane[top - self._top : self._bottom - self._top].copy()
+        for first in range(self._bottom, end, self._stride):  # read at once is held twice
+            rows = min(self._stride, end - first)
+            new = slice(first - top, first - top + rows)
+            self._pixels[:, new] = self._source.read(Tile(first, 0, rows, width))
+            self._seen[new] = observed(self._pixels[:, new], self._qa_as_nodata)
+        self._top, self._bottom = top, end
+        untold = self._seen[max(self._told, top) - top : end - top].copy()
+        self._told = max(self._told, end)
+        self._survey(y)
+        return untold
+
+    def pixels(self, tile: Tile) -> Pixels:
+        """A tile of the present row of tiles, shape `(7, *tile)`, a view."""
+        return self._view[:, :, tile.x : tile.right]
+
+    def validity(self, tile: Tile) -> float:
+        """The share of a tile's pixels that are observed."""
+        seen = self._seen_before[tile.right] - self._seen_before[tile.x]
+        return float(seen) / (tile.height * tile.width)
+
+    def is_land(self, tile: Tile) -> bool:
+        """Whether a tile and the margin around it are all land (DEM > 0; unknown is not)."""
+        left = max(0, tile.x - self._margin)
+        right = min(tile.right + self._margin, self._source.shape[1])
+        return bool(self._water_before[right] == self._water_before[left])
+
+    def _fetched(self, y: int) -> int:
+        """The first row that tiles beginning at row `y` need."""
+        return max(0, y - self._margin)
+
+    def _survey(self, y: int) -> None:
+        """Look at the row of tiles as a whole: running sums make each tile's share one subtraction.
+
+        `_seen_before[x]` counts the observed pixels left of column x, `_water_before[x]` those
+        that are not land, margin included.
+        """
+        held = self._bottom - self._top
+        rows = slice(y - self._top, min(y - self._top + self._tile[0], held))
+        around = slice(0, min(rows.stop + self._margin, held))
+        self._view = reflected(self._pixels[:, rows], *self._tile)
+        self._seen_before = _running(reflected(self._seen[rows], *self._tile))
+        if self._skip_land:
+            self._water_before = _running(~(self._pixels[DEM, around] > 0))
+
+
+def _running(plane: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """How many pixels of the plane are true left of each column, `width + 1` numbers."""
+    columns = plane.view(np.uint8).sum(axis=0, dtype=np.uint32)
+    return np.concatenate([[0], np.cumsum(columns, dtype=np.int64)])

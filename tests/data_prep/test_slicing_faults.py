@@ -1,0 +1,131 @@
+"""What `kelp slice` does with bad input, and what it leaves when it is stopped."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from slicing_world import config
+from world import make_world, read_tif, write_tif
+
+from kelp import tables
+from kelp.data_prep import slicing
+from kelp.data_prep.slicing import slice_dataset
+from kelp.errors import ConfigError, InputError, TableError
+
+
+def test_tiles_of_an_earlier_slice_are_told(tmp_path, caplog):
+    world = make_world(tmp_path, n_train=1)
+    slice_dataset(config(world, stride=16))
+    slice_dataset(config(world))
+    assert "files are not of this slice" in caplog.text
+    tiles = pd.read_parquet(config(world).output_dir / tables.TILES_TABLE)
+    assert len(tiles) == 9
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_mask_of_another_size_names_both_files(tmp_path, workers):
+    world = make_world(tmp_path)
+    mask = world.train_dir / "masks" / "TR000002_kelp.tif"
+    write_tif(mask, np.zeros((1, 70, 90), np.uint8))
+    with pytest.raises(InputError) as caught:
+        slice_dataset(config(world, workers=workers))
+    for part in (str(mask), "TR000002_satellite.tif", "70 x 90", "90 x 70"):
+        assert part in str(caught.value)
+    assert not (config(world).output_dir / tables.TILES_TABLE).exists()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_failure_leaves_whole_tiles_and_no_table(tmp_path, workers):
+    world = make_world(tmp_path)
+    used = config(world, workers=workers)
+    slice_dataset(used)
+    broken = world.train_dir / "images" / "TR000003_satellite.tif"
+    broken.write_bytes(broken.read_bytes()[:5000])
+    with pytest.raises(InputError, match=r"TR000003_satellite\.tif: not a readable raster"):
+        slice_dataset(used)
+    assert not (used.output_dir / tables.TILES_TABLE).exists()
+    assert not list(used.output_dir.rglob(".*"))
+
+
+def test_a_disk_that_fills_up_leaves_no_half_tile(tmp_path, monkeypatch):
+    world = make_world(tmp_path, n_train=1)
+    put, calls = Path.write_bytes, []
+
+    def full(path, content):
+        calls.append(path)
+        put(path, content[: len(content) // 2])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(InputError, match="No space left on device"):
+        slice_dataset(config(world))
+    assert len(calls) == 1
+    assert not list((config(world).output_dir / "images").iterdir())
+
+
+def test_bad_tables_are_named(tmp_path):
+    world = make_world(tmp_path)
+    table = pd.read_parquet(world.table)
+
+    def fails(changed, message, kind=TableError):
+        changed.to_parquet(world.table, index=False)
+        with pytest.raises(kind, match=message):
+            slice_dataset(config(world))
+
+    fails(table.drop(columns="original_split"), "lacks the column original_split")
+    fails(table.assign(original_split="test"), "no row whose original_split is train")
+    fails(pd.concat([table, table.head(1)]), "two rows have the tile_id TR000000")
+    table.to_parquet(world.table, index=False)
+    (world.train_dir / "masks" / "TR000001_kelp.tif").unlink()
+    fails(table, r"TR000001_kelp\.tif: no such file, but .*\.parquet has a row for it")
+    with pytest.raises(ConfigError, match=r"--output_dir .* is --data_dir"):
+        slice_dataset(config(world, output_dir=world.train_dir))
+
+
+STOPPED = """
+import sys
+from kelp.config import SliceConfig
+from kelp.data_prep.slicing import slice_dataset
+if __name__ == "__main__":
+    slice_dataset(SliceConfig.load(__import__("pathlib").Path(sys.argv[1])))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_a_stopped_slice_leaves_whole_tiles_and_no_process(tmp_path, how):
+    world = make_world(tmp_path, n_train=30, shape=(190, 210))
+    used = config(world, workers=2, stride=8)
+    recorded = used.record(tmp_path)
+    script = tmp_path / "stopped.py"
+    script.write_text(STOPPED)
+    environment = {**os.environ, "PYTHONPATH": str(Path(slicing.__file__).parents[2])}
+    child = subprocess.Popen(
+        [sys.executable, str(script), str(recorded)],
+        env=environment,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    images = used.output_dir / "images"
+    deadline = time.monotonic() + 300
+    while not (images.is_dir() and len(list(images.glob("*.tif"))) > 40):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    child.send_signal(how)
+    child.communicate(timeout=120)  # ends only when no worker holds the pipe any more
+    assert child.returncode == (-how if how == signal.SIGKILL else -signal.SIGINT)
+    assert not (used.output_dir / tables.TILES_TABLE).exists()
+    finished = [p for p in used.output_dir.rglob("*.tif") if not p.name.startswith(".")]
+    assert finished
+    for path in finished:
+        assert read_tif(path).shape[1:] == (32, 32)
+    if how == signal.SIGINT:
+        assert not list(used.output_dir.rglob(".*.tif"))

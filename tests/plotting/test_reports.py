@@ -1,0 +1,164 @@
+"""`kelp report`: figures known by hand, what the page holds, and refusals of one line."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from bundles import tiny_bundle
+from world import coast, write_tif
+
+import kelp
+from kelp.cli import main
+from kelp.config import ReportConfig
+from kelp.errors import InputError
+from kelp.evaluation.thresholds import CODES
+from kelp.plotting.reports.judged import Sweep
+from kelp.raster.writer import write_mask
+
+TRUTH = np.zeros((20, 20), np.uint8)
+TRUTH[2:4, 2:4] = 1  # a patch of 4 px
+TRUTH[8:14, 8:14] = 1  # and one of 36 px
+
+
+def make_folders(root, probabilities=True):
+    """Three scenes: right, half found with an alarm elsewhere, and without any kelp."""
+    half = TRUTH.copy()
+    half[2:4, 2:4] = 0
+    half[17, 17:20] = 1
+    pairs = {
+        "AA000001": (TRUTH, TRUTH),
+        "AA000002": (TRUTH, half),
+        "AA000003": (TRUTH * 0, TRUTH * 0),
+    }
+    rng = np.random.default_rng(0)
+    for name, (truth, mask) in pairs.items():
+        write_tif(root / "scenes" / f"{name}_satellite.tif", coast((20, 20), rng)[0])
+        for folder, content in (("truth", truth), ("masks", mask)):
+            (root / folder).mkdir(exist_ok=True)
+            write_mask(root / folder / f"{name}_kelp.tif", content)
+        if probabilities:
+            p = np.where(mask == 1, 0.8, 0.1).astype(np.float32)
+            write_tif(root / "masks" / f"{name}_kelp_prob.tif", p[np.newaxis])
+    return ReportConfig(
+        gt_dir=root / "truth",
+        preds_dir=root / "masks",
+        output_dir=root / "out",
+        data_dir=root / "scenes",
+        draws=200,
+    )
+
+
+def test_workers_of_a_cluster_are_shown(tmp_path):
+    config = make_folders(tmp_path, probabilities=False)
+    share = {
+        "scenes": 3,
+        "tiles": 4321,
+        "reading": 1.25,
+        "network": 30.5,
+        "writing": 0.5,
+        "peak_memory": 512_000_000,
+    }
+    record = config.preds_dir / "kelp-workers.json"
+    record.write_text(json.dumps({"tcp://10.0.0.7:4001": share}))
+    page = kelp.make_report(config).page.read_text()
+    row = page[page.index("tcp://10.0.0.7:4001") :][:400]
+    assert all(number in row for number in ("4321", "30.5", "512"))
+    record.write_text("{")
+    with pytest.raises(InputError, match=r"kelp-workers\.json: damaged"):
+        kelp.make_report(config)
+
+
+def test_the_figures_are_those_counted_by_hand(tmp_path):
+    config = make_folders(tmp_path)
+    result = kelp.make_report(config)
+    found = json.loads((tmp_path / "out" / "report.json").read_text())["figures"]
+    # 40 + 36 hits, 3 false alarms, 4 missed
+    assert found["pooled_dice"]["value"] == pytest.approx(2 * 76 / (2 * 76 + 3 + 4))
+    assert found["precision"]["value"] == pytest.approx(76 / 79)
+    assert found["recall"]["value"] == pytest.approx(76 / 80)
+    assert found["mean_image_dice"]["value"] == pytest.approx((1 + 72 / 79 + 1) / 3)
+    assert found["recall_1-4_px"]["value"] == 0.5
+    assert found["recall_17-64_px"]["value"] == 1
+    assert found["area_by_threshold"]["value"] == pytest.approx(79 / 80)
+    expected = 79 * 0.8 + (1200 - 79) * 0.1
+    assert found["area_by_probability"]["value"] == pytest.approx(expected / 80)
+    # 79 px at 0.8, of which 76 are kelp; 1,121 px at 0.1, of which 4 are
+    error = (abs(79 * 0.8 - 76) + abs(1121 * 0.1 - 4)) / 1200
+    assert found["calibration_error"]["value"] == pytest.approx(error)
+    low, high = found["pooled_dice"]["low"], found["pooled_dice"]["high"]
+    assert low < found["pooled_dice"]["value"] < high <= 1
+    assert "pooled Dice 0.956" in result.summary()
+
+
+def test_a_sweep_is_precision_and_recall_at_every_threshold():
+    by_code = np.zeros((2, CODES + 1), np.int64)
+    by_code[1, [50, 150]] = 1, 3  # kelp at 0.2 and 0.6
+    by_code[0, [0, 100]] = 90, 2  # none at 0 and 0.4
+    sweep = Sweep.of(by_code)
+    at = {round(float(t), 3): k for k, t in enumerate(sweep.thresholds)}
+    assert sweep.precision[at[0.2]] == pytest.approx(4 / 6)
+    assert sweep.recall[at[0.204]] == pytest.approx(3 / 4)
+    assert sweep.precision[at[0.404]] == 1
+    assert sweep.dice[at[0.4]] == pytest.approx(2 * 3 / (2 * 3 + 2 + 1))
+    assert np.isnan(sweep.precision[at[0.604]])
+    assert sweep.dice[at[0.604]] == 0
+
+
+def test_the_page_says_what_it_is_about(tmp_path):
+    bundle = tiny_bundle(tmp_path / "run" / "artifacts" / "bundle", training={"lr": 0.001})
+    history = [{"train/loss": 0.9, "val/dice": 0.1}, {"train/loss": 0.5, "val/dice": 0.4}]
+    (bundle.parent / "history.json").write_text(json.dumps(history))
+    config = make_folders(tmp_path)
+    config = config.model_copy(update={"run_dir": tmp_path / "run", "title": "Off Olinda"})
+    text = kelp.make_report(config).page.read_text(encoding="utf-8")
+    headings = ["Scores", "Small patches", "Curves", "Scenes", "The network", "The data", "Again"]
+    at = [text.index(f">{words}</h2>") for words in headings]
+    assert at == sorted(at)
+    assert text.index("Pooled Dice of kelp is 0.956") < at[0]
+    assert "With 3 places only" in text
+    assert all(words in text for words in ("AA000002", "kelp report --config", "lr: 0.001"))
+    assert text.count("<img") == 1 + 3 + 2 + 1  # patches, curves, worst and best, training
+
+
+def test_masks_alone_are_enough(tmp_path):
+    config = make_folders(tmp_path, probabilities=False).model_copy(update={"data_dir": None})
+    text = kelp.make_report(config).page.read_text(encoding="utf-8")
+    assert "--save_probabilities" in text
+    found = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert found["reliability"] is None
+    assert "calibration_error" not in found["figures"]
+
+
+def test_the_same_again_is_the_same_page(tmp_path):
+    config = make_folders(tmp_path)
+    first = kelp.make_report(config).page.read_bytes()
+    record = tmp_path / "out" / "kelp-report.yaml"
+    assert main(["report", "--config", str(record)]) == 0
+    assert (tmp_path / "out" / "report.html").read_bytes() == first
+
+
+def test_what_cannot_be_judged_is_refused(tmp_path):
+    config = make_folders(tmp_path)
+    (tmp_path / "scenes" / "AA000002_satellite.tif").unlink()
+    with pytest.raises(InputError, match=r"no scene AA000002_satellite.tif, 1 of 3"):
+        kelp.make_report(config)
+    (tmp_path / "masks" / "AA000003_kelp.tif").unlink()
+    with pytest.raises(InputError, match=r"no prediction for AA000003, 1 of 3"):
+        kelp.make_report(config)
+    with pytest.raises(InputError, match="holds no bundle"):
+        kelp.make_report(config.model_copy(update={"run_dir": tmp_path}))
+    write_mask(tmp_path / "masks" / "AA000003_kelp.tif", TRUTH[:10])
+    shutil.rmtree(tmp_path / "scenes")
+    with pytest.raises(InputError, match="must have the size of its truth"):
+        kelp.make_report(config.model_copy(update={"data_dir": None}))
+    assert not (tmp_path / "out").exists()
+
+
+def test_evaluate_leaves_the_page_beside_its_scores(tmp_path, capsys):
+    config = make_folders(tmp_path)
+    argv = ["evaluate", "--gt_dir", str(config.gt_dir), "--preds_dir", str(config.preds_dir)]
+    assert main(argv) == 0
+    assert main([*argv, "--output_dir", str(tmp_path / "scores")]) == 0
+    assert (tmp_path / "scores" / "report.html").is_file()
+    assert "report.html" in capsys.readouterr().out

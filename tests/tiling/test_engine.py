@@ -1,0 +1,205 @@
+"""The sliced engine with networks that are one line of numpy."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kelp.errors import InputError
+from kelp.raster.bands import BANDS, DEM, QA, canonical, observed
+from kelp.tiling.engine import Engine
+from kelp.tiling.grid import TileGrid
+from kelp.tiling.jobs import Job
+from kelp.tiling.strip import Slicing
+
+NIR = BANDS.index("NIR")
+
+
+def scene(shape, seed=0, holes=0.2):
+    rng = np.random.default_rng(seed)
+    raw = rng.integers(1, 65535, (len(BANDS), *shape)).astype(np.float64)
+    raw[QA] = rng.random(shape) < 0.1
+    raw[DEM] = rng.integers(-2, 50, shape)
+    raw[:QA][rng.random((5, *shape)) < holes] = -32768
+    return canonical(raw)
+
+
+def scale(batch):
+    """The exact network: NIR as a probability."""
+    return np.nan_to_num(batch[:, NIR], nan=0.0) / np.float32(65535)
+
+
+class ArrayScene:
+    def __init__(self, pixels):
+        self.pixels = pixels
+        self.shape = pixels.shape[1:]
+        self.rows_read = 0
+        self.result = np.full(self.shape, -1, dtype=np.float32)
+        self.closed = 0
+
+    def read(self, tile):
+        assert 0 <= tile.y <= tile.bottom <= self.shape[0]
+        self.rows_read += tile.height
+        return self.pixels[:, *tile.slices]
+
+    def write(self, y, rows):
+        assert not self.closed
+        self.result[y : y + len(rows)] = rows
+
+    def close(self):
+        self.closed += 1
+
+
+def run(scenes, predict=scale, tile=(16, 16), overlap=(8, 8), **options):
+    jobs = [ArrayScene(pixels) for pixels in scenes]
+    engine = Engine(predict, Slicing(tile, overlap, **options))
+    engine.run(Job(job, job) for job in jobs)
+    assert all(job.closed == 1 for job in jobs)
+    return [job.result for job in jobs], engine, jobs
+
+
+@st.composite
+def settings_of_a_run(draw):
+    tile = (draw(st.integers(1, 20)), draw(st.integers(1, 20)))
+    overlap = (draw(st.integers(0, tile[0] - 1)), draw(st.integers(0, tile[1] - 1)))
+    shape = (draw(st.integers(1, 45)), draw(st.integers(1, 45)))
+    return shape, {
+        "tile": tile,
+        "overlap": overlap,
+        "batch_size": draw(st.integers(1, 7)),
+        "blend": draw(st.sampled_from(["mean", "hann"])),
+        "qa_as_nodata": draw(st.booleans()),
+    }
+
+
+@settings(deadline=None, max_examples=60)
+@given(case=settings_of_a_run(), holes=st.sampled_from([0.0, 0.2, 0.9, 1.0]))
+def test_an_exact_network_gives_its_map_at_any_size(case, holes):
+    shape, options = case
+    pixels = scene(shape, holes=holes)
+    (result,), _, _ = run([pixels], **options)
+    seen = observed(pixels, options["qa_as_nodata"])
+    expected = np.where(seen, scale(pixels[None])[0], np.nan)
+    np.testing.assert_allclose(result, expected, atol=1e-6)
+
+
+@settings(deadline=None, max_examples=30)
+@given(case=settings_of_a_run(), order=st.permutations(range(4)), batch=st.integers(1, 9))
+def test_order_of_scenes_and_batch_size_change_no_bit(case, order, batch):
+    shape, options = case
+    scenes = [scene((shape[0] + i, shape[1]), seed=i) for i in range(4)]
+    alone = [run([pixels], **options)[0][0] for pixels in scenes]
+    together, _, _ = run([scenes[i] for i in order], **{**options, "batch_size": batch})
+    for i, result in zip(order, together, strict=True):
+        assert result.tobytes() == alone[i].tobytes()
+
+
+def test_batches_have_one_shape_and_run_across_scenes():
+    shapes = []
+
+    def predict(batch):
+        shapes.append(batch.shape)
+        return scale(batch)
+
+    _, engine, _ = run([scene((20, 20), i, 0.0) for i in range(5)], predict, batch_size=8)
+    assert set(shapes) == {(8, 7, 16, 16)}
+    assert engine.counts.predicted == 20
+    assert len(shapes) == 3
+
+
+def test_each_row_is_read_once():
+    pixels = scene((100, 30))
+    _, _, (job,) = run([pixels], tile=(32, 16), overlap=(24, 8))
+    assert job.rows_read == 100
+
+
+def test_tiles_without_an_observed_pixel_are_not_run():
+    pixels = scene((64, 64), holes=0.0)
+    pixels[NIR, :32] = np.nan
+    (result,), engine, _ = run([pixels], overlap=(0, 0))
+    assert engine.counts.unobserved == 8
+    assert engine.counts.predicted == 8
+    assert np.isnan(result[:32]).all()
+
+
+def test_a_scene_without_data_is_not_observed_everywhere():
+    (result,), engine, _ = run([np.full((7, 33, 40), np.nan, dtype=np.float32)])
+    assert np.isnan(result).all()
+    assert engine.counts.batches == 0
+
+
+def test_all_land_tiles_are_zero_on_request_and_nothing_else_changes():
+    pixels = scene((48, 64), holes=0.0)
+    pixels[QA] = 0
+    pixels[DEM] = 0
+    pixels[DEM, :, 32:] = 5
+    (kept,), _, _ = run([pixels], overlap=(0, 0))
+    # A DEM may lie 3 pixels off: the tiles beside the water are run.
+    for tolerance, left in ((0, 32), (3, 48), (16, 48), (17, 64)):
+        (skipped,), engine, _ = run(
+            [pixels], overlap=(0, 0), skip_land=True, land_tolerance=tolerance
+        )
+        assert engine.counts.land == (64 - left) // 16 * 3
+        assert (skipped[:, left:] == 0).all()
+        assert skipped[:, :left].tobytes() == kept[:, :left].tobytes()
+    pixels[DEM, :, 32:] = np.nan  # unknown is not land
+    assert run([pixels], overlap=(0, 0), skip_land=True)[1].counts.land == 0
+
+
+def test_a_network_that_moves_its_output_is_noticed():
+    pixels = scene((40, 40), holes=0.0)
+    (result,), _, _ = run([pixels], lambda batch: np.roll(scale(batch), 1, axis=2))
+    seen = observed(pixels)
+    assert np.nanmax(np.abs(result[seen] - scale(pixels[None])[0][seen])) > 0.1
+
+
+def test_probabilities_are_averaged_not_votes():
+    """Tiles that disagree (0.9, 0.2) leave their mean, whatever a threshold would say."""
+    answers = iter([0.9, 0.2, 0.9, 0.2])
+
+    def predict(batch):
+        return np.stack([np.full(batch.shape[2:], next(answers), np.float32) for _ in batch])
+
+    pixels = scene((16, 24), holes=0.0)
+    pixels[QA] = 0
+    (result,), _, _ = run([pixels], predict, batch_size=1)
+    np.testing.assert_allclose(result[:, 8:16], 0.55, atol=1e-6)
+
+
+@pytest.mark.parametrize("verb", ["read", "write", "close"])
+@pytest.mark.parametrize("batch_size", [1, 5, 64])
+def test_a_failed_scene_is_named_and_the_others_are_done(monkeypatch, verb, batch_size):
+    """Also where it fails while another scene is being read, or at the very end."""
+    jobs = [ArrayScene(scene((40, 40), i, holes=0.1)) for i in range(4)]
+    bad, done = jobs[1], getattr(jobs[1], verb)
+
+    def broken(*arguments):
+        if verb == "close" or getattr(arguments[0], "y", arguments[0]) > 0:
+            raise InputError("disk full")
+        return done(*arguments)
+
+    monkeypatch.setattr(bad, verb, broken)
+    engine = Engine(scale, Slicing((16, 16), (8, 8), batch_size=batch_size))
+    engine.run(Job(job, job) for job in jobs)
+    assert [(sink, str(error)) for sink, error in engine.failures] == [(bad, "disk full")]
+    for job in (jobs[0], jobs[2], jobs[3]):
+        (alone,), _, _ = run([job.pixels])
+        assert job.closed == 1
+        assert job.result.tobytes() == alone.tobytes()
+
+
+def test_a_bug_is_not_a_failed_scene(monkeypatch):
+    job = ArrayScene(scene((40, 40)))
+    monkeypatch.setattr(job, "read", lambda tile: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        Engine(scale, Slicing((16, 16), (8, 8))).run([Job(job, job)])
+
+
+def test_progress_counts_every_tile():
+    done = []
+    pixels = scene((50, 70))
+    pixels[NIR, :20] = np.nan
+    engine = Engine(scale, Slicing((16, 16), (8, 8)), done.append)
+    job = ArrayScene(pixels)
+    engine.run([Job(job, job)])
+    assert sum(done) == len(TileGrid((50, 70), 16, 8)) == engine.counts.tiles
