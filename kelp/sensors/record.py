@@ -13,7 +13,7 @@ from typing import Annotated, Any, Final, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from kelp.errors import InputError
-from kelp.files import json_text, write_text
+from kelp.io.files import json_text, write_text
 
 SCHEMA: Final = 1
 """Raised when a reader of the older schema would misunderstand a record."""

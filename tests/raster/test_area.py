@@ -7,10 +7,10 @@ from pyproj import Geod
 from rasterio.crs import CRS
 from rasterio.warp import transform as reproject
 
-from kelp.area import GroundArea
 from kelp.errors import InputError
-from kelp.grid import Tile
-from kelp.raster import Georeference
+from kelp.raster.area import GroundArea
+from kelp.raster.masks import Georeference
+from kelp.tiling.grid import Tile
 
 WGS84 = CRS.from_epsg(4326)
 GEOD = Geod(ellps="WGS84")

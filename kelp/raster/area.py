@@ -18,10 +18,10 @@ from rasterio.crs import CRS
 from rasterio.errors import CRSError, RasterioError
 from rasterio.warp import transform as reproject
 
-from kelp.bands import PIXEL_SIZE_M
 from kelp.errors import InputError
-from kelp.grid import Shape, Tile
-from kelp.raster import Georeference
+from kelp.raster.bands import PIXEL_SIZE_M
+from kelp.raster.masks import Georeference
+from kelp.raster.window import Shape, Tile
 
 AreaSource = Literal["affine", "geodesic", "assumed"]
 
