@@ -42,6 +42,10 @@ class WeightsError(KelpError):
     """Pretrained weights cannot be obtained or do not fit the network."""
 
 
+class TrainingError(KelpError):
+    """A training ended with a network that finds nothing."""
+
+
 class ProcessError(KelpError):
     """One of the processes that train together was lost: killed, or cut off from the others."""
 

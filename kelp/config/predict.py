@@ -239,4 +239,5 @@ class DemoConfig(Config):
     size: int = option(350, help="Side of a simulated image", unit="px", ge=64)
     epochs: int = option(5, help="Training epochs", unit="epochs", ge=1)
     samples_per_epoch: int = option(192, help="Tiles drawn in an epoch", unit="tiles", ge=1)
+    min_dice: float = option(0.05, help="See kelp train", unit="fraction 0-1", ge=0, lt=1)
     seed: int = option(0, help="Seed of the simulation and the training", unit="integer", ge=0)

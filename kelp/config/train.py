@@ -236,6 +236,11 @@ class TrainConfig(FoldConfig):
     # selection
     monitor_metric: Metric = option("val/dice", help="Metric that picks the best epoch")
     monitor_mode: Literal["max", "min"] = option("max", help="Whether more or less is better")
+    min_dice: float = option(
+        0.05, help="End in an error, without a bundle, where the best epoch finds less on its "
+        "validation rows, at the best threshold; 0: keep any network", unit="fraction 0-1", ge=0,
+        lt=1,
+    )  # fmt: skip
     save_top_k: int = option(1, help="Bundles of the best epochs to keep", unit="bundles", ge=1)
     early_stopping_patience: int = option(
         10, help="Epochs without a better metric before stopping", unit="epochs", ge=1

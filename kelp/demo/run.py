@@ -197,7 +197,8 @@ def _whole(config: DemoConfig, table: Path, raw: Path) -> TrainConfig:
     side = max(rival.image_size, -(-config.size // 32) * 32)  # larger images are padded to that
     samples = config.samples_per_epoch * tile**2 / side**2
     batches = max(1, round(samples / _BATCH))
-    return rival.model_copy(update={"samples_per_epoch": batches * _BATCH})
+    # That whole images find nothing at this budget would be a result, too.
+    return rival.model_copy(update={"samples_per_epoch": batches * _BATCH, "min_dice": 0.0})
 
 
 def _named(folder: Path, **runs: TrainResult) -> tuple[Path, ...]:
@@ -233,6 +234,7 @@ def _training(config: DemoConfig, **data: Any) -> TrainConfig:
         loss="combo",
         epochs=config.epochs,
         early_stopping_patience=config.epochs,
+        min_dice=config.min_dice,
         seed=config.seed,
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import math
 from typing import Any, Final, Self
 
 import segmentation_models_pytorch as smp
@@ -105,6 +106,24 @@ class KelpNet(nn.Module):
         padded = self.spec.network_shape((height, width))
         extra_y, extra_x = padded[0] - height, padded[1] - width
         return extra_x // 2, extra_x - extra_x // 2, extra_y // 2, extra_y - extra_y // 2
+
+
+KELP_SHARE: Final = 0.01
+"""Probability of kelp that a training starts from; the competition's images hold 0.7 %."""
+
+
+@torch.no_grad()
+def start_from_share(net: KelpNet, share: float = KELP_SHARE) -> None:
+    """Let an untrained network say `share` everywhere (Lin et al. 2017, section 4.1).
+
+    From 0.5, a hundred times too much, the first steps only learn to say less: they push every
+    weight the same way at the highest rates of the training, and a region loss has no slope left
+    where they end.
+    """
+    heads = [m for m in net.body.modules() if isinstance(m, nn.Conv2d) and m.out_channels == 1]
+    bias = heads[-1].bias if heads else None  # of attention blocks before it, too
+    if bias is not None:
+        bias.fill_(math.log(share / (1 - share)))
 
 
 def _build_body(spec: NetworkSpec) -> nn.Module:

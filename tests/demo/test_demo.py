@@ -11,7 +11,14 @@ from kelp.demo.run import demo
 @pytest.mark.slow
 def test_the_demo_leaves_what_it_promises(tmp_path):
     config = DemoConfig(
-        output_dir=tmp_path, places=3, dates=1, test=2, size=350, epochs=1, samples_per_epoch=8
+        output_dir=tmp_path,
+        places=3,
+        dates=1,
+        test=2,
+        size=350,
+        epochs=1,
+        samples_per_epoch=8,
+        min_dice=0,
     )
     result = demo(config)
     scores = json.loads((tmp_path / "scores.json").read_text())

@@ -62,6 +62,7 @@ def options(table):
         "pretrained": False,
         "epochs": 1,
         "plot_n_batches": 0,
+        "min_dice": 0,
         "limit_train_batches": 2,
         "limit_val_batches": 2,
         "cv_split": "all",

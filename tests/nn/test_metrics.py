@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from kelp.nn.metrics import Confusion, KelpScores
+from kelp.nn.metrics import Confusion, Found, KelpScores
 
 
 def brute_force(p, target, observed):
@@ -78,3 +78,30 @@ def test_reset_forgets():
     scores.update(one, one.to(torch.uint8), one.bool())
     scores.reset()
     assert scores.confusion() == Confusion(0, 0, 0, 0)
+
+
+def test_what_a_network_finds_at_any_threshold():
+    scores = KelpScores()
+    target = torch.zeros((1, 10, 10), dtype=torch.uint8)
+    target[0, 0, :4] = 1
+    target[0, 9] = 255
+    p = torch.full((1, 10, 10), 0.03)
+    p[0, 0, :3] = 0.15  # nothing reaches 0.5, and three of four kelp pixels stand out
+    p[0, 5, 5] = 0.15
+    scores.update(p, target, torch.ones_like(target, dtype=torch.bool))
+    found = scores.found()
+    assert found == Found(kelp=4, everything=pytest.approx(8 / 94), best=pytest.approx(6 / 8))
+    assert scores.confusion().dice == 0
+    scores.reset()
+    scores.update(torch.full((1, 10, 10), 0.3), target, torch.ones_like(target, dtype=torch.bool))
+    assert scores.found() == Found(4, pytest.approx(8 / 94), pytest.approx(8 / 94))
+
+
+@pytest.mark.parametrize(("found", "enough"), [
+    (Found(kelp=4, everything=0.02, best=0.06), True),
+    (Found(kelp=4, everything=0.02, best=0.04), False),  # less than is asked for
+    (Found(kelp=4, everything=0.3, best=0.3), False),  # says the same everywhere
+    (Found(kelp=0, everything=0.0, best=0.0), True),  # nothing there to be found
+])  # fmt: skip
+def test_a_network_that_says_the_same_everywhere_finds_nothing(found, enough):
+    assert found.enough(0.05) is enough

@@ -19,7 +19,7 @@ from kelp.inference.network import Network
 from kelp.inference.spec import NetworkSpec
 from kelp.nn import model, pretrained
 from kelp.nn.bundle import find_bundle, load_bundle
-from kelp.nn.model import KelpNet
+from kelp.nn.model import KelpNet, start_from_share
 from kelp.nn.preprocess import Preprocess
 from kelp.nn.pretrained import load_pretrained
 from kelp.nn.resize import to_network, to_scene
@@ -432,3 +432,24 @@ def test_a_network_can_be_trained_after_it_predicted(interpolation):
     p = to_scene(to_network(x, 64, interpolation)[:, 0], (23, 29), interpolation)
     p.sum().backward()
     assert x.grad[:, 0].sum() == pytest.approx(23 * 29, rel=1e-4)
+
+
+@pytest.mark.parametrize(("architecture", "changes"), [
+    ("unet", {"decoder_attention_type": "scse"}), ("fpn", {}), ("linknet", {}),
+    ("manet", {}), ("deeplabv3+", {}), ("pspnet", {}),
+])  # fmt: skip
+def test_a_training_starts_from_little_kelp(architecture, changes):
+    torch.manual_seed(0)
+    spec = plain(
+        architecture=architecture, encoder="tu-resnet18",
+        decoder_channels=(256, 128, 64, 32, 16), image_size=64, tile_size=(64, 64), **changes,
+    )  # fmt: skip
+    net = KelpNet(spec).train()
+    x = raw((2, 7, 64, 64))
+    start_from_share(net, 0.5)
+    torch.manual_seed(0)
+    before = net(x)
+    start_from_share(net, 0.01)
+    torch.manual_seed(0)
+    # The offset of all logits changed, by exactly the odds of that share, and nothing else.
+    torch.testing.assert_close(net(x), before + np.log(0.01 / 0.99), atol=1e-4, rtol=0)

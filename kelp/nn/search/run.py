@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 from kelp.config import SweepConfig, TrainConfig
-from kelp.errors import ConfigError, InputError, KelpError, WeightsError
+from kelp.errors import ConfigError, InputError, KelpError, TrainingError, WeightsError
 from kelp.io.files import discard_partials, locked, output_folder
 from kelp.nn.search.record import BEST, Standing
 from kelp.nn.search.space import Base, Space
@@ -212,8 +212,8 @@ class _Session:
             result = train(config, self.progress, part)
         except Pruned as reason:
             memory.prune(trial, str(reason))
-        except (ConfigError, WeightsError) as error:
-            # Another trial may do: one that diverged, or was too large for the GPU.
+        except (ConfigError, TrainingError, WeightsError) as error:
+            # Another trial may do: one that diverged, found nothing, or was too large for the GPU.
             memory.prune(trial, f"refused: {' '.join(str(error).split())}")
         else:
             memory.complete(trial, result.score)

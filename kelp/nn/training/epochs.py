@@ -14,8 +14,8 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from kelp.config import TrainConfig
-from kelp.errors import ConfigError, InputError
-from kelp.nn.metrics import Confusion
+from kelp.errors import ConfigError, InputError, TrainingError
+from kelp.nn.metrics import Confusion, Found
 from kelp.nn.model import KelpNet
 from kelp.nn.training.task import TRAIN_LOSS, KelpTask
 
@@ -36,18 +36,23 @@ class EpochJudge(Checkpoint):
         """Metrics of each finished epoch."""
         self.confusions: list[Confusion] = []
         """Pixel counts behind the scores of each finished epoch."""
+        self.found: list[Found] = []
+        """What each finished epoch's network makes of the validation rows at other thresholds."""
 
     def state_dict(self) -> dict[str, Any]:
         """What the checkpoint keeps; plain numbers, so that it loads without unpickling."""
         return {
             "history": self.history,
             "confusions": [list(astuple(counts)) for counts in self.confusions],
+            "found": [list(astuple(found)) for found in self.found],
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the finished epochs of a resumed run."""
         self.history = [dict(metrics) for metrics in state_dict["history"]]
         self.confusions = [Confusion(*counts) for counts in state_dict["confusions"]]
+        unknown = [[0, 0.0, 0.0]] * len(self.history)  # in checkpoints before kelp 0.2
+        self.found = [Found(*found) for found in state_dict.get("found", unknown)]
 
     def restore(self, checkpoint: Path) -> None:
         """Take over the finished epochs of a run that has nothing left to train."""
@@ -73,6 +78,19 @@ class EpochJudge(Checkpoint):
             return False
         return len(self.history) - self.ranking[0] >= self.config.early_stopping_patience
 
+    def require_found(self) -> None:
+        """Raise `TrainingError` when the best epoch's network finds nothing."""
+        best = self.ranking[0]
+        found, least = self.found[best - 1], self.config.min_dice
+        if least and not found.enough(least):
+            raise TrainingError(
+                f"training found nothing: Dice {found.best:.4f} on the validation rows in the best "
+                f"epoch ({best}), at the best threshold, where marking everything gives "
+                f"{found.everything:.4f} and --min_dice {least:g} is asked for; no bundle is made. "
+                "Train longer (--epochs, --samples_per_epoch), change --lr or --loss, look at the "
+                "masks, or keep it with --min_dice 0"
+            )
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A resumed run may have nothing left to do."""
         trainer.should_stop = self.exhausted
@@ -93,6 +111,7 @@ class EpochJudge(Checkpoint):
             )
         self.history.append(metrics)
         self.confusions.append(pl_module.scores.confusion())
+        self.found.append(pl_module.scores.found())
         self._keep(pl_module.scored, epoch, metrics)
         trainer.should_stop = self.exhausted
         self._draw(trainer, pl_module.scored, epoch)

@@ -18,7 +18,7 @@ from kelp.inference.spec import BundleSpec, NetworkSpec
 from kelp.io.files import write_text
 from kelp.nn.bundle import save_bundle
 from kelp.nn.device import resolve_device, resolve_precision, weights_dtype
-from kelp.nn.model import KelpNet
+from kelp.nn.model import KelpNet, start_from_share
 from kelp.nn.preprocess import Preprocess
 from kelp.nn.pretrained import load_pretrained
 from kelp.nn.training.compiling import compile_network
@@ -192,6 +192,7 @@ def _build_network(spec: NetworkSpec, config: TrainConfig, loads: bool) -> KelpN
     """The network with the weights that training begins with; a checkpoint brings its own."""
     torch.manual_seed(config.seed)
     net = KelpNet(spec)
+    start_from_share(net)
     if config.pretrained and loads:  # a run stopped in its first epoch has no checkpoint
         load_pretrained(net, config.encoder_weights)
     return net

@@ -174,7 +174,12 @@ class EpochKeeper(EpochJudge):
         return artifacts / BEST
 
     def finish(self, device: torch.device) -> None:
-        """Picture the run and its best epoch, and put its bundle under its final name."""
+        """Picture the run and its best epoch, and put its bundle under its final name.
+
+        Raises:
+            TrainingError: the network finds nothing; there is no bundle then but the latest.
+        """
+        self.require_found()
         artifacts, spec = self.tracking.artifacts, read_spec(self.best_folder)
         draw_curves(artifacts, self.history, spec.epoch)
         draw_confusion(artifacts, self.confusions[spec.epoch - 1])

@@ -49,6 +49,7 @@ def options(tmp_path_factory):
         "pretrained": False,
         "epochs": 1,
         "plot_n_batches": 0,
+        "min_dice": 0,
         "limit_train_batches": 1,
         "device": "cpu",
         "output_dir": "mine",

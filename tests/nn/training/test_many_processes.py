@@ -79,6 +79,7 @@ def options(tmp_path_factory):
         "epochs": 2,
         "loss": "combo",
         "plot_n_batches": 0,
+        "min_dice": 0,
         "lr": 3e-3,
         "devices": 2,
         "device": "cpu",

@@ -46,6 +46,7 @@ def runs(tmp_path_factory):
         "epochs": 1,
         "loss": "combo",
         "plot_n_batches": 0,
+        "min_dice": 0,
         "num_workers": 0,
         "seed": 3,
     }

@@ -65,6 +65,7 @@ def options(world, tmp_path_factory):
         "use_weighted_sampler": True,
         "samples_per_epoch": 8,
         "epochs": EPOCHS,
+        "min_dice": 0,
         "spectral_indices": "NDVI,DEMWM",
         "lr": 3e-3,
     }

@@ -18,7 +18,7 @@ import kelp
 from kelp.config import SliceConfig, StatsConfig, TrainConfig
 from kelp.data_prep.slicing import slice_dataset
 from kelp.data_prep.stats import compute_stats
-from kelp.errors import ConfigError, InputError, StatsError, WeightsError
+from kelp.errors import ConfigError, InputError, StatsError, TrainingError, WeightsError
 from kelp.io.files import locked
 from kelp.nn import device
 from kelp.nn.bundle import load_bundle
@@ -514,6 +514,19 @@ def test_early_stopping(configure):
     )
     assert result.epochs <= 6
     assert result.epochs - result.epoch == 2
+
+
+def test_a_training_that_found_nothing_is_refused(configure):
+    blind = {"lr": 1e-30, "lr_scheduler": "none", "optimizer": "sgd", "epochs": 1, "min_dice": 0.9}
+    config = configure(**blind)
+    with pytest.raises(TrainingError, match=r"found nothing: Dice 0\.\d+ .*--min_dice 0$"):
+        train(config)
+    (run_dir,) = (path for path in (config.output_dir / "kelp").iterdir() if path.is_dir())
+    bundles = {path.name for path in (run_dir / "artifacts").glob("bundle*")}
+    assert bundles == {"bundle-latest"}  # to look into; `predict` takes it only when asked to
+    # Resumed with another demand, nothing is trained again, and the bundle is there.
+    kept = train(config.model_copy(update={"min_dice": 0.0, "resume_from": run_dir}))
+    assert kept.bundle.is_dir()
 
 
 # --- options
