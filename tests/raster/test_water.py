@@ -1,0 +1,212 @@
+"""A scene's clear water: found where it is, alike however the scene is read, applied by place."""
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from hypothesis import given
+from laws import LAWS
+
+from kelp.errors import InputError
+from kelp.raster.bands import DEM, QA
+from kelp.raster.water import CELL, WATER_LEVELS, Anchored, WaterReference, is_clear_water
+from kelp.raster.window import Tile
+
+SEA = np.array([7400, 7650, 7700, 8000, 8050])
+
+
+class Scene:
+    """An array as a scene that remembers the windows it was asked for."""
+
+    def __init__(self, pixels):
+        self.pixels = np.asarray(pixels, np.float32)
+        self.shape = self.pixels.shape[1:]
+        self.asked = []
+
+    def read(self, tile):
+        self.asked.append(tile)
+        return self.pixels[:, *tile.slices].copy()
+
+
+def sea(shape, levels=SEA, seed=0, spread=40):
+    """Open water all over."""
+    rng = np.random.default_rng(seed)
+    pixels = np.zeros((7, *shape), np.float32)
+    pixels[:5] = np.rint(rng.normal(np.reshape(levels, (5, 1, 1)), spread, (5, *shape)))
+    return pixels
+
+
+def busy(shape, seed):
+    """Water that changes over the scene, with land, clouds, gaps and saturated pixels in it."""
+    rng = np.random.default_rng(seed)
+    pixels = sea(shape, seed=seed)
+    pixels[:5] += np.rint(np.linspace(0, 600, shape[1])).astype(np.float32)
+    land = rng.random(shape) < 0.3
+    pixels[:5, land] = 12_000
+    pixels[DEM, land] = 20
+    pixels[DEM, rng.random(shape) < 0.2] = np.nan
+    cloud = rng.random(shape) < 0.2
+    pixels[QA, cloud] = 1
+    pixels[:5, cloud] += 5000
+    pixels[0, rng.random(shape) < 0.05] = np.nan
+    pixels[4, rng.random(shape) < 0.05] = 65_535
+    return pixels
+
+
+def median_of_water(pixels):
+    """The lower median of pixels that pass the published rule, by sorting."""
+    swir, nir = pixels[0], pixels[1]
+    dem = pixels[DEM]
+    with np.errstate(invalid="ignore"):
+        clear = (pixels[QA] == 0) & np.isfinite(pixels[:5]).all(0) & (pixels[:5] < 16_384).all(0)
+        clear &= np.where(np.isnan(dem), swir < 9500, (dem <= 0) & (swir < 10_500))
+        clear &= nir < swir + 1500
+    values = np.sort(pixels[:5, clear], axis=1)
+    return values[:, (clear.sum() - 1) // 2], int(clear.sum())
+
+
+@LAWS
+@given(st.tuples(st.integers(20, 200), st.integers(20, 200)), st.integers(0, 9))
+def test_one_cell_holds_the_median_of_clear_water(shape, seed):
+    pixels = busy(shape, seed)
+    found = WaterReference.estimate(Scene(pixels))
+    expected, count = median_of_water(pixels)
+    assert found.clear.tolist() == [[count]]
+    assert found.levels[0, 0].tolist() == expected.tolist()
+    assert found.fallback is None
+    anchored = found.apply(pixels, Tile(0, 0, *shape))
+    clear = is_clear_water(pixels)
+    after = np.sort(anchored[:5, clear], axis=1)[:, (count - 1) // 2]
+    assert after.tolist() == list(WATER_LEVELS)
+
+
+def differs_by_windows(pixels, apply):
+    """Whether cutting before or after anchoring makes any difference, over many windows."""
+    whole = apply(pixels, Tile(0, 0, *pixels.shape[1:]))
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        y, x = rng.integers(0, pixels.shape[1] - 9), rng.integers(0, pixels.shape[2] - 9)
+        tile = Tile(int(y), int(x), int(rng.integers(1, 9)), int(rng.integers(1, 9)))
+        if apply(pixels[:, *tile.slices], tile).tobytes() != whole[:, *tile.slices].tobytes():
+            return True
+    return False
+
+
+def test_windows_make_no_difference():
+    pixels = busy((600, 800), 1)
+    found = WaterReference.estimate(Scene(pixels))
+    assert found.levels.shape == (2, 2, 5)
+    assert not differs_by_windows(pixels, found.apply)
+    # Planted: a window taken for one at the scene's corner, and a window's own estimate.
+    corner = lambda part, tile: found.apply(part, Tile(0, 0, tile.height, tile.width))  # noqa: E731
+    own = lambda part, tile: WaterReference.estimate(Scene(part)).apply(  # noqa: E731
+        part, Tile(0, 0, tile.height, tile.width)
+    )
+    assert differs_by_windows(pixels, corner)
+    assert differs_by_windows(pixels, own)
+    source = Anchored(Scene(pixels), found)
+    assert source.shape == (600, 800)
+    tile = Tile(100, 350, 90, 64)
+    assert (
+        source.read(tile).tobytes()
+        == found.apply(pixels, Tile(0, 0, 600, 800))[:, *tile.slices].tobytes()
+    )
+
+
+def test_each_row_is_read_once_and_few_at_a_time():
+    scene = Scene(sea((1100, 40)))
+    WaterReference.estimate(scene)
+    rows = sorted(row for tile in scene.asked for row in range(tile.y, tile.bottom))
+    assert rows == list(range(1100))
+    assert max(tile.height for tile in scene.asked) <= 64
+    assert {(tile.x, tile.width) for tile in scene.asked} == {(0, 40)}
+
+
+def test_local_levels_follow_the_water_and_one_number_does_not():
+    pixels = sea((CELL, 3 * CELL), spread=10)
+    pixels[:5] += np.repeat([0, 300, 600], CELL).astype(np.float32)
+    local = WaterReference.estimate(Scene(pixels))
+    constant = WaterReference.estimate(Scene(pixels), "constant")
+    assert local.levels.shape == (1, 3, 5)
+    assert constant.levels.shape == (1, 1, 5)
+    for k, lift in enumerate((0, 300, 600)):
+        middle = Tile(CELL // 2, k * CELL + CELL // 2, 1, 1)
+        # A cell's own water counts 27 times its neighbour's.
+        assert np.allclose(local.level(middle), SEA + lift, atol=25)
+    assert np.allclose(constant.level(), SEA + 300, atol=15)
+
+
+def test_a_competition_image_and_the_large_scene_around_it_agree():
+    """On even water the cell of a large scene says what the image alone says, to a DN or two."""
+    pixels = sea((3 * CELL, 3 * CELL))
+    whole = WaterReference.estimate(Scene(pixels))
+    window = Tile(CELL, CELL, CELL, CELL)
+    image = WaterReference.estimate(Scene(pixels[:, *window.slices]))
+    large = whole.apply(pixels[:, *window.slices], window)
+    small = image.apply(pixels[:, *window.slices], Tile(0, 0, CELL, CELL))
+    assert np.abs(large - small).max() <= 2
+
+
+def test_a_cell_of_land_takes_the_water_around_it():
+    pixels = sea((CELL, 3 * CELL))
+    pixels[:5, :, CELL : 2 * CELL] = 13_000
+    pixels[DEM, :, CELL : 2 * CELL] = 50
+    found = WaterReference.estimate(Scene(pixels))
+    assert found.clear[0, 1] == 0
+    assert np.allclose(found.levels, SEA, atol=3)
+
+
+@pytest.mark.parametrize("spoil", ["land", "cloud", "missing"])
+def test_without_clear_water_nothing_is_shifted_and_it_is_said(spoil):
+    pixels = sea((60, 70))
+    if spoil == "land":
+        pixels[:5], pixels[DEM] = 13_000, 30
+    elif spoil == "cloud":
+        pixels[QA] = 1
+    else:
+        pixels[2] = np.nan
+    found = WaterReference.estimate(Scene(pixels))
+    assert found.fallback == "no clear water found (0 px); optical bands are not shifted"
+    assert np.isnan(found.level()).all()
+    assert found.apply(pixels, Tile(0, 0, 60, 70)).tobytes() == pixels.tobytes()
+    assert WaterReference.from_json(found.to_json()).fallback == found.fallback
+
+
+def test_an_unknown_elevation_may_be_sea_and_is_recorded():
+    pixels = sea((60, 70))
+    pixels[DEM] = np.nan
+    pixels[:5, :20] = 13_000  # land that no DEM tells of is too bright
+    found = WaterReference.estimate(Scene(pixels))
+    assert not found.knows_elevation
+    assert np.allclose(found.level(), SEA, atol=5)
+
+
+def test_what_is_missing_saturated_or_no_band_stays():
+    pixels = sea((40, 40))
+    pixels[1, 0, 0], pixels[2, 0, 1], pixels[3, 0, 2] = np.nan, 65_535, -32_768
+    pixels[QA, 1, 1], pixels[DEM, 2, 2] = 1, 7
+    before = pixels.copy()
+    found = WaterReference.constant((40, 40), SEA)
+    after = found.apply(pixels, Tile(0, 0, 40, 40))
+    assert pixels.tobytes() == before.tobytes()
+    assert np.isnan(after[1, 0, 0])
+    assert (after[2, 0, 1], after[3, 0, 2]) == (65_535, -32_768)
+    assert after[QA:].tobytes() == before[QA:].tobytes()
+    assert after[0, 5, 5] - before[0, 5, 5] == 7574 - 7400
+
+
+def test_records_give_the_same_shifts_back():
+    pixels = busy((500, 900), 3)
+    found = WaterReference.estimate(Scene(pixels))
+    again = WaterReference.from_json(found.to_json())
+    tile = Tile(40, 300, 70, 200)
+    part = pixels[:, *tile.slices]
+    assert again.apply(part, tile).tobytes() == found.apply(part, tile).tobytes()
+    with pytest.raises(InputError, match="water reference"):
+        WaterReference.from_json({"shape": [1, 2]})
+
+
+def test_none_is_no_shift():
+    scene = Scene(sea((50, 50)))
+    found = WaterReference.estimate(scene, "none")
+    assert not scene.asked
+    assert found.apply(scene.pixels, Tile(0, 0, 50, 50)).tobytes() == scene.pixels.tobytes()
