@@ -36,11 +36,13 @@ if TYPE_CHECKING:
     from kelp.nn.training.fit import train
     from kelp.nn.training.folds import train_folds
     from kelp.plotting.reports.run import make_report
+    from kelp.products.beds import beds
     from kelp.products.submission import submit
     from kelp.simulation.layout import simulate
 
 _HOMES = {
     "KelpError": "kelp.errors",
+    "beds": "kelp.products.beds",
     "build_metadata": "kelp.data_prep.metadata",
     "compare": "kelp.nn.comparison.compare",
     "compute_stats": "kelp.data_prep.stats",
@@ -66,6 +68,7 @@ _HOMES = {
 __all__ = [
     "KelpError",
     "__version__",
+    "beds",
     "build_metadata",
     "compare",
     "compute_stats",

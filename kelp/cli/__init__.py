@@ -116,6 +116,11 @@ COMMANDS: Final = {
         "kelp.evaluation.ensembling:ensemble",
         "Weighted mean of prediction folders.",
     ),
+    "beds": Command(
+        "BedsConfig",
+        "kelp.products.beds:beds",
+        "Kelp beds as polygons, with their areas.",
+    ),
     "simulate": Command(
         "SimulateConfig",
         "kelp.simulation.layout:simulate",

@@ -25,12 +25,14 @@ from kelp.config.prep import (
     SplitConfig,
     StatsConfig,
 )
+from kelp.config.products import BedsConfig
 from kelp.config.reporting import ReportConfig
 from kelp.config.sweep import SweepConfig
 from kelp.config.train import TrainConfig
 
 __all__ = [
     "BaselineConfig",
+    "BedsConfig",
     "CompareConfig",
     "Config",
     "DemoConfig",
