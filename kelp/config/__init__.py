@@ -27,6 +27,7 @@ from kelp.config.prep import (
 )
 from kelp.config.products import BedsConfig
 from kelp.config.reporting import ReportConfig
+from kelp.config.scenes import InfoConfig, SceneOptions, SearchConfig
 from kelp.config.sweep import SweepConfig
 from kelp.config.train import TrainConfig
 
@@ -41,10 +42,13 @@ __all__ = [
     "ExportConfig",
     "FoldConfig",
     "IndicesConfig",
+    "InfoConfig",
     "MetadataConfig",
     "PredictConfig",
     "PreviewConfig",
     "ReportConfig",
+    "SceneOptions",
+    "SearchConfig",
     "SimulateConfig",
     "SliceConfig",
     "SplitConfig",

@@ -45,7 +45,7 @@ _SWIR, _NIR, _R, _G, _B, QA, DEM = range(7)
 
 # Landsat Collection-2 QA_PIXEL bits (USGS LSDS-1618, LSDS-1619): fill, dilated cloud, cirrus,
 # cloud, cloud shadow, snow. Bits 6 and 7 (clear, water) are set on good pixels.
-_QA_PIXEL_BAD: Final = 0b0011_1111
+QA_PIXEL_BAD: Final = 0b0011_1111
 
 
 def position(band: str) -> int:
@@ -87,18 +87,18 @@ def canonical(pixels: NDArray[np.generic], names: Sequence[str] = BANDS) -> NDAr
     return out
 
 
-def decode_qa(values: NDArray[np.float32]) -> NDArray[np.float32]:
+def decode_qa(values: NDArray[np.float32], bits: int = QA_PIXEL_BAD) -> NDArray[np.float32]:
     """QA as 0 = good, 1 = cloud or bad pixel; unknown QA is bad.
 
-    A band with values above 1 is Landsat's QA_PIXEL: fill, dilated cloud, cirrus, cloud,
-    shadow and snow are bad.
+    A band with values above 1 is Landsat's QA_PIXEL, of which the given bits are bad: by default
+    fill, dilated cloud, cirrus, cloud, shadow and snow.
     """
     import numpy as np
 
     missing = ~np.isfinite(values)
     known = np.where(missing, 0, values)
     if known.size and known.max() > 1:
-        known = (known.astype(np.int64) & _QA_PIXEL_BAD) != 0
+        known = (known.astype(np.int64) & bits) != 0
     return np.where(missing, 1, known != 0).astype(np.float32)
 
 

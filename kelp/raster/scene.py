@@ -51,14 +51,18 @@ class Scene:
         path: the file.
         band_order: names of the file's bands; without it the file's band descriptions count,
             and without those a 7-band file without CRS has competition order.
+        dataset: the raster as rasterio has opened it, where `path` is none that it could open.
 
     Raises:
         InputError: the file cannot be read, or its bands cannot be named.
     """
 
-    def __init__(self, path: Path | Url, band_order: Sequence[str] = ()) -> None:
+    def __init__(
+        self, path: Path | Url, band_order: Sequence[str] = (), dataset: Any = None
+    ) -> None:
         self.path = path
-        self._dataset = open_dataset(path)
+        self.qa_bits = bands.QA_PIXEL_BAD
+        self._dataset = open_dataset(path) if dataset is None else dataset
         try:
             self.names = _band_names(self._dataset, path, band_order)
         except (InputError, ConfigError):
@@ -194,7 +198,7 @@ class Scene:
             for value in nodata:
                 plane[values == value] = np.nan
         if "QA" in self.names:
-            out[bands.QA] = bands.decode_qa(out[bands.QA])
+            out[bands.QA] = bands.decode_qa(out[bands.QA], self.qa_bits)
         return out
 
 

@@ -6,6 +6,7 @@ that differs between two runs of the same inputs, so that its bytes are the same
 
 from __future__ import annotations
 
+import hashlib
 from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Annotated, Any, Final, TypeVar
@@ -18,6 +19,7 @@ from kelp.io.files import json_text, write_text
 SCHEMA: Final = 1
 """Raised when a reader of the older schema would misunderstand a record."""
 RECORD_SUFFIX: Final = "_kelp.json"
+_BLOCK: Final = 1 << 20
 
 P = TypeVar("P", bound=Path)
 
@@ -57,6 +59,22 @@ class Source(_Part):
     """Bytes."""
     etag: str | None = None
     """What a store knows its content by, in place of `sha256`."""
+
+    @classmethod
+    def of_file(
+        cls, role: str, path: Path, href: str = "", offset: int = 0, size: int | None = None
+    ) -> Source:
+        """A local file, or `size` bytes of it from `offset` on. Reads them all."""
+        digest, count = hashlib.sha256(), 0
+        try:
+            with path.open("rb") as file:
+                file.seek(offset)
+                while block := file.read(_BLOCK if size is None else min(_BLOCK, size - count)):
+                    digest.update(block)
+                    count += len(block)
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
+        return cls(role=role, href=href or path.name, sha256=digest.hexdigest(), size=count)
 
 
 class SceneFacts(_Part):

@@ -1,0 +1,313 @@
+"""Scenes with what lies beside their pixels: quality layers, masks, elevation, polygons, facts."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final
+
+import numpy as np
+import rasterio
+from numpy.typing import NDArray
+from rasterio.errors import RasterioError
+from rasterio.windows import Window
+
+from kelp.errors import InputError
+from kelp.io.location import Url
+from kelp.raster import bands
+from kelp.raster.bands import OPTICAL
+from kelp.raster.masks import quietly
+from kelp.raster.scene import Scene, SceneSize
+from kelp.raster.window import Tile
+from kelp.sensors.aoi import Polygons
+from kelp.sensors.elevation import Elevation
+from kelp.sensors.parts import Part, SceneFiles, digest_of, open_headers, vrt_of
+from kelp.sensors.quality import CloudMask, Policy, Shares
+from kelp.sensors.record import (
+    AreaFacts,
+    ElevationFacts,
+    Grid,
+    QualityFacts,
+    SceneFacts,
+    Source,
+)
+
+Layers = Mapping[str, NDArray[np.integer[Any]]]
+
+_ROWS_AT_ONCE: Final = 512
+
+
+class SensorScene(Scene):
+    """A scene as a canonical array, read by windows: a raster, or a product of a satellite.
+
+    Made by `kelp.sensors.open_scene`. A context manager.
+
+    Args:
+        path: the raster, folder, archive or item.
+        facts: what is known of it, without its sources.
+        dataset: its pixels, opened.
+        band_order: names of a raster's bands.
+        files: of a product: which file holds what.
+        policy: which quality flags count; None = the QA band of a raster decides.
+        layers: the product's quality layers as one dataset, in the order of `files.layers`.
+        given_bits: of a raster with Landsat's QA_PIXEL: the bits that count.
+    """
+
+    def __init__(
+        self,
+        path: Path | Url,
+        facts: SceneFacts,
+        dataset: Any = None,
+        band_order: Sequence[str] = (),
+        files: SceneFiles | None = None,
+        policy: Policy | None = None,
+        layers: Any = None,
+        given_bits: int | None = bands.QA_PIXEL_BAD,
+    ) -> None:
+        super().__init__(path, band_order, dataset)
+        self._stack = ExitStack()
+        self.known = facts
+        """What is known of the scene without reading its files."""
+        self._files = files
+        self._policy = policy
+        self._layers = layers
+        self._ignore_qa = given_bits is None
+        self.qa_bits = given_bits or 0
+        self._cloud_mask: CloudMask | None = None
+        self._elevation: Elevation | None = None
+        self.area: Polygons | None = None
+        """The area of interest; None = all."""
+        if layers is not None:
+            self._stack.callback(layers.close)
+            self.names = (*self.names, "QA")
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stack.close()
+        super().__exit__(kind, error, trace)
+
+    @property
+    def size(self) -> SceneSize:
+        """What reading it will take."""
+        size = super().size
+        if self._layers is None:
+            return size
+        blocks = [size.block, *self._layers.block_shapes]
+        block = max(rows for rows, _ in blocks), max(columns for _, columns in blocks)
+        stored = sum(np.dtype(kind).itemsize for kind in self._layers.dtypes)
+        return SceneSize(size.shape, block, size.stored + stored)
+
+    @property
+    def reading(self) -> dict[str, object]:
+        """How the stored values are understood."""
+        found: dict[str, object] = dict(super().reading)
+        if self._policy is not None:
+            found["quality"] = self._policy.bad
+        elif self._ignore_qa or self.qa_bits != bands.QA_PIXEL_BAD:
+            found["quality"] = None if self._ignore_qa else self.qa_bits
+        if self._files is not None:
+            found["scale"] = [self._files.gain, self._files.offset]
+        if self._elevation is not None:
+            found["sea_where_absent"] = self._elevation.sea_where_absent
+        return found
+
+    def add_elevation(self, elevation: Elevation) -> None:
+        """Take the elevation from elsewhere."""
+        self._elevation = elevation
+        self._stack.callback(elevation.close)
+        if "DEM" not in self.names:
+            self.names = (*self.names, "DEM")
+
+    def add_cloud_mask(self, mask: CloudMask) -> None:
+        """Pixels that a mask takes for cloud are bad, too."""
+        self._cloud_mask = mask
+        self._stack.callback(mask.close)
+        if "QA" not in self.names:
+            self.names = (*self.names, "QA")
+
+    def read(self, tile: Tile | None = None) -> NDArray[np.float32]:
+        """Read a window that lies inside the scene (default: all) as a canonical array."""
+        window = tile or Tile(0, 0, *self.shape)
+        try:
+            out = super().read(window)
+            bad = self._bad(window)
+        except InputError as error:
+            raise self._named(window, error) from error
+        if self._files is not None and (self._files.gain, self._files.offset) != (1.0, 0.0):
+            optical = out[: len(OPTICAL)]
+            optical *= np.float32(self._files.gain)
+            optical += np.float32(self._files.offset)
+        if self._ignore_qa:
+            out[bands.QA] = 0
+        if bad is not None:
+            out[bands.QA] = np.maximum(out[bands.QA], bad)
+        if self._elevation is not None:
+            out[bands.DEM] = self._elevation.read(window)
+        return out
+
+    def read_stored(self) -> tuple[NDArray[Any], NDArray[np.float32]]:
+        """The whole scene twice: as stored, and as a canonical array."""
+        if self._files is None and self._elevation is None and self._cloud_mask is None:
+            return super().read_stored()
+        pixels = self.read()
+        return pixels, pixels
+
+    def _bad(self, window: Tile) -> NDArray[np.bool_] | None:
+        """Where the quality layers or a mask say that a pixel is bad; None = nothing says so."""
+        bad = None
+        if self._policy is not None and self._policy.layers:
+            bad = self._policy.decide(self._read_layers(window, self._policy.layers))
+        if self._cloud_mask is not None:
+            cloud = self._cloud_mask.read(window)
+            bad = cloud if bad is None else bad | cloud
+        return bad
+
+    def _read_layers(self, window: Tile, names: Sequence[str]) -> Layers:
+        known = list(self._files.layers) if self._files else []
+        indexes = [known.index(name) + 1 for name in names]
+        area = Window(window.x, window.y, window.width, window.height)
+        with quietly(self.path):
+            values = self._layers.read(indexes, window=area)
+        return dict(zip(names, values, strict=True))
+
+    def _named(self, window: Tile, error: InputError) -> InputError:
+        """An error of reading by the file that could not be read."""
+        if self._files is None:
+            return error
+        parts = {**self._files.bands, **self._files.layers}
+        for part in parts.values():
+            try:
+                with rasterio.open(part.gdal) as opened:
+                    scale = opened.height / self.shape[0], opened.width / self.shape[1]
+                    opened.read(1, window=_scaled(window, scale))
+            except RasterioError as reason:
+                text = " ".join(str(reason).split())
+                return InputError(
+                    f"{self.path}: {part.href} cannot be read ({text}); the file may be truncated, "
+                    "fetch it again"
+                )
+        return error
+
+    @cached_property
+    def digest(self) -> str:
+        """Stands for the content of everything that pixels are read from."""
+        extra = [*self._other_sources()]
+        if self._files is None and not extra:
+            return _only(self.sources)
+        return digest_of([*self.sources, *extra])
+
+    @cached_property
+    def sources(self) -> tuple[Source, ...]:
+        """The files of the scene, each with its hash. Reads them all, once."""
+        if self._files is None:
+            return (Part("scene", self.path.name, self.path).source(),)
+        return tuple(part.source() for part in self._files.parts)
+
+    def _other_sources(self) -> list[Source]:
+        found = list(self._elevation.sources) if self._elevation else []
+        if self._cloud_mask:
+            found.append(self._cloud_mask.source)
+        if self.area:
+            found.append(self.area.source)
+        return found
+
+    @property
+    def facts(self) -> SceneFacts:
+        """What is known of the scene, its sources with their hashes."""
+        return self.known.model_copy(update={"sources": self.sources})
+
+    @property
+    def grid(self) -> Grid:
+        """The scene's pixels, for the record."""
+        crs, affine = self.georeference.crs, self.georeference.transform
+        code = crs.to_epsg() if crs else None
+        text = f"EPSG:{code}" if code else crs.to_wkt() if crs else None
+        return Grid(shape=self.shape, crs=text, transform=tuple(affine)[:6] if affine else None)
+
+    @property
+    def quality(self) -> QualityFacts:
+        """What counts as bad, and, from a pass over the quality layers, how much of it there is."""
+        shares = Shares()
+        for window in rows_of(self.shape, _ROWS_AT_ONCE):
+            if self._layers is not None and self._policy is not None and self._files is not None:
+                layers = self._read_layers(window, tuple(self._files.layers))
+                self._policy.count(layers, shares, self._cloud(window))
+            else:
+                bad = self.read(window)[bands.QA] == 1
+                shares.pixels += bad.size
+                shares.bad += int(np.count_nonzero(bad))
+        return QualityFacts(
+            policy=self.policy,
+            cloud_mask=self._cloud_mask.source if self._cloud_mask else None,
+            share=shares.share,
+            bad_share=shares.bad_share,
+        )
+
+    def _cloud(self, window: Tile) -> NDArray[np.bool_] | None:
+        return self._cloud_mask.read(window) if self._cloud_mask else None
+
+    @property
+    def policy(self) -> tuple[str, ...]:
+        """Names of the quality bits that count."""
+        if self._policy is not None:
+            return self._policy.bad
+        return ("QA",) if "QA" in self.names and not self._ignore_qa else ()
+
+    @property
+    def elevation(self) -> ElevationFacts | None:
+        """Where the elevation comes from; None = from the scene's own band, or from nowhere."""
+        return self._elevation.facts if self._elevation else None
+
+    @property
+    def area_facts(self) -> AreaFacts | None:
+        """The area of interest."""
+        return AreaFacts(source=self.area.source, share=self.area.share) if self.area else None
+
+
+def _scaled(window: Tile, scale: tuple[float, float]) -> Window:
+    down, across = scale
+    return Window(window.x * across, window.y * down, window.width * across, window.height * down)
+
+
+def _only(sources: Sequence[Source]) -> str:
+    """The digest of a single raster, the same as that of kelp before it read products."""
+    source = sources[0]
+    return source.sha256 or hashlib.sha256((source.etag or "").encode()).hexdigest()
+
+
+def rows_of(shape: tuple[int, int], rows: int) -> list[Tile]:
+    """A scene in bands of rows, from the top."""
+    height, width = shape
+    return [Tile(y, 0, min(rows, height - y), width) for y in range(0, height, rows)]
+
+
+def open_product(files: SceneFiles, choose: Callable[[SceneFiles], Policy]) -> SensorScene:
+    """Open a product of a satellite.
+
+    Args:
+        files: which file holds what.
+        choose: the policy of quality for it.
+
+    Raises:
+        InputError: a file is missing, cannot be read, or lies on another grid.
+    """
+    policy = choose(files)
+    headers = open_headers(files, tuple(files.layers))
+    pixels = vrt_of(files, OPTICAL, headers, files.nodata)
+    with ExitStack() as stack, quietly(files.where):
+        dataset = stack.enter_context(rasterio.open(pixels))
+        layers = None
+        if files.layers:
+            layers = rasterio.open(vrt_of(files, tuple(files.layers), headers, None))
+            stack.callback(layers.close)
+        scene = SensorScene(files.where, files.facts, dataset, (), files, policy, layers)
+        stack.pop_all()
+    return scene
