@@ -36,12 +36,14 @@ if TYPE_CHECKING:
     from kelp.nn.training.fit import train
     from kelp.nn.training.folds import train_folds
     from kelp.plotting.reports.run import make_report
+    from kelp.products.areas import areas
     from kelp.products.beds import beds
     from kelp.products.submission import submit
     from kelp.simulation.layout import simulate
 
 _HOMES = {
     "KelpError": "kelp.errors",
+    "areas": "kelp.products.areas",
     "beds": "kelp.products.beds",
     "build_metadata": "kelp.data_prep.metadata",
     "compare": "kelp.nn.comparison.compare",
@@ -68,6 +70,7 @@ _HOMES = {
 __all__ = [
     "KelpError",
     "__version__",
+    "areas",
     "beds",
     "build_metadata",
     "compare",

@@ -121,6 +121,11 @@ COMMANDS: Final = {
         "kelp.products.beds:beds",
         "Kelp beds as polygons, with their areas.",
     ),
+    "areas": Command(
+        "AreasConfig",
+        "kelp.products.areas:areas",
+        "Kelp area of each region in each scene, with intervals.",
+    ),
     "simulate": Command(
         "SimulateConfig",
         "kelp.simulation.layout:simulate",

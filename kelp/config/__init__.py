@@ -25,13 +25,14 @@ from kelp.config.prep import (
     SplitConfig,
     StatsConfig,
 )
-from kelp.config.products import BedsConfig
+from kelp.config.products import AreasConfig, BedsConfig
 from kelp.config.reporting import ReportConfig
 from kelp.config.scenes import InfoConfig, SceneOptions, SearchConfig
 from kelp.config.sweep import SweepConfig
 from kelp.config.train import TrainConfig
 
 __all__ = [
+    "AreasConfig",
     "BaselineConfig",
     "BedsConfig",
     "CompareConfig",
