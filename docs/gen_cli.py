@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from pydantic.fields import FieldInfo
 
-from kelp import config as configs
-from kelp.cli import COMMANDS
-from kelp.config import Config
+from kelp.cli import COMMANDS, config_class
+from kelp.config.base import choices
 from kelp.data_prep.catalogue import formula
 from kelp.nn.comparison.fields import FIELDS
 from kelp.raster.indices import INDICES
@@ -62,14 +61,14 @@ def cli_page() -> str:
     """Every command with every option, its default and its meaning."""
     parts = [_INTRODUCTION]
     for name, command in COMMANDS.items():
-        config: type[Config] = getattr(configs, command.config)
+        config = config_class(name)
         parts.append(f"## kelp {name}\n\n{config.__doc__}\n")
         parts.append(
             f"From Python: `{command.target.replace(':', '.')}` with a "
-            f"`kelp.config.{command.config}`.\n"
+            f"`kelp.config.{config.__name__}`.\n"
         )
         parts.append("| option | default | meaning |\n|---|---|---|")
-        parts += [_row(field, info) for field, info in config.model_fields.items()]
+        parts += [_row(field, info) for field, info in config.options().items()]
         parts.append("")
     return "\n".join(parts)
 
@@ -147,7 +146,7 @@ def _row(field: str, info: FieldInfo) -> str:
 def _default(info: FieldInfo) -> str:
     if info.is_required():
         return "required"
-    value = info.default
+    value = None if info.default_factory else info.default
     if value is None or value == ():
         return "-"
     return f"`{','.join(map(str, value)) if isinstance(value, tuple) else value}`"
@@ -155,11 +154,8 @@ def _default(info: FieldInfo) -> str:
 
 def _choices(info: FieldInfo) -> str:
     """The values that an option takes, where they are few."""
-    text = str(info.annotation)
-    if "Literal[" not in text:
-        return ""
-    values = text.partition("Literal[")[2].partition("]")[0].split(",")
-    return ". One of " + ", ".join(f"`{value.strip().strip(chr(39))}`" for value in values)
+    words = choices(info.annotation)
+    return ". One of " + ", ".join(f"`{word}`" for word in words) if words else ""
 
 
 if __name__ == "__main__":

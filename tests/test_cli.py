@@ -8,8 +8,7 @@ import pytest
 import yaml
 
 import kelp
-from kelp import config as configs
-from kelp.cli import COMMANDS, main
+from kelp.cli import COMMANDS, config_class, main
 from kelp.config import PredictConfig, SliceConfig, TrainConfig
 from kelp.errors import ConfigError
 
@@ -165,7 +164,7 @@ def test_help_and_version(capsys):
 def test_every_option_has_a_meaning_and_numbers_a_unit(name, capsys):
     assert main([name, "--help"]) == 0
     text = capsys.readouterr().out
-    for field, info in getattr(configs, COMMANDS[name].config).model_fields.items():
+    for field, info in config_class(name).model_fields.items():
         assert f"--{field}" in text
         assert info.description, field
         kind = str(info.annotation)

@@ -11,8 +11,7 @@ import pytest
 import yaml
 
 import kelp
-from kelp import config as configs
-from kelp.cli import COMMANDS, _build
+from kelp.cli import COMMANDS, _build, config_class
 from kelp.raster.indices import INDICES
 
 ROOT = Path(kelp.__file__).parent.parent
@@ -73,7 +72,7 @@ def test_examples_are_valid(page, command, arguments):
     """Options exist, values are allowed, and none that is required is left out."""
     values = _build(command).make_context(command, list(arguments)).params
     given = {k: v for k, v in values.items() if v is not None and k not in ("config_file", "quiet")}
-    config = getattr(configs, COMMANDS[command].config)
+    config = config_class(command)
     if values["config_file"]:
         required = (k for k, info in config.model_fields.items() if info.is_required())
         given = dict.fromkeys(required, "from the file") | given
@@ -90,9 +89,9 @@ def test_a_wrong_example_would_be_noticed(tmp_path):
 
 def test_every_command_and_option_is_in_the_reference():
     page = HOOK.cli_page()
-    for name, command in COMMANDS.items():
+    for name in COMMANDS:
         section = page.split(f"## kelp {name}\n")[1].split("\n## ")[0]
-        for option in getattr(configs, command.config).model_fields:
+        for option in config_class(name).model_fields:
             assert f"`--{option}`" in section
         assert f"| `kelp {name}` |" in (DOCS / "index.md").read_text(encoding="utf-8")
     assert all(f"`{index}`" in HOOK.indices_page() for index in INDICES)
@@ -107,9 +106,7 @@ def test_tables_of_generated_pages_are_whole():
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_options_named_in_the_text_exist(page):
-    fields = {
-        option for c in COMMANDS.values() for option in getattr(configs, c.config).model_fields
-    }
+    fields = {option for name in COMMANDS for option in config_class(name).model_fields}
     known = {*fields, "config", "quiet", "help", "version", "soft_labels", "flag", "x", "data-dir"}
     text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
     # What kelp has not, said as a limit; options of other programs.

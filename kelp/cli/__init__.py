@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,118 +24,104 @@ if TYPE_CHECKING:
 
 
 class Command(NamedTuple):
-    """One command: its configuration class in `kelp.config`, and `module:function` that does it."""
+    """`module:function` that does it with its configuration, and what it is for.
 
-    config: str
+    The configuration of `slice` is `kelp.config.SliceConfig`, see `config_class`.
+    """
+
     target: str
     summary: str
 
 
 COMMANDS: Final = {
     "metadata": Command(
-        "MetadataConfig",
         "kelp.data_prep.metadata:build_metadata",
         "Per-image facts, AOI groups, leak-free folds.",
     ),
     "stats": Command(
-        "StatsConfig",
         "kelp.data_prep.stats:compute_stats",
         "Band and index statistics.",
     ),
     "indices": Command(
-        "IndicesConfig",
         "kelp.data_prep.catalogue:list_indices",
         "The spectral indices and their formulas.",
     ),
     "slice": Command(
-        "SliceConfig",
         "kelp.data_prep.slicing:slice_dataset",
         "A dataset of small tiles.",
     ),
     "train": Command(
-        "TrainConfig",
         "kelp.nn.training.folds:train_one_or_all",
         "One tracked run, ending in a bundle; or one for each fold.",
     ),
     "baseline": Command(
-        "BaselineConfig",
         "kelp.nn.training.baseline:train_baseline",
         "Boosted trees on single pixels: what a network has to beat.",
     ),
     "sweep": Command(
-        "SweepConfig",
         "kelp.nn.search.run:sweep",
         "A search for better options of training: many runs, the best one's settings.",
     ),
     "tune": Command(
-        "TuneConfig",
         "kelp.nn.comparison.tune:tune",
         "Threshold and calibration of a network, fitted on scenes it was not trained on.",
     ),
     "predict": Command(
-        "PredictConfig",
         "kelp.inference.predict:predict_scenes",
         "Masks and probabilities of scenes, in slices or whole.",
     ),
     "export": Command(
-        "ExportConfig",
         "kelp.nn.export:export",
         "A network as an ONNX file for other programs.",
     ),
     "submit": Command(
-        "SubmitConfig",
         "kelp.products.submission:submit",
         "The submission archive of a folder of masks.",
     ),
-    "preview": Command(
-        "PreviewConfig", "kelp.plotting.preview:preview", "Pictures of scenes and masks."
-    ),
+    "preview": Command("kelp.plotting.preview:preview", "Pictures of scenes and masks."),
     "split": Command(
-        "SplitConfig",
         "kelp.data_prep.split:split_fold",
         "A fold's validation images and masks as a folder.",
     ),
     "evaluate": Command(
-        "EvaluateConfig",
         "kelp.plotting.reports.run:evaluate_and_report",
         "Scores of masks against truth.",
     ),
     "report": Command(
-        "ReportConfig",
         "kelp.plotting.reports.run:make_report",
         "One page about masks and their truth.",
     ),
     "compare": Command(
-        "CompareConfig",
         "kelp.nn.comparison.compare:compare",
         "Should I slice? Ways of applying networks, side by side.",
     ),
     "ensemble": Command(
-        "EnsembleConfig",
         "kelp.evaluation.ensembling:ensemble",
         "Weighted mean of prediction folders.",
     ),
     "beds": Command(
-        "BedsConfig",
         "kelp.products.beds:beds",
         "Kelp beds as polygons, with their areas.",
     ),
     "areas": Command(
-        "AreasConfig",
         "kelp.products.areas:areas",
         "Kelp area of each region in each scene, with intervals.",
     ),
     "simulate": Command(
-        "SimulateConfig",
         "kelp.simulation.layout:simulate",
         "Simulated scenes, for trials.",
     ),
     "demo": Command(
-        "DemoConfig",
         "kelp.demo.run:demo",
         "Everything above, small, ending in a report.",
     ),
 }
+
+
+def config_class(name: str) -> type[Config]:
+    """The configuration class of a command: its options."""
+    found: type[Config] = getattr(importlib.import_module("kelp.config"), f"{name.title()}Config")
+    return found
 
 
 class _Program(click.Group):
@@ -173,9 +158,9 @@ def _positive(argument: str, flags: set[str]) -> str:
 def _build(name: str) -> click.Command:
     """The click command of a configuration class: one flag for each field."""
     command = COMMANDS[name]
-    config: type[Config] = getattr(importlib.import_module("kelp.config"), command.config)
+    config = config_class(name)
     params: list[click.Parameter] = []
-    for field, info in config.model_fields.items():
+    for field, info in config.options().items():
         extra: Any = info.json_schema_extra or {}
         spellings = [f"--{spelling}" for spelling in (field, *extra.get("aliases", ()))]
         meaning = f"{info.description}{_default(info)}"
@@ -217,42 +202,41 @@ _BOOLEAN: Final = "[True|False]"
 _CONFIG_HELP: Final = "YAML file of options; flags on the command line win."
 
 
-_METAVARS: Final = (
-    ("parse_bytes", "SIZE"),
-    ("tuple", "A,B,…"),
-    ("Url", "PATH|URL"),
-    ("Path", "PATH"),
-    ("int", "N"),
-    ("float", "X"),
-)
-
-
 def _metavar(annotation: Any) -> str:
-    text = str(annotation)
-    if word := re.search(r"int.*Literal\['(\w+)'\]", text):  # a number, or this
-        return f"N|{word[1]}"
-    if "Literal" in text:
-        choices = text.partition("Literal[")[2].partition("]")[0]
-        return "|".join(part.strip(" '\"") for part in choices.split(","))
-    for kind, name in _METAVARS:
-        if kind in text:
-            return name
-    return "TEXT"
+    """What the help shows for a value of an option."""
+    from pydantic import ByteSize
+
+    from kelp.config.base import choices, kinds
+    from kelp.io.location import Url
+
+    found = kinds(annotation)
+    if words := choices(annotation):
+        number = ["N"] if int in found else []  # a number, or one of the words
+        return "|".join([*number, *words]) + (",…" if tuple in found else "")
+    names = (
+        (tuple, "A,B,…"),
+        (ByteSize, "SIZE"),
+        (Url, "PATH|URL"),
+        (Path, "PATH"),
+        (int, "N"),
+        (float, "X"),
+    )
+    return next((name for kind, name in names if kind in found), "TEXT")
 
 
 def _default(info: FieldInfo) -> str:
     """What the help says of an option's default; nothing where the help text itself does."""
     if info.is_required():
         return "  [required]"
-    if info.default is None or info.default == ():
-        return ""
     value = info.default
+    if info.default_factory or value is None or value == ():
+        return ""
     return f"  [default: {','.join(map(str, value)) if isinstance(value, tuple) else value}]"
 
 
 def _run(
     command: Command,
-    config_class: type[Config],
+    options: type[Config],
     values: dict[str, str | None],
     config_file: str | None,
     quiet: bool,
@@ -260,7 +244,9 @@ def _run(
     from kelp.cli.console import reporting
 
     given = {name: value for name, value in values.items() if value is not None}
-    config = config_class.load(Path(config_file), given) if config_file else config_class(**given)
+    config = (
+        options.load(Path(config_file), given) if config_file else options.model_validate(given)
+    )
     module, _, function = command.target.partition(":")
     with reporting(quiet) as progress:
         result = getattr(importlib.import_module(module), function)(config, progress=progress)

@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Final, Self
+from typing import Annotated, Any, ClassVar, Final, Literal, Self, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ByteSize,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
 
 from kelp.errors import ConfigError
 from kelp.io.files import write_text
-from kelp.io.location import is_url
+from kelp.io.location import Url, is_url
 
 
 def option(
     default: Any = ...,
     *,
     help: str,
+    default_of: Callable[[dict[str, Any]], Any] | None = None,
     unit: str | None = None,
     aliases: tuple[str, ...] = (),
     ge: float | None = None,
@@ -29,9 +40,11 @@ def option(
     """Declare one option: the CLI, the help, config files and the saved record come from it.
 
     `unit` is shown in brackets after the help; `aliases` are other spellings of the flag.
+    `default_of` makes the default from the options declared before; the help names it.
     """
+    given = {"default": default} if default_of is None else {"default_factory": default_of}
     return Field(
-        default,
+        **given,
         description=f"{help} [{unit}]" if unit else help,
         json_schema_extra={"aliases": list(aliases)},
         ge=ge,
@@ -68,39 +81,71 @@ def parse_bytes(value: int | str) -> int:
     return round(size)
 
 
-WORKERS_HELP: Final = "Worker processes; 0 = one for each core. The result does not depend on it"
-SCHEDULER_HELP: Final = (
-    "Work on a Dask cluster: local, local:N, the address of a scheduler (tcp://host:8786), or its "
-    "scheduler file; default: on this machine. The result does not depend on it"
-)
-
 Names = Annotated[tuple[str, ...], BeforeValidator(split)]
 Paths = Annotated[tuple[Path, ...], BeforeValidator(split)]
 Integers = Annotated[tuple[int, ...], BeforeValidator(split)]
 Floats = Annotated[tuple[float, ...], BeforeValidator(split)]
-Bytes = Annotated[int, BeforeValidator(parse_bytes)]
+Bytes = Annotated[ByteSize, BeforeValidator(parse_bytes)]
+
+
+def kinds(annotation: Any) -> set[Any]:
+    """The types that an annotation is made of: `tuple[Path, ...] | None` holds tuple and Path."""
+    origin = get_origin(annotation)
+    if origin is Literal:
+        return {Literal}
+    if origin is Annotated:
+        return kinds(get_args(annotation)[0])
+    return {origin or annotation}.union(*(kinds(part) for part in get_args(annotation)))
+
+
+def choices(annotation: Any) -> list[str]:
+    """The words that an annotation allows; empty where it allows any."""
+    if get_origin(annotation) is Literal:
+        return [str(word) for word in get_args(annotation)]
+    return [word for part in get_args(annotation) for word in choices(part)]
 
 
 class Config(BaseModel):
-    """Base of all command configurations: frozen, strict about names, one-line errors."""
+    """Base of all command configurations: frozen, strict about names, one-line errors.
+
+    Raises:
+        ConfigError: an option is missing, unknown, out of range, or contradicts another one.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
-    command: ClassVar[str]
+    command: ClassVar[str] = ""
+    """`slice` of `SliceConfig`."""
 
-    # Not our own signature but pydantic's: overridden so that Python users, too, get a
-    # `KelpError` of one line instead of pydantic's report.
-    def __init__(self, **values: Any) -> None:
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        cls.command = cls.__name__.removesuffix("Config").lower()
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _in_one_line(cls, values: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        """Python users, too, get a `KelpError` of one line instead of pydantic's report."""
         try:
-            named = self._by_field(values)
-            self._refuse_urls(named)
-            super().__init__(**named)
+            return handler(cls._named(values) if isinstance(values, dict) else values)
         except ValidationError as error:
             raise ConfigError(_explain(error)) from None
 
     @classmethod
     def load(cls, path: Path, overrides: Mapping[str, Any] | None = None) -> Self:
         """Read a YAML file of options; `overrides` win. Unknown options raise `ConfigError`."""
-        return cls(**{**cls._by_field(read_yaml(path)), **cls._by_field(overrides or {})})
+        values = cls._by_field(read_yaml(path)) | cls._by_field(overrides or {})
+        return cls.model_validate(values)
+
+    @classmethod
+    def options(cls) -> dict[str, FieldInfo]:
+        """Every option; the command's own first, then those that it shares with others."""
+        declared = [name for base in cls.__mro__ for name in vars(base).get("__annotations__", ())]
+        return {name: cls.model_fields[name] for name in declared if name in cls.model_fields}
+
+    @classmethod
+    def _named(cls, values: dict[str, Any]) -> dict[str, Any]:
+        named = cls._by_field(values)
+        cls._refuse_urls(named)
+        return named
 
     @classmethod
     def _by_field(cls, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -121,8 +166,9 @@ class Config(BaseModel):
     def _refuse_urls(cls, values: Mapping[str, Any]) -> None:
         """Raise `ConfigError` for a URL where a local path is wanted."""
         for name, value in values.items():
-            kind = str(cls.model_fields[name].annotation) if name in cls.model_fields else ""
-            parts = split(value) if "Path" in kind and "Url" not in kind else ()
+            field = cls.model_fields.get(name)
+            allowed = kinds(field.annotation) if field else set()
+            parts = split(value) if Path in allowed and Url not in allowed else ()
             for url in filter(is_url, parts if isinstance(parts, tuple) else ()):
                 raise ConfigError(
                     f"--{name} {url}: takes local paths only (URLs are for --data_dir and "

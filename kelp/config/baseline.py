@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from kelp.config.base import option
 from kelp.config.fold import FoldConfig, FoldNumber
 
 
 class BaselineConfig(FoldConfig):
     """Boosted trees that judge each pixel on its own: what a network has to beat."""
-
-    command: ClassVar[str] = "baseline"
 
     cv_split: FoldNumber = option(0, help="Number of the validation fold", unit="fold")
     sahi: bool = option(False, help="The table is one of tiles")

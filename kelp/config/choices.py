@@ -42,3 +42,7 @@ Interpolation = Literal["nearest", "nearest-exact", "bilinear", "bicubic"]
 CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 Metric = Literal["val/dice", "val/iou", "val/precision", "val/recall", "val/loss"]
 Precision = Literal["16-true", "16-mixed", "bf16-true", "bf16-mixed", "32-true"]
+Device = Literal["auto", "cpu", "cuda"]
+Checkpoint = Literal["best", "latest"]
+MergeMode = Literal["mean", "max", "min", "gmean"]
+"""How the symmetries of the square are merged."""

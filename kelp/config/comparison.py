@@ -1,21 +1,28 @@
-"""Options of the commands that judge networks on labelled scenes: compare and tune."""
+"""Options of the commands that evaluate networks on labelled scenes: compare and tune."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Self
 
 from pydantic import BeforeValidator, model_validator
 
-from kelp.config.base import Config, Integers, Names, Paths, option, split
-from kelp.config.choices import Interpolation, Precision
-from kelp.config.predict import BATCH_HELP
+from kelp.config.base import Integers, Paths, option, split
+from kelp.config.choices import Interpolation
+from kelp.config.shared import (
+    BandOrderOptions,
+    BootstrapOptions,
+    NetworkOptions,
+    PixelSizeOptions,
+    QaOptions,
+    ThresholdOptions,
+)
 from kelp.errors import ConfigError
 
 Interpolations = Annotated[tuple[Interpolation, ...], BeforeValidator(split)]
 
 
-class JudgingConfig(Config):
+class LabelledConfig(NetworkOptions, BootstrapOptions, BandOrderOptions, QaOptions):
     """Networks, and labelled scenes that they were not trained on."""
 
     run_dir: Paths = option(
@@ -31,23 +38,6 @@ class JudgingConfig(Config):
     gt_dir: Path | None = option(
         None, help="Folder of their true <tile_id>_kelp.tif masks, with --data_dir"
     )
-    metadata_fp: Path | None = option(
-        None,
-        help="Table of kelp metadata: which scenes show one place; default: that of the "
-        "fold; with --data_dir each scene is a place of its own",
-    )
-    use_checkpoint: Literal["best", "latest"] = option("best", help="Which bundle of a run")
-    draws: int = option(2000, help="Bootstrap draws of places", unit="draws", ge=100)
-    seed: int = option(0, help="Seed of the draws", unit="integer", ge=0)
-    precision: Precision | None = option(
-        None, help="Number format; default: bf16-mixed where the device has it, else 32-true"
-    )
-    batch_size: int | None = option(None, help=BATCH_HELP, unit="crops", ge=1)
-    device: Literal["auto", "cpu", "cuda"] = option("auto", help="Where the network runs")
-    band_order: Names = option(
-        (), help="Band names of the files, comma-separated; default: read from the files"
-    )
-    qa_as_nodata: bool = option(True, help="Pixels with QA = 1 count as not observed")
 
     @model_validator(mode="after")
     def _scenes_have_masks(self) -> Self:
@@ -59,10 +49,8 @@ class JudgingConfig(Config):
         return self
 
 
-class CompareConfig(JudgingConfig):
+class CompareConfig(LabelledConfig, ThresholdOptions, PixelSizeOptions):
     """Should I slice? Ways of applying networks to labelled scenes, side by side."""
-
-    command: ClassVar[str] = "compare"
 
     labels_dir: Path | None = option(
         None, help="Folder of other, noisy <tile_id>_kelp.tif masks, for a second score beside"
@@ -76,28 +64,16 @@ class CompareConfig(JudgingConfig):
     )
     interpolations: Interpolations = option((), help="Other interpolations of tiles")
     tta: bool = option(False, help="Also with the 8 symmetries of the square (8 times the cost)")
-    decision_threshold: float | None = option(
-        None,
-        help="Kelp where p is at least this; default: fitted, for each place on others",
-        unit="0-1",
-        ge=0,
-        le=1,
-    )
     largest_pass: int = option(
         2048,
         help="Largest side that a network is shown at once; wider ways are left out",
         unit="px",
         ge=32,
     )
-    pixel_size: float = option(
-        30.0, help="Side of a pixel where a mask has no CRS, for areas", unit="m", gt=0
-    )
 
 
-class TuneConfig(JudgingConfig):
+class TuneConfig(LabelledConfig):
     """Threshold and temperature of networks, fitted to labelled scenes, kept in their bundles."""
-
-    command: ClassVar[str] = "tune"
 
     temperature: bool = option(
         True, help="Also fit the temperature, which makes probabilities mean what they say"

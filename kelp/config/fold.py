@@ -7,9 +7,10 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from kelp.config.base import Config, Names, option
+from kelp.config.base import Names, option
+from kelp.config.shared import BandOrderOptions, IndexOptions, TableOptions
 from kelp.errors import ConfigError
-from kelp.raster.bands import BANDS, IndexInput, parse_bands
+from kelp.raster.bands import BANDS, parse_bands
 
 
 def number(value: Any) -> Any:
@@ -21,11 +22,10 @@ FoldNumber = Annotated[int, Field(ge=0)]
 Fold = Annotated[FoldNumber | Literal["all"], BeforeValidator(number)]
 
 
-class FoldConfig(Config):
+class FoldConfig(TableOptions, BandOrderOptions, IndexOptions):
     """Which rows are trained on, which of their channels, and where the run is kept."""
 
     data_dir: Path = option(help="Folder of kelp slice (with --sahi) or of kelp metadata")
-    metadata_fp: Path = option(help="Table of kelp slice (with --sahi) or of kelp metadata")
     output_dir: Path = option(help="Folder for mlflow.db and <experiment>/<run_id>/artifacts")
     dataset_stats_fp: Path | None = option(
         None, help="Statistics file of kelp stats; default: computed from the training rows"
@@ -40,20 +40,6 @@ class FoldConfig(Config):
         4, help="Processes that load data; 0 = the main one", unit="processes", ge=0
     )
     bands: Names = option(BANDS, help=f"Bands, comma-separated, of {','.join(BANDS)}")
-    band_order: Names = option(
-        (), help="Band names of the files, comma-separated; default: read from the files"
-    )
-    spectral_indices: Names = option(
-        (), help="Spectral indices added as channels, comma-separated; `all`, or `none`"
-    )
-    index_input: IndexInput = option(
-        "dn", help="Compute indices on raw integers (dn) or on clipped surface reflectance"
-    )
-    fill_missing_pixels_with_torch_nan: bool = option(
-        True, help="Missing values become their channel's minimum; False: 0"
-    )
-    mask_using_qa: bool = option(True, help="Index channels are missing where QA = 1")
-    mask_using_water_mask: bool = option(True, help="Index channels are missing on land (DEM > 0)")
     experiment: str = option("kelp", help="Name of the MLflow experiment and its folder")
 
     @field_validator("bands")

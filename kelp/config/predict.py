@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar, Literal, Self
+from typing import Literal, Self
 
 from pydantic import model_validator
 
-from kelp.config.base import (
-    SCHEDULER_HELP,
-    WORKERS_HELP,
-    Bytes,
-    Config,
-    Floats,
-    Names,
-    Paths,
-    option,
+from kelp.config.base import Bytes, Config, Floats, Paths, option
+from kelp.config.choices import MergeMode
+from kelp.config.shared import (
+    BandOrderOptions,
+    CheckpointOptions,
+    NetworkOptions,
+    PixelSizeOptions,
+    QaOptions,
+    SchedulerOptions,
+    SiteOptions,
+    ThresholdOptions,
+    WorkerOptions,
 )
-from kelp.config.choices import Precision
 from kelp.errors import ConfigError
 from kelp.io.location import Location
+from kelp.raster.window import Blend
 
-Blend = Literal["mean", "hann"]
-MergeMode = Literal["mean", "max", "min", "gmean"]
-
-_THRESHOLD_HELP = "Kelp where the probability is at least this"
-BATCH_HELP = "Crops in a batch; default: 8, on a CPU fewer of more than 224 x 224 px"
 _PREVIEWS_HELP = "Previews at most, in the order of names"
 
 
@@ -34,10 +32,10 @@ def _check_weights(weights: Floats) -> None:
         raise ConfigError("--weights: none may be negative, and not all zero")
 
 
-class PredictConfig(Config):
+class PredictConfig(
+    NetworkOptions, ThresholdOptions, BandOrderOptions, QaOptions, SchedulerOptions
+):
     """Masks (and probabilities) of a folder of scenes, or of one."""
-
-    command: ClassVar[str] = "predict"
 
     data_dir: Location = option(
         help="Folder of .tif scenes, one file, or a .txt list of files, one a line; or the URL of "
@@ -54,10 +52,6 @@ class PredictConfig(Config):
     dataset_stats_dir: Path | None = option(
         None, help="Folder of statistics files: checked against the bundle's numbers"
     )
-    use_checkpoint: Literal["best", "latest"] = option("best", help="Which bundle of a run")
-    decision_threshold: float | None = option(
-        None, help=f"{_THRESHOLD_HELP}; default: the bundle's", unit="0-1", ge=0, le=1
-    )
     sahi_tile_size: int | None = option(
         None, help="Predict in slices of this side; default: as trained", unit="px", ge=8
     )
@@ -66,9 +60,6 @@ class PredictConfig(Config):
     )
     blend: Blend = option(
         "hann", help="Window of a tile's vote: Hann, or uniform, which leaves seams"
-    )
-    precision: Precision | None = option(
-        None, help="Number format; default: bf16-mixed where the device has it, else 32-true"
     )
     tta: bool = option(False, help="Average the 8 symmetries of the square (8 times the cost)")
     tta_merge_mode: MergeMode = option("mean", help="How --tta merges probabilities")
@@ -82,14 +73,6 @@ class PredictConfig(Config):
         False,
         help="Also write <name>_kelp_spread.tif: standard deviation of the overlapping tiles' "
         "probabilities, each tile's own after symmetries and networks are averaged",
-    )
-    batch_size: int | None = option(None, help=BATCH_HELP, unit="crops", ge=1)
-    device: Literal["auto", "cpu", "cuda"] = option("auto", help="Where the network runs")
-    band_order: Names = option(
-        (), help="Band names of the files, comma-separated; default: read from the files"
-    )
-    qa_as_nodata: bool = option(
-        True, help="Pixels with QA = 1 are not observed (255); False: only missing data is"
     )
     land: Literal["keep", "skip"] = option(
         "keep", help="Whether tiles that are all land (DEM > 0) are run; skip: they are 0"
@@ -110,7 +93,6 @@ class PredictConfig(Config):
         unit="threads",
         ge=1,
     )
-    scheduler: str | None = option(None, help=SCHEDULER_HELP)
     overwrite: bool = option(False, help="Make finished outputs anew")
     preview_submission: bool = option(
         False, help="Also write submission.tar and previews/ for the first images"
@@ -135,60 +117,39 @@ class PredictConfig(Config):
         return self
 
 
-class ExportConfig(Config):
+class ExportConfig(CheckpointOptions):
     """The network of a bundle as one file for other programs."""
-
-    command: ClassVar[str] = "export"
 
     run_dir: Path = option(help="Run folder, its artifacts/, or a bundle")
     output_path: Path = option(help="The file to write, FILE.onnx")
-    format: Literal["onnx"] = option("onnx", help="Format of the file")
-    use_checkpoint: Literal["best", "latest"] = option("best", help="Which bundle of a run")
 
 
 class SubmitConfig(Config):
     """The submission archive of a folder of masks."""
 
-    command: ClassVar[str] = "submit"
-
     predictions_dir: Path = option(help="Folder of <tile_id>_kelp.tif masks")
     output_dir: Path = option(help="Folder for submission.tar")
 
 
-class PreviewConfig(Config):
+class PreviewConfig(BandOrderOptions):
     """Pictures of scenes and their predicted masks."""
-
-    command: ClassVar[str] = "preview"
 
     data_dir: Path = option(help="Folder of the scenes")
     predictions_dir: Path = option(help="Folder of their <name>_kelp.tif masks")
     output_dir: Path = option(help="Folder for the PNG files")
     first_n: int = option(10, help=_PREVIEWS_HELP, unit="images", ge=1)
-    band_order: Names = option(
-        (), help="Band names of the files, comma-separated; default: read from the files"
-    )
 
 
-class EnsembleConfig(Config):
+class EnsembleConfig(SiteOptions, ThresholdOptions):
     """The weighted mean of several prediction folders."""
-
-    command: ClassVar[str] = "ensemble"
 
     predictions_dirs: Paths = option(help="Prediction folders, comma-separated")
     output_dir: Path = option(help="Folder for the merged masks")
     weights: Floats = option((), help="Weights, one a folder; default: equal", unit="factors")
-    decision_threshold: float | None = option(
-        None, help=f"{_THRESHOLD_HELP}; default: 0.5", unit="0-1", ge=0, le=1
-    )
     gt_dir: Path | None = option(
         None,
         help="Fit weights and threshold: folder of true <tile_id>_kelp.tif masks of scenes that no "
         "network was trained on",
-    )
-    metadata_fp: Path | None = option(
-        None,
-        help="With --gt_dir, table of kelp metadata: which scenes show one place; default: "
-        "each scene is a place of its own",
     )
 
     @model_validator(mode="after")
@@ -209,28 +170,16 @@ class EnsembleConfig(Config):
         return self
 
 
-class EvaluateConfig(Config):
+class EvaluateConfig(SiteOptions, PixelSizeOptions, WorkerOptions, SchedulerOptions):
     """Scores of a folder of masks against truth."""
-
-    command: ClassVar[str] = "evaluate"
 
     gt_dir: Path = option(help="Folder of true <tile_id>_kelp.tif masks")
     preds_dir: Path = option(help="Folder of predicted <tile_id>_kelp.tif masks")
-    metadata_fp: Path | None = option(
-        None, help="Table of kelp metadata: adds scores for each place's images"
-    )
     output_dir: Path | None = option(None, help="Folder for scores.json and scores.txt")
-    pixel_size: float = option(
-        30.0, help="Side of a pixel where a mask has no CRS, for areas", unit="m", gt=0
-    )
-    workers: int = option(1, help=WORKERS_HELP, unit="processes", ge=0)
-    scheduler: str | None = option(None, help=SCHEDULER_HELP)
 
 
 class DemoConfig(Config):
     """Everything, small, on simulated data and one real Landsat scene, ending in a report."""
-
-    command: ClassVar[str] = "demo"
 
     output_dir: Path = option(Path("demo"), help="Folder for report.html, scores.json and data")
     places: int = option(32, help="Simulated places to learn from", unit="places", ge=2)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal
 
 from kelp.config.base import Config, option
 
@@ -19,8 +19,6 @@ _MIXED_HELP = "Take maps of different networks or thresholds together"
 class BedsConfig(Config):
     """Kelp beds as polygons, with their areas."""
 
-    command: ClassVar[str] = "beds"
-
     predictions_dir: Path = option(help=_MAPS_HELP)
     output: Path = option(help="The file to write: .gpkg, .parquet, .fgb or .geojson")
     min_pixels: int = option(1, help="Smaller beds are left out", unit="px", ge=1)
@@ -32,8 +30,6 @@ class BedsConfig(Config):
 
 class AreasConfig(Config):
     """Kelp area of each region in each scene, with intervals."""
-
-    command: ClassVar[str] = "areas"
 
     predictions_dir: Path = option(help=_MAPS_HELP)
     aoi: Path = option(help=_AOI_HELP)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, Self
 
 from pydantic import BeforeValidator, model_validator
 
@@ -52,8 +52,6 @@ def _box(value: Any) -> Any:
 class SearchConfig(Config):
     """A list of scenes from a STAC service or catalogue."""
 
-    command: ClassVar[str] = "search"
-
     stac: str = option(help="URL of a STAC API, or URL or path of a static catalogue")
     collection: str | None = option(None, help="Name of the collection; default: all")
     bbox: Annotated[tuple[float, float, float, float] | None, BeforeValidator(_box)] = option(
@@ -81,8 +79,6 @@ class SearchConfig(Config):
 
 class InfoConfig(SceneOptions):
     """What kelp sees in scenes, before anything is run."""
-
-    command: ClassVar[str] = "info"
 
     data_dir: Location = option(help="A scene, a folder of scenes, a .txt list, or a URL")
     json_output: bool = option(False, help="JSON in place of text", aliases=("json",))

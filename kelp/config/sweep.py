@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal
 
 from kelp.config.base import Config, option
 
@@ -13,8 +13,6 @@ Pruner = Literal["median", "none"]
 
 class SweepConfig(Config):
     """A search for better options of kelp train: many runs, with other options each."""
-
-    command: ClassVar[str] = "sweep"
 
     train_config: Path = option(help="Config file of kelp train: what all trials share")
     space: Path = option(help="YAML file of the options to search, with their ranges or values")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Final, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -23,24 +23,24 @@ from kelp.config.choices import (
     Scheduler,
 )
 from kelp.config.fold import FoldConfig, number
+from kelp.config.shared import DeviceOptions
 from kelp.errors import ConfigError
-
-SLICED: Final[Mapping[str, Any]] = {
-    "image_size": 224,
-    "resize_strategy": "resize",
-    "interpolation": "bilinear",
-    "random_crops": True,
-}
-"""Defaults under `--sahi True`: the recipe that docs/experiments.md found best."""
-
 
 Devices = Annotated[Annotated[int, Field(ge=1)] | Literal["auto"], BeforeValidator(number)]
 
 
-class TrainConfig(FoldConfig):
-    """One training run: tracked in MLflow, ending in a bundle."""
+def _by_sahi(whole: Any, sliced: Any) -> Callable[[dict[str, Any]], Any]:
+    """A default for whole images, and one for tiles: the recipe that docs/experiments.md found."""
+    # `sahi` is absent where it was refused itself.
+    return lambda options: sliced if options.get("sahi") else whole
 
-    command: ClassVar[str] = "train"
+
+def _best(metric: str) -> Literal["max", "min"]:
+    return "min" if metric == "val/loss" else "max"
+
+
+class TrainConfig(FoldConfig, DeviceOptions):
+    """One training run: tracked in MLflow, ending in a bundle."""
 
     # data
     batch_size: int = option(
@@ -87,20 +87,25 @@ class TrainConfig(FoldConfig):
         lt=1,
     )
     random_crops: bool = option(
-        False,
-        help="With --sahi: cut training tiles anywhere up to half a tile from their place in the "
-        "table, out of the images they are from; with --sahi True",
+        default_of=_by_sahi(whole=False, sliced=True),
+        help="With --sahi: shift training tiles by up to half a tile from their position in the "
+        "table, within the images they are from; default: with --sahi True, else False",
     )
 
     # preprocessing
     image_size: int = option(
-        352, help="Side of the network's input; with --sahi 224", unit="px", ge=32
+        default_of=_by_sahi(whole=352, sliced=224),
+        help="Side of the network's input; default: 352, with --sahi 224",
+        unit="px",
+        ge=32,
     )
     resize_strategy: ResizeStrategy = option(
-        "pad", help="Bring images to image_size by padding or resizing; with --sahi resize"
+        default_of=_by_sahi(whole="pad", sliced="resize"),
+        help="Bring images to image_size by padding or resizing; default: pad, with --sahi resize",
     )
     interpolation: Interpolation = option(
-        "nearest", help="How --resize_strategy resize resamples; with --sahi bilinear"
+        default_of=_by_sahi(whole="nearest", sliced="bilinear"),
+        help="How --resize_strategy resize resamples; default: nearest, with --sahi bilinear",
     )
     normalization_strategy: Normalization = option(
         "quantile",
@@ -235,12 +240,18 @@ class TrainConfig(FoldConfig):
 
     # selection
     monitor_metric: Metric = option("val/dice", help="Metric that picks the best epoch")
-    monitor_mode: Literal["max", "min"] = option("max", help="Whether more or less is better")
+    monitor_mode: Literal["max", "min"] = option(
+        default_of=lambda options: _best(options.get("monitor_metric", "")),
+        help="Whether more or less of --monitor_metric is better: default, as it is",
+    )
     min_dice: float = option(
-        0.05, help="End in an error, without a bundle, where the best epoch finds less on its "
-        "validation rows, at the best threshold; 0: keep any network", unit="fraction 0-1", ge=0,
+        0.05,
+        help="End in an error, without a bundle, where the best epoch finds less on its "
+        "validation rows, at the best threshold; 0: keep any network",
+        unit="fraction 0-1",
+        ge=0,
         lt=1,
-    )  # fmt: skip
+    )
     save_top_k: int = option(1, help="Bundles of the best epochs to keep", unit="bundles", ge=1)
     early_stopping_patience: int = option(
         10, help="Epochs without a better metric before stopping", unit="epochs", ge=1
@@ -284,7 +295,6 @@ class TrainConfig(FoldConfig):
     resume_from: Path | None = option(
         None, help="Run folder of a killed run: go on where it stopped"
     )
-    device: Literal["auto", "cpu", "cuda"] = option("auto", help="Where the network runs")
     devices: Devices = option(
         1,
         help="Processes on each machine, each with a GPU of its own (or a share of the CPU); "
@@ -301,20 +311,13 @@ class TrainConfig(FoldConfig):
     )
     seed: int = option(42, help="Seed of weights, sampling and augmentation", unit="integer", ge=0)
 
-    @model_validator(mode="before")
-    @classmethod
-    def _recipe(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """With `--sahi True` other defaults; what is given wins."""
-        sahi = str(values.get("sahi", False)).lower() in ("true", "1", "yes", "on")
-        return {**SLICED, **values} if sahi else values
-
     @model_validator(mode="after")
     def _options_fit(self) -> Self:
         self._averages_fit()
         if self.random_crops and not self.sahi:
             raise ConfigError("--random_crops True: only tiles can be moved; add --sahi True")
-        if (self.monitor_metric == "val/loss") != (self.monitor_mode == "min"):
-            better = "min" if self.monitor_metric == "val/loss" else "max"
+        better = _best(self.monitor_metric)
+        if self.monitor_mode != better:
             raise ConfigError(
                 f"--monitor_mode {self.monitor_mode}: of {self.monitor_metric} the {better}imum "
                 f"is best; give --monitor_mode {better}"

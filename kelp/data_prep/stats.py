@@ -130,7 +130,7 @@ def compute_stats(config: StatsConfig, progress: Progress = silent) -> StatsResu
     """Statistics of the training images (or of one fold's) as a file that `kelp train` takes."""
     config = config.absolute() if config.scheduler else config
     indices = parse_indices(config.spectral_indices)
-    settings = IndexSettings(config.index_input, config.mask_using_qa, config.mask_using_water_mask)
+    settings = config.index_settings
     sources = _sources(config)
     channels = channel_names(BANDS, indices)
     with gather(config.workers, config.scheduler) as workers:

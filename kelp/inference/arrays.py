@@ -11,8 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kelp.config.base import parse_bytes
-from kelp.config.choices import Precision
-from kelp.config.predict import MergeMode
+from kelp.config.choices import MergeMode, Precision
 from kelp.errors import BundleError, ConfigError
 from kelp.inference.checks import needed_bands
 from kelp.inference.network import Network
@@ -25,10 +24,9 @@ from kelp.raster import bands
 from kelp.raster.bands import BANDS
 from kelp.raster.masks import Georeference, decoding
 from kelp.raster.scene import Scene, SceneSize
-from kelp.raster.window import Shape, Tile
+from kelp.raster.window import Blend, Shape, Tile
 from kelp.tiling.engine import Engine
 from kelp.tiling.jobs import Counts, Job, Sink, WriteRows
-from kelp.tiling.merge import Blend
 from kelp.tiling.strip import Slicing, Source
 
 _BATCH: Final = 8

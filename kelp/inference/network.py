@@ -10,8 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kelp.config.choices import Precision
-from kelp.config.predict import MergeMode
+from kelp.config.choices import MergeMode, Precision
 from kelp.errors import BundleError
 from kelp.nn import symmetry
 from kelp.nn.bundle import Bundle

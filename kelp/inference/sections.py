@@ -23,11 +23,11 @@ from numpy.typing import NDArray
 from kelp.errors import InputError
 from kelp.inference.outputs import sections_folder
 from kelp.io.files import atomic
-from kelp.raster.window import Shape
+from kelp.raster.window import Blend, Shape
 from kelp.tiling.engine import finish
 from kelp.tiling.grid import TileGrid
 from kelp.tiling.jobs import Edge, Section, Sink, WriteRows
-from kelp.tiling.merge import Blend, MergerState, StripMerger
+from kelp.tiling.merge import MergerState, StripMerger
 from kelp.tiling.strip import Pixels
 
 _SECTIONS: Final = 16

@@ -6,8 +6,11 @@ Positions are `(y, x)`, shapes `(height, width)`, always in pixels, never the ot
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 Shape = tuple[int, int]
+Blend = Literal["mean", "hann"]
+"""Window function of a tile's vote where tiles overlap: uniform, or Hann."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kelp.errors import CoverageError
 from kelp.raster.bands import MASK_NODATA
-from kelp.raster.window import Shape, Tile
-
-Blend = Literal["mean", "hann"]
+from kelp.raster.window import Blend, Shape, Tile
 
 # Votes are whole multiples of 2^-42 (value unit x weight unit), summed as float64: whole numbers
 # below 2^53 add up exactly there, so the sum does not depend on the order of tiles, and a

@@ -9,8 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kelp.raster.bands import BANDS, DEM, observed, reflected
-from kelp.raster.window import Shape, Tile
-from kelp.tiling.merge import Blend
+from kelp.raster.window import Blend, Shape, Tile
 
 Pixels = NDArray[np.float32]
 

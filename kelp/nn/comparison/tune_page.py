@@ -21,7 +21,7 @@ def write_page(path: Path, config: TuneConfig, tuned: Sequence[Tuned]) -> Path:
     report = Report("Threshold and calibration")
     for one in tuned:
         _network(report, one)
-    record = config.output_dir / f"kelp-{config.command}.yaml"
+    record = config.output_dir / config.record_name
     report.text(
         f"## Again\n\n```\nkelp tune --config {shlex.quote(str(record))}\n```\n\n"
         f"kelp {kelp.__version__}, Python {platform.python_version()}, numpy {np.__version__}."

@@ -12,8 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
-from kelp.config.choices import Interpolation, Precision
-from kelp.config.predict import MergeMode
+from kelp.config.choices import Interpolation, MergeMode, Precision
 from kelp.errors import ConfigError
 from kelp.inference.arrays import predict_array
 from kelp.inference.backends.onnx import OnnxNet
@@ -22,9 +21,8 @@ from kelp.nn.bundle import Bundle
 from kelp.nn.device import autocast
 from kelp.nn.model import KelpNet
 from kelp.nn.resize import pick, to_network
-from kelp.raster.window import Shape
+from kelp.raster.window import Blend, Shape
 from kelp.tiling.grid import TileGrid
-from kelp.tiling.merge import Blend
 
 _TILE: Final = 128
 """Of a network that was trained on whole images."""

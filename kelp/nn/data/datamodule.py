@@ -22,7 +22,7 @@ from kelp.errors import ConfigError, TableError
 from kelp.nn.data.dataset import Sample, Source, TileDataset, collate, sources_of
 from kelp.nn.data.reading import Files, Reader
 from kelp.nn.data.sampling import ALL, DealtBatches, EpochSampler, EvenBatches, Share
-from kelp.raster.indices import IndexSettings, needed_bands, parse_indices
+from kelp.raster.indices import needed_bands, parse_indices
 from kelp.raster.masks import raster_shape
 from kelp.raster.scene import Scene
 from kelp.raster.window import Shape
@@ -126,7 +126,7 @@ def require_bands(fold: Fold, config: FoldConfig) -> None:
     Raises:
         InputError: a file lacks a band. A missing DEM is one line of notice.
     """
-    settings = IndexSettings(config.index_input, config.mask_using_qa, config.mask_using_water_mask)
+    settings = config.index_settings
     needed = needed_bands(config.bands, parse_indices(config.spectral_indices), settings)
     first: dict[str, Source] = {}
     for rows, sources in ((fold.train, fold.train_sources), (fold.val, fold.val_sources)):

@@ -20,7 +20,7 @@ from kelp.nn.data.dataset import Source
 from kelp.nn.device import resolve_device
 from kelp.nn.training.tracking import ARTIFACTS
 from kelp.progress import Progress
-from kelp.raster.indices import IndexSettings, channel_names, parse_indices
+from kelp.raster.indices import channel_names, parse_indices
 from kelp.raster.statistics import About, StatsFile
 from kelp.raster.streaming import unit_stats
 from kelp.raster.window import Shape
@@ -154,7 +154,7 @@ def run_statistics(config: FoldConfig, sources: Sequence[Source], progress: Prog
         StatsError: the given file lacks a channel, or was made with other settings than the run.
     """
     channels = channel_names(config.bands, parse_indices(config.spectral_indices))
-    settings = IndexSettings(config.index_input, config.mask_using_qa, config.mask_using_water_mask)
+    settings = config.index_settings
     if isinstance(config, TrainConfig) and config.resume_from is not None:
         return _resumed_statistics(run_folder(config.resume_from), channels)
     given = config.dataset_stats_fp

@@ -284,7 +284,7 @@ def _workers(report: Report, path: Path) -> None:
 
 
 def _again(report: Report, config: ReportConfig) -> None:
-    record = config.output_dir / f"kelp-{config.command}.yaml"
+    record = config.output_dir / config.record_name
     report.text(
         f"## Again\n\n```\nkelp report --config {shlex.quote(str(record))}\n```\n\n"
         f"kelp {kelp.__version__}, Python {platform.python_version()}, numpy {np.__version__}."

@@ -12,7 +12,6 @@ import kelp
 from kelp.cli import main
 from kelp.config import TrainConfig
 from kelp.config.base import read_yaml
-from kelp.config.train import SLICED
 from kelp.errors import ConfigError
 from kelp.inference.arrays import cut
 from kelp.nn import model
@@ -27,10 +26,21 @@ def config_of(**options):
     return TrainConfig(data_dir="d", metadata_fp="t.parquet", output_dir="o", **options)
 
 
-def test_sahi_brings_its_own_defaults_and_explicit_options_win():
-    plain, sliced = config_of(), config_of(sahi="True")
-    assert (plain.image_size, plain.resize_strategy, plain.interpolation) == (352, "pad", "nearest")
-    assert {name: getattr(sliced, name) for name in SLICED} == SLICED
+def recipe(config):
+    return config.image_size, config.resize_strategy, config.interpolation, config.random_crops
+
+
+@pytest.mark.parametrize("yes", [True, "True", "true", "1", "y", "yes", "t", "on"])
+def test_sahi_brings_its_own_defaults_however_it_is_written(yes):
+    assert recipe(config_of(sahi=yes)) == (224, "resize", "bilinear", True)
+
+
+@pytest.mark.parametrize("no", [False, "False", "n", "off", "0"])
+def test_whole_images_have_theirs(no):
+    assert recipe(config_of(sahi=no)) == recipe(config_of()) == (352, "pad", "nearest", False)
+
+
+def test_explicit_options_win_over_the_defaults_of_sahi():
     given = config_of(sahi=True, image_size=256, interpolation="nearest", random_crops=False)
     assert (given.image_size, given.interpolation, given.random_crops) == (256, "nearest", False)
     with pytest.raises(ConfigError, match="random_crops"):
