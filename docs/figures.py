@@ -18,7 +18,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Rectangle
 
-from kelp.raster.bands import BANDS, DEM, canonical
+from kelp.raster.bands import BANDS, DEM
+from kelp.raster.validity import canonical
 from kelp.raster.window import Shape, Tile
 from kelp.simulation.scene import simulate_scene
 from kelp.tiling.grid import TileGrid

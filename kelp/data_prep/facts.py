@@ -12,7 +12,8 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from kelp.raster.bands import DEM, QA, observed
+from kelp.raster.bands import DEM, QA
+from kelp.raster.validity import observed
 from kelp.raster.window import Tile
 
 ALMOST_ALL: Final = 0.98

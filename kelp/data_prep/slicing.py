@@ -179,7 +179,7 @@ def _slice_image(config: SliceConfig, tile_id: str) -> _Sliced:
     """Facts of the tiles of one image; writes their files unless the dataset is virtual."""
     image_path, mask_path = _sources(config, tile_id)
     with Scene(image_path, config.band_order) as scene:
-        stored, pixels = scene.read_stored()
+        stored, hidden, pixels = scene.read_stored()
         form = image_format(scene, named=bool(config.band_order)) if config.materialize else None
         georeference, shape = scene.georeference, scene.shape
     mask = read_mask(mask_path)
@@ -195,12 +195,13 @@ def _slice_image(config: SliceConfig, tile_id: str) -> _Sliced:
     if form is not None:
         mask_reference = georeference_of(mask_path)
         for tile in tiles:
-            for folder, path, array, kind, reference in (
-                (IMAGES, image_path, stored, form, georeference),
-                (MASKS, mask_path, mask[np.newaxis], MASK_FORMAT, mask_reference),
+            for folder, path, array, missing, kind, reference in (
+                (IMAGES, image_path, stored, hidden, form, georeference),
+                (MASKS, mask_path, mask[np.newaxis], None, MASK_FORMAT, mask_reference),
             ):
                 target = config.output_dir / folder / _tile_name(path.stem, tile.x, tile.y)
-                put(target, encode(cut(array, tile, kind), kind, reference.shifted(tile)))
+                content = encode(cut(array, tile, kind, missing), kind, reference.shifted(tile))
+                put(target, content)
     return _Sliced(
         np.array([tile.x for tile in tiles], dtype=np.int64),
         np.array([tile.y for tile in tiles], dtype=np.int64),
@@ -259,12 +260,14 @@ def _relative(path: Path, folder: Path) -> str:
 def _tell_size(config: SliceConfig, rows: pd.DataFrame) -> None:
     """Say how much will be written, judged by some tiles of the first image."""
     sources = [_sources(config, tile_id)[0] for tile_id in rows["tile_id"]]
-    with Scene(sources[0], config.band_order) as scene:
+    with Scene(sources[0], config.band_order, quiet=True) as scene:
         tiles = list(_grid(config, scene.shape))
         form = image_format(scene, named=False)
-        stored, _ = scene.read_stored()
+        stored, hidden, _ = scene.read_stored()
     probes = tiles[:: -(-len(tiles) // _PROBES)]
-    written = [len(encode(cut(stored, tile, form), form, Georeference())) for tile in probes]
+    written = [
+        len(encode(cut(stored, tile, form, hidden), form, Georeference())) for tile in probes
+    ]
     one = sum(written) / len(written) * len(tiles)
     # The other images compress about as well as their own files tell.
     weights = [path.stat().st_size for path in sources]

@@ -185,7 +185,7 @@ def _summarise_files(
 
 
 def _read(source: Source, band_order: Sequence[str]) -> NDArray[np.float32]:
-    with Scene(source.path, band_order) as scene:
+    with Scene(source.path, band_order, quiet=source.tile is not None) as scene:
         scene.check()
         # The last tiles of a table without files stick out of their image: nothing is there.
         return scene.read(source.tile.clipped(scene.shape) if source.tile else None)

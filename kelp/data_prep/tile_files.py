@@ -77,14 +77,21 @@ def image_format(scene: Scene, named: bool) -> TileFormat:
     return TileFormat("int32", NODATA, descriptions, zeros)
 
 
-def cut(stored: NDArray[Any], tile: Tile, form: TileFormat) -> NDArray[Any]:
-    """A tile of an array `(bands, height, width)`, padded where it sticks out."""
+def cut(
+    stored: NDArray[Any], tile: Tile, form: TileFormat, hidden: NDArray[np.bool_] | None = None
+) -> NDArray[Any]:
+    """A tile of an array `(bands, height, width)`, padded where it sticks out.
+
+    Where values are `hidden` (masks, alpha and fillers of the source), the tile has nodata.
+    """
     part = tile.clipped((stored.shape[1], stored.shape[2]))
     window = stored[:, *part.slices]
     out = np.full((len(stored), tile.height, tile.width), form.nodata, dtype=form.dtype)
     out[:, : part.height, : part.width] = window
     for band in form.zero_is_missing:
         out[band, : part.height, : part.width][window[band] == 0] = form.nodata
+    if hidden is not None:
+        out[:, : part.height, : part.width][hidden[:, *part.slices]] = form.nodata
     return out
 
 

@@ -20,7 +20,7 @@ from kelp.inference.plan import NetworkMemory, fit_memory, make_plan
 from kelp.nn.bundle import Bundle
 from kelp.nn.device import resolve_device, resolve_precision
 from kelp.progress import Progress, silent
-from kelp.raster import bands
+from kelp.raster import bands, validity
 from kelp.raster.bands import BANDS
 from kelp.raster.masks import Georeference, decoding
 from kelp.raster.scene import Scene, SceneSize
@@ -182,7 +182,7 @@ def predict_array(
     absent = {name for one in bundles for name in needed_bands(one.spec)} - {*names, "DEM"}
     if absent:
         raise BundleError(f"the array lacks the bands {', '.join(sorted(absent))}")
-    array = _Array(bands.canonical(scene, names))
+    array = _Array(validity.canonical(scene, names))
     predict(
         bundles,
         array,

@@ -13,8 +13,9 @@ from kelp.data_prep.stats import StatsFile
 from kelp.errors import BundleError, InputError
 from kelp.inference.spec import BundleSpec
 from kelp.raster import indices
-from kelp.raster.bands import BANDS, OPTICAL, observed
+from kelp.raster.bands import BANDS, OPTICAL
 from kelp.raster.scene import Scene
+from kelp.raster.validity import observed
 
 log = logging.getLogger("kelp")
 

@@ -17,7 +17,7 @@ from kelp.io import remote
 from kelp.io.files import input_folder
 from kelp.io.location import Url, locate
 from kelp.raster.masks import decoding
-from kelp.raster.scene import Scene, SceneSize
+from kelp.raster.scene import SUFFIXES, Scene, SceneSize
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,10 @@ def find_scenes(data: Path | Url) -> list[Path | Url]:
         scenes = [locate(line) for line in lines if line]
     else:
         products = (tables.MASK_SUFFIX, tables.PROBABILITY_SUFFIX, tables.SPREAD_SUFFIX)
-        found = [p for p in found if p.suffix.lower() in (".tif", ".tiff")]
+        found = [p for p in found if p.suffix.lower() in SUFFIXES]
         scenes = [p for p in found if not p.name.endswith(products)]
     if not scenes:
-        raise InputError(f"{data}: holds no .tif scene")
+        raise InputError(f"{data}: holds no scene ({', '.join(SUFFIXES)})")
     names = [tables.output_name(path) for path in scenes]
     times = Counter(names)
     for path, name in zip(scenes, names, strict=True):

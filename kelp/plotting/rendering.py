@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from kelp.raster import bands
+from kelp.raster import bands, validity
 from kelp.raster.bands import MASK_NODATA
 from kelp.raster.writer import MASK_COLORS
 
@@ -82,7 +82,7 @@ def _colors(
     pixels: NDArray[np.float32], names: Sequence[str]
 ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
     """Colours of three bands (0-255), and where one of them is missing."""
-    observed = bands.observed(pixels)
+    observed = validity.observed(pixels)
     planes = [
         stretch(bands.to_reflectance(pixels[bands.position(name)]), observed) for name in names
     ]
@@ -101,7 +101,7 @@ def ndvi(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
         for name in ("R", "NIR")
     )
     index = (nir - red) / (nir + red)
-    return np.where(bands.observed(pixels), index, np.nan).astype(np.float32)
+    return np.where(validity.observed(pixels), index, np.nan).astype(np.float32)
 
 
 def ndvi_picture(pixels: NDArray[np.float32]) -> Picture:

@@ -1,14 +1,14 @@
-"""Band names, their order in competition files, and what "missing" looks like.
+"""Band names, and their order in competition files and in canonical arrays.
 
-The only module that knows them. Inside kelp every scene is a **canonical array**: float32,
-shape `(7, height, width)`, bands in `BANDS` order, values as stored in the file (Landsat
-Collection-2 Level-2 integers, QA as 0/1, DEM in metres), NaN = missing. `kelp.raster.masks` makes
-such arrays from files; nothing downstream sees a nodata number.
+Inside kelp every scene is a **canonical array**: float32, shape `(7, height, width)`, bands in
+`BANDS` order, values as stored in the file (Landsat Collection-2 Level-2 integers, QA as 0/1, DEM
+in metres), NaN = missing. `kelp.raster.scene` makes such arrays from files; nothing downstream
+sees a nodata number. What counts as missing is said in `kelp.raster.validity`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from kelp.errors import ConfigError
@@ -41,7 +41,7 @@ IndexInput = Literal["reflectance", "dn"]
 PIXEL_SIZE_M: Final = 30.0
 """Side of a Landsat pixel in metres, assumed where a raster has no CRS."""
 
-_SWIR, _NIR, _R, _G, _B, QA, DEM = range(7)
+_SWIR, NIR, _R, _G, _B, QA, DEM = range(7)
 
 # Landsat Collection-2 QA_PIXEL bits (USGS LSDS-1618, LSDS-1619): fill, dilated cloud, cirrus,
 # cloud, cloud shadow, snow. Bits 6 and 7 (clear, water) are set on good pixels.
@@ -62,63 +62,6 @@ def parse_bands(names: Iterable[str]) -> tuple[str, ...]:
         if parsed.count(name) > 1:
             raise ConfigError(f"band {name} is named twice")
     return parsed
-
-
-def canonical(pixels: NDArray[np.generic], names: Sequence[str] = BANDS) -> NDArray[np.float32]:
-    """Turn a plain array of raw values into a canonical array.
-
-    `pixels` has shape `(len(names), height, width)`; NaN and -32768 mean missing. Bands that
-    are not named are missing everywhere, except QA, which is then 0 (nothing known to be bad).
-    """
-    import numpy as np
-
-    names = parse_bands(names)
-    if pixels.ndim != 3 or len(pixels) != len(names):
-        raise ConfigError(
-            f"an array of shape {pixels.shape} does not hold {len(names)} bands, {','.join(names)}"
-        )
-    out = np.full((len(BANDS), *pixels.shape[1:]), np.nan, dtype=np.float32)
-    out[QA] = 0
-    for name, plane in zip(names, pixels, strict=True):
-        out[BANDS.index(name)] = plane
-    out[out == NODATA] = np.nan
-    if "QA" in names:
-        out[QA] = decode_qa(out[QA])
-    return out
-
-
-def decode_qa(values: NDArray[np.float32], bits: int = QA_PIXEL_BAD) -> NDArray[np.float32]:
-    """QA as 0 = good, 1 = cloud or bad pixel; unknown QA is bad.
-
-    A band with values above 1 is Landsat's QA_PIXEL, of which the given bits are bad: by default
-    fill, dilated cloud, cirrus, cloud, shadow and snow.
-    """
-    import numpy as np
-
-    missing = ~np.isfinite(values)
-    known = np.where(missing, 0, values)
-    if known.size and known.max() > 1:
-        known = (known.astype(np.int64) & bits) != 0
-    return np.where(missing, 1, known != 0).astype(np.float32)
-
-
-def observed(pixels: NDArray[np.float32], qa_as_nodata: bool = True) -> NDArray[np.bool_]:
-    """Where a canonical array really shows the ground: bool, shape `(height, width)`.
-
-    Not observed means NIR missing, or fewer than three of the five optical bands present,
-    or (with `qa_as_nodata`) QA = 1. The DEM never decides.
-    """
-    import numpy as np
-
-    # Bytes added band by band: several times faster than one sum over the bands.
-    count = np.zeros(pixels.shape[1:], dtype=np.uint8)
-    for band in pixels[: len(OPTICAL)]:
-        count += np.isfinite(band)
-    seen: NDArray[np.bool_] = np.isfinite(pixels[_NIR])
-    seen &= count >= FEWEST_OPTICAL
-    if qa_as_nodata:
-        seen &= pixels[QA] != 1
-    return seen
 
 
 def reflected(pixels: NDArray[Any], height: int, width: int) -> NDArray[Any]:

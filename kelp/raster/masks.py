@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import os
 import re
 import threading
 import warnings
@@ -11,20 +13,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
+from xml.etree import ElementTree
 
 import numpy as np
 import rasterio
 import rasterio.shutil
 from affine import Affine
 from numpy.typing import NDArray
-from rasterio._err import CPLE_BaseError
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
-from rasterio.windows import Window
+from rasterio.io import MemoryFile
 
 from kelp.errors import InputError
 from kelp.io import remote
 from kelp.io.location import Url
 from kelp.raster.bands import MASK_NODATA
+from kelp.raster.validity import MaskBands, missing_values
 from kelp.raster.window import Shape, Tile
 
 log = logging.getLogger("kelp")
@@ -88,7 +91,9 @@ def quietly(path: Path | Url, writing: bool = False) -> Iterator[None]:
     try:
         with _silence:
             yield
-    except (RasterioError, CPLE_BaseError) as error:  # copying lets GDAL's own errors through
+    except Exception as error:
+        if not _is_about_the_file(error):
+            raise
         reason = " ".join(str(error).split()) or "no reason given"
         reason = re.sub(r"/vsiriopener_\w+/", "", reason)  # rasterio's name for a store
         if writing:
@@ -98,6 +103,13 @@ def quietly(path: Path | Url, writing: bool = False) -> Iterator[None]:
         raise InputError(
             f"{path}: not a readable raster ({reason}); the file may be truncated, fetch it again"
         ) from error
+
+
+def _is_about_the_file(error: Exception) -> bool:
+    """Whether an error is GDAL's or rasterio's, which both have several families of them."""
+    if isinstance(error, RasterioError | UnicodeDecodeError):
+        return True
+    return type(error).__name__.startswith("CPLE_")  # copying lets GDAL's own errors through
 
 
 @contextmanager
@@ -126,10 +138,8 @@ def read_mask(path: Path, tile: Tile | None = None) -> NDArray[np.uint8]:
 
     Raises `InputError` when the file has more than one band or other values than these.
     """
-    raw, nodata, _ = _read_band(path, tile, "a mask")
-    missing = raw == MASK_NODATA
-    if nodata is not None and nodata not in (0, 1):
-        missing |= raw == nodata
+    raw, missing, _ = _read_band(path, tile, "a mask", (0, 1))
+    missing |= raw == MASK_NODATA
     wrong = ~(missing | (raw == 0) | (raw == 1))
     if wrong.any():
         raise InputError(
@@ -145,10 +155,10 @@ def read_probability(path: Path, tile: Tile | None = None) -> NDArray[np.float32
 
     Raises `InputError` when the file has more than one band or other values than these.
     """
-    raw, nodata, scale = _read_band(path, tile, "a raster of probabilities")
-    p: NDArray[np.float32] = raw.astype(np.float32)
-    if nodata is not None:
-        p[p == np.float32(nodata)] = np.nan
+    raw, missing, scale = _read_band(path, tile, "a raster of probabilities")
+    with np.errstate(over="ignore"):  # float64; beyond 1 anyway
+        p: NDArray[np.float32] = raw.astype(np.float32)
+    p[missing] = np.nan
     p *= np.float32(scale)
     wrong = (p < 0) | (p > 1)
     if wrong.any():
@@ -157,15 +167,75 @@ def read_probability(path: Path, tile: Tile | None = None) -> NDArray[np.float32
 
 
 def _read_band(
-    path: Path, tile: Tile | None, kind: str
-) -> tuple[NDArray[Any], float | None, float]:
-    """The only band of a raster (or a window of it), as stored; its nodata tag; its scale."""
+    path: Path, tile: Tile | None, kind: str, not_missing: tuple[float, ...] = ()
+) -> tuple[NDArray[Any], NDArray[np.bool_], float]:
+    """The only band of a raster (or a window of it), as stored; where it is missing; its scale.
+
+    A nodata tag that names one of the values `not_missing` is no news about pixels.
+    """
     with open_dataset(path) as dataset:
-        if dataset.count != 1:
+        refuse_complex(dataset, path)
+        alpha = sum(kind.name == "alpha" for kind in dataset.colorinterp[1:])
+        if dataset.count - alpha != 1:
             raise InputError(f"{path}: {kind} has one band, this file has {dataset.count}")
-        window = Window(tile.x, tile.y, tile.width, tile.height) if tile else None
+        window = tile.window if tile else None
         with quietly(path):
-            return dataset.read(1, window=window), dataset.nodata, dataset.scales[0]
+            raw = dataset.read(1, window=window)
+            hidden = MaskBands(dataset, [1]).missing(window)
+        tag = None if dataset.nodata in not_missing else dataset.nodata
+        missing = missing_values(raw, tag)
+        return raw, missing if hidden is None else missing | hidden[0], dataset.scales[0]
+
+
+def refuse_complex(dataset: Any, path: Path | Url) -> None:
+    """Raise `InputError` for a file with complex numbers, such as radar's."""
+    for index, dtype in enumerate(dataset.dtypes, 1):
+        if dtype.startswith("complex"):
+            raise InputError(
+                f"{path}: band {index} holds complex numbers ({dtype}); "
+                "kelp takes integers and floats of optical scenes"
+            )
+
+
+def descriptions_of(dataset: Any) -> tuple[str | None, ...]:
+    """Band descriptions; what is not UTF-8 in them becomes the replacement character."""
+    try:
+        return tuple(dataset.descriptions)
+    except UnicodeDecodeError:
+        pass
+    # rasterio reads them all or none; GDAL's own description of the dataset has the bytes.
+    with MemoryFile(ext=".vrt") as memory:
+        rasterio.shutil.copy(dataset, memory.name, driver="VRT")
+        described = memory.read().decode("utf-8", "replace")
+    bands = ElementTree.fromstring(described).findall("VRTRasterBand")
+    return tuple(band.findtext("Description") for band in bands)
+
+
+def sources_of(dataset: Any, path: Path) -> dict[str, str]:
+    """SHA-256 of the other files whose pixels or masks a dataset reads, by name.
+
+    Those are the sources of a virtual dataset (of sources that are virtual themselves, too), and
+    `.msk` files.
+    """
+    found: dict[str, str] = {}
+    seen = {path.resolve()}
+    waiting = list(dataset.files)
+    while waiting:
+        file = Path(waiting.pop())
+        # Statistics and overviews change no pixel that is read.
+        if file.suffix.lower() in (".xml", ".ovr") or file.resolve() in seen:
+            continue
+        seen.add(file.resolve())
+        if not file.is_file():
+            continue
+        with file.open("rb") as content:
+            found[os.path.relpath(file, path.parent)] = hashlib.file_digest(
+                content, "sha256"
+            ).hexdigest()
+        if file.suffix.lower() == ".vrt":
+            with open_dataset(file) as source:
+                waiting += source.files
+    return dict(sorted(found.items()))
 
 
 def raster_shape(path: Path) -> Shape:

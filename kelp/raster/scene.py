@@ -1,30 +1,43 @@
 """Scenes: multi-band rasters, read by windows as canonical arrays.
 
-Reading normalises every spelling of "missing" (tags, -32768, 0 in untagged unsigned files, NaN)
-to NaN, so that nothing downstream sees a nodata number.
+Reading turns every spelling of "missing" (`kelp.raster.validity`) into NaN, so that nothing
+downstream sees a nodata number.
 """
 
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Final, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from rasterio.windows import Window
 
 from kelp.errors import ConfigError, InputError
 from kelp.io.location import Url
-from kelp.raster import bands
-from kelp.raster.bands import BANDS, FEWEST_OPTICAL, NODATA, OPTICAL
-from kelp.raster.masks import georeference_from, open_dataset, quietly
+from kelp.raster import bands, validity
+from kelp.raster.bands import BANDS, FEWEST_OPTICAL, OPTICAL, QA
+from kelp.raster.masks import (
+    descriptions_of,
+    georeference_from,
+    open_dataset,
+    quietly,
+    refuse_complex,
+    sources_of,
+)
 from kelp.raster.window import Shape, Tile
 
 log = logging.getLogger("kelp")
+
+SUFFIXES: Final = (".tif", ".tiff", ".vrt")
+"""Of files that are taken for scenes, in any case of letters."""
+
+_reported: Final[set[str]] = set()
+"""Files with untagged fillers of which this process has given notice."""
 
 
 @dataclass(frozen=True)
@@ -44,37 +57,63 @@ class SceneSize:
         return self.block[0] * across * self.stored
 
 
+class Stored(NamedTuple):
+    """A whole scene as its file has it, and as a canonical array."""
+
+    values: NDArray[Any]
+    """All bands, also those kelp does not know, `(bands, height, width)` in the file's type."""
+    hidden: NDArray[np.bool_] | None
+    """Which of them are missing though no nodata value says so: masks, alpha, fillers."""
+    pixels: NDArray[np.float32]
+    """The canonical array."""
+
+
 class Scene:
     """A multi-band raster, read by windows as canonical arrays. A context manager.
 
     Args:
         path: the file.
-        band_order: names of the file's bands; without it the file's band descriptions count,
-            and without those a 7-band file without CRS has competition order.
+        band_order: names of the file's bands (an alpha band may be left out); without it the
+            file's band descriptions count, and without those a 7-band file without CRS has
+            competition order.
         dataset: the raster as rasterio has opened it, where `path` is none that it could open.
+        quiet: give no notice of untagged fillers: for those who read many windows.
 
     Raises:
         InputError: the file cannot be read, or its bands cannot be named.
     """
 
     def __init__(
-        self, path: Path | Url, band_order: Sequence[str] = (), dataset: Any = None
+        self,
+        path: Path | Url,
+        band_order: Sequence[str] = (),
+        dataset: Any = None,
+        quiet: bool = False,
     ) -> None:
         self.path = path
         self.qa_bits = bands.QA_PIXEL_BAD
+        self._is_file = dataset is None and isinstance(path, Path)
         self._dataset = open_dataset(path) if dataset is None else dataset
         try:
-            self.names = _band_names(self._dataset, path, band_order)
+            refuse_complex(self._dataset, path)
+            self._described = descriptions_of(self._dataset)
+            self.names = _band_names(self._dataset, self._described, path, band_order)
         except (InputError, ConfigError):
             self._dataset.close()
             raise
         self.shape: Shape = (self._dataset.height, self._dataset.width)
         self.georeference = georeference_from(self._dataset)
-        self._told_of_dem = False
+        self._quiet = quiet
+        self._reported_dem = False
+        self._pixels_read = 0
+        self._fillers: Counter[float] = Counter()
         self._indexes = [i + 1 for i, name in enumerate(self.names) if name]
         self._targets = [BANDS.index(name) for name in self.names if name]
+        self._masks = validity.MaskBands(self._dataset, self._indexes)
         self._nodata = [
-            _nodata_of(self._dataset, index, BANDS[target])
+            validity.nodata_values(
+                self._dataset.nodatavals[index - 1], self._dataset.dtypes[index - 1], BANDS[target]
+            )
             for index, target in zip(self._indexes, self._targets, strict=True)
         ]
 
@@ -88,6 +127,7 @@ class Scene:
         trace: TracebackType | None,
     ) -> None:
         self._dataset.close()
+        self._report_fillers()
 
     @property
     def present(self) -> tuple[str, ...]:
@@ -96,8 +136,8 @@ class Scene:
 
     @property
     def dtype(self) -> str:
-        """Type of the stored values."""
-        return str(self._dataset.dtypes[0])
+        """Type of the stored values; of bands of several types, one that holds them all."""
+        return str(np.result_type(*self._dataset.dtypes))
 
     @property
     def nodata(self) -> float | None:
@@ -115,24 +155,27 @@ class Scene:
     @property
     def reading(self) -> dict[str, object]:
         """How the stored values are understood; other files than the scene's own may tell it."""
-        place = self.georeference
-        return {
+        reference = self.georeference
+        reading: dict[str, object] = {
             "bands": self.names,
             "nodata": [[str(value) for value in values] for values in self._nodata],
-            "crs": place.crs.to_wkt() if place.crs else None,
-            "transform": list(place.transform) if place.transform else None,
+            "crs": reference.crs.to_wkt() if reference.crs else None,
+            "transform": list(reference.transform) if reference.transform else None,
         }
+        if self._is_file and (sources := sources_of(self._dataset, Path(str(self.path)))):
+            reading["sources"] = sources
+        return reading
 
     @property
     def descriptions(self) -> tuple[str | None, ...]:
-        """The band descriptions of the file."""
-        return tuple(self._dataset.descriptions)
+        """The band descriptions of the file; what is not UTF-8 in them is replaced by �."""
+        return self._described
 
     def require(self, names: Sequence[str]) -> None:
         """`check`, and one line of notice, given once, where the DEM is missing."""
         self.check(names)
-        if "DEM" in names and "DEM" not in self.names and not self._told_of_dem:
-            self._told_of_dem = True
+        if "DEM" in names and "DEM" not in self.names and not self._reported_dem:
+            self._reported_dem = True
             log.warning("%s: no DEM band; elevation is taken as unknown", self.path)
 
     def check(self, names: Sequence[str] = ()) -> None:
@@ -155,7 +198,13 @@ class Scene:
 
     def read(self, tile: Tile | None = None) -> NDArray[np.float32]:
         """Read a window that lies inside the scene (default: all) as a canonical array."""
-        return self._canonical(self._read(self._indexes, tile))
+        raw, hidden = self._read(tile)
+        filled = self._find_fillers(raw)
+        pixels = self._canonical(raw, hidden)
+        if filled is not None:
+            self._note(raw, pixels, filled)
+        self._pixels_read += pixels[0].size
+        return pixels
 
     def sample(self, side: int) -> NDArray[np.float32]:
         """At most `side` x `side` pixels spread over the scene, as a canonical array.
@@ -163,7 +212,8 @@ class Scene:
         Small windows on a regular grid: a large file is not decoded as a whole for them.
         """
         rows, columns = (_spread(length, side) for length in self.shape)
-        return np.concatenate(
+        counted = self._pixels_read, self._fillers.copy()
+        sampled = np.concatenate(
             [
                 np.concatenate(
                     [self.read(Tile(y, x, bottom - y, right - x)) for x, right in columns], axis=2
@@ -172,34 +222,94 @@ class Scene:
             ],
             axis=1,
         )
+        self._pixels_read, self._fillers = counted  # a share of a sample is nobody's business
+        return sampled
 
-    def read_stored(self) -> tuple[NDArray[Any], NDArray[np.float32]]:
-        """The whole scene twice, decoded once: as stored, and as a canonical array.
-
-        The first has the file's type and all its bands, also those kelp does not know.
-        """
-        stored = self._read(list(self._dataset.indexes), None)
-        return stored, self._canonical([stored[index - 1] for index in self._indexes])
-
-    def _read(self, indexes: list[int], tile: Tile | None) -> NDArray[Any]:
-        window = Window(tile.x, tile.y, tile.width, tile.height) if tile else None
+    def read_stored(self) -> Stored:
+        """The whole scene as stored and as a canonical array, decoded once."""
+        everything = list(self._dataset.indexes)
         with quietly(self.path):
-            raw: NDArray[Any] = self._dataset.read(indexes, window=window)
-        return raw
+            planes = self._planes(everything, None)
+            hidden = validity.MaskBands(self._dataset, self._indexes).missing()
+        raw = [planes[index - 1] for index in self._indexes]
+        filled = self._find_fillers(raw)
+        pixels = self._canonical(raw, hidden)
+        missing = np.zeros((len(planes), *self.shape), dtype=np.bool_)
+        known = [index - 1 for index in self._indexes]
+        if hidden is not None:
+            missing[known] = hidden
+        if len({*zip(self._dataset.nodatavals, self._dataset.dtypes, strict=True)}) > 1:
+            # Each band has a rule of its own, and a file of one type has only one.
+            for index, values in zip(known, self._nodata, strict=True):
+                missing[index] |= np.isin(planes[index], values)
+        if filled is not None:
+            self._note(raw, pixels, filled)
+            missing[[i for i, name in enumerate(self.names) if name in OPTICAL]] |= filled
+        self._pixels_read += pixels[0].size
+        stored = np.stack([plane.astype(self.dtype, copy=False) for plane in planes])
+        return Stored(stored, missing if missing.any() else None, pixels)
 
-    def _canonical(self, raw: Sequence[NDArray[Any]] | NDArray[Any]) -> NDArray[np.float32]:
+    def _read(self, tile: Tile | None) -> tuple[list[NDArray[Any]], NDArray[np.bool_] | None]:
+        """The known bands as stored, and where masks hide them."""
+        window = tile.window if tile else None
+        with quietly(self.path):
+            return self._planes(self._indexes, window), self._masks.missing(window)
+
+    def _planes(self, indexes: list[int], window: Any) -> list[NDArray[Any]]:
+        if len({self._dataset.dtypes[index - 1] for index in indexes}) == 1:
+            return list(self._dataset.read(indexes, window=window))
+        return [self._dataset.read(index, window=window) for index in indexes]
+
+    def _find_fillers(self, raw: Sequence[NDArray[Any]]) -> NDArray[np.bool_] | None:
+        planes = zip(raw, self._targets, strict=True)
+        return validity.fillers([values for values, target in planes if BANDS[target] in OPTICAL])
+
+    def _canonical(
+        self, raw: Sequence[NDArray[Any]], hidden: NDArray[np.bool_] | None
+    ) -> NDArray[np.float32]:
         out = np.empty((len(BANDS), *raw[0].shape), dtype=np.float32)
         for target in range(len(BANDS)):
             if target not in self._targets:
-                out[target] = 0 if target == bands.QA else np.nan
-        for values, target, nodata in zip(raw, self._targets, self._nodata, strict=True):
+                out[target] = 0 if target == QA else np.nan
+        for i, (values, target, nodata) in enumerate(
+            zip(raw, self._targets, self._nodata, strict=True)
+        ):
             plane = out[target]
-            plane[...] = values
+            with np.errstate(over="ignore"):  # lowest float64: a filler
+                plane[...] = values
             for value in nodata:
                 plane[values == value] = np.nan
+            if hidden is not None:
+                plane[hidden[i]] = np.nan
         if "QA" in self.names:
-            out[bands.QA] = bands.decode_qa(out[bands.QA], self.qa_bits)
+            out[QA] = validity.decode_qa(out[QA], self.qa_bits)
         return out
+
+    def _note(
+        self, raw: Sequence[NDArray[Any]], pixels: NDArray[np.float32], filled: NDArray[np.bool_]
+    ) -> None:
+        """Make fillers missing, and count those that no tag or mask names."""
+        optical = pixels[: len(OPTICAL)]
+        unnamed = filled & ~np.isnan(optical).all(axis=0)
+        optical[:, filled] = np.nan
+        first = next(
+            values for values, t in zip(raw, self._targets, strict=True) if BANDS[t] in OPTICAL
+        )
+        values, counts = np.unique(first[unnamed], return_counts=True)
+        self._fillers.update(dict(zip(values.tolist(), counts.tolist(), strict=True)))
+
+    def _report_fillers(self) -> None:
+        if self._quiet or not self._fillers or str(self.path) in _reported:
+            return
+        _reported.add(str(self.path))
+        share = self._fillers.total() / self._pixels_read
+        log.warning(
+            "%s: %.3g %% of the pixels hold %g in all optical bands, which no nodata tag names; "
+            "they count as not observed",
+            self.path,
+            100 * share,
+            self._fillers.most_common(1)[0][0],
+        )
 
 
 def _spread(length: int, count: int) -> list[tuple[int, int]]:
@@ -218,15 +328,24 @@ def read_scene(path: Path, band_order: Sequence[str] = ()) -> NDArray[np.float32
         return scene.read()
 
 
-def _band_names(dataset: Any, path: Path | Url, band_order: Sequence[str]) -> tuple[str, ...]:
+def _band_names(
+    dataset: Any,
+    descriptions: Sequence[str | None],
+    path: Path | Url,
+    band_order: Sequence[str],
+) -> tuple[str, ...]:
     """Names of the file's bands; '' for one that kelp does not know."""
     if band_order:
+        alpha = [kind.name == "alpha" for kind in dataset.colorinterp]
+        if len(band_order) == dataset.count - sum(alpha):
+            names = iter(bands.parse_bands(band_order))
+            return tuple("" if extra else next(names) for extra in alpha)
         if len(band_order) != dataset.count:
             raise InputError(
                 f"{path}: has {dataset.count} bands, --band_order names {len(band_order)}"
             )
         return bands.parse_bands(band_order)
-    described = tuple((text or "").strip().upper() for text in dataset.descriptions)
+    described = tuple((text or "").strip().upper() for text in descriptions)
     named = tuple(name if name in BANDS else "" for name in described)
     repeated = {name for name in named if name and named.count(name) > 1}
     if repeated:
@@ -239,14 +358,3 @@ def _band_names(dataset: Any, path: Path | Url, band_order: Sequence[str]) -> tu
         f"{path}: cannot tell which of its {dataset.count} bands is which; "
         "name them with --band_order SWIR,NIR,R,G,B,QA,DEM (in the file's order)"
     )
-
-
-def _nodata_of(dataset: Any, index: int, name: str) -> tuple[float, ...]:
-    """The stored values of one band that mean "missing" (NaN always does)."""
-    tag = dataset.nodatavals[index - 1]
-    if name in ("QA", "DEM"):
-        # Here 0 is a value (good pixel, sea level), whatever a file-wide tag says.
-        return (NODATA,) if tag in (None, 0) else (NODATA, tag)
-    if tag is not None:
-        return (NODATA, tag)
-    return (NODATA, 0) if dataset.dtypes[index - 1].startswith("uint") else (NODATA,)

@@ -6,7 +6,10 @@ Positions are `(y, x)`, shapes `(height, width)`, always in pixels, never the ot
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from rasterio.windows import Window
 
 Shape = tuple[int, int]
 Blend = Literal["mean", "hann"]
@@ -37,9 +40,19 @@ class Tile:
         """Index of the tile in an array of shape `(height, width)`."""
         return slice(self.y, self.bottom), slice(self.x, self.right)
 
+    @property
+    def window(self) -> Window:
+        """The tile as rasterio takes it."""
+        from rasterio.windows import Window
+
+        return Window(self.x, self.y, self.width, self.height)
+
     def clipped(self, shape: Shape) -> Tile:
-        """The part of the tile that lies inside a scene of `shape`."""
+        """The part of the tile that lies inside a scene of `shape`; empty for one outside."""
         height, width = shape
         return Tile(
-            self.y, self.x, min(self.bottom, height) - self.y, min(self.right, width) - self.x
+            self.y,
+            self.x,
+            max(0, min(self.bottom, height) - self.y),
+            max(0, min(self.right, width) - self.x),
         )

@@ -21,7 +21,7 @@ from kelp.io.location import Url
 from kelp.raster import bands
 from kelp.raster.bands import OPTICAL
 from kelp.raster.masks import quietly
-from kelp.raster.scene import Scene, SceneSize
+from kelp.raster.scene import Scene, SceneSize, Stored
 from kelp.raster.window import Tile
 from kelp.sensors.aoi import Polygons
 from kelp.sensors.elevation import Elevation
@@ -153,12 +153,12 @@ class SensorScene(Scene):
             out[bands.DEM] = self._elevation.read(window)
         return out
 
-    def read_stored(self) -> tuple[NDArray[Any], NDArray[np.float32]]:
-        """The whole scene twice: as stored, and as a canonical array."""
+    def read_stored(self) -> Stored:
+        """The whole scene as stored and as a canonical array; of a product both are the latter."""
         if self._files is None and self._elevation is None and self._cloud_mask is None:
             return super().read_stored()
         pixels = self.read()
-        return pixels, pixels
+        return Stored(pixels, None, pixels)
 
     def _bad(self, window: Tile) -> NDArray[np.bool_] | None:
         """Where the quality layers or a mask say that a pixel is bad; None = nothing says so."""

@@ -8,7 +8,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from kelp.raster.bands import BANDS, DEM, observed, reflected
+from kelp.raster.bands import BANDS, DEM, reflected
+from kelp.raster.validity import observed
 from kelp.raster.window import Blend, Shape, Tile
 
 Pixels = NDArray[np.float32]

@@ -200,7 +200,7 @@ def test_a_tile_moved_by_a_pixel_is_noticed(tmp_path, monkeypatch):
     options = one_image(tmp_path, image)
     cut = slicing.cut
 
-    def moved(stored, tile, form):
+    def moved(stored, tile, form, hidden=None):
         return cut(np.roll(stored, 1, axis=2), tile, form)
 
     monkeypatch.setattr(slicing, "cut", moved)

@@ -17,9 +17,9 @@ from kelp.data_prep.facts import tile_facts
 from kelp.data_prep.slicing import slice_dataset
 from kelp.data_prep.survey import facts
 from kelp.errors import InputError
-from kelp.raster.bands import observed
 from kelp.raster.masks import read_mask
 from kelp.raster.scene import read_scene
+from kelp.raster.validity import observed
 from kelp.raster.window import Tile
 from kelp.tiling.grid import TileGrid
 

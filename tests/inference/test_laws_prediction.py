@@ -24,8 +24,8 @@ from kelp.errors import ConfigError
 from kelp.inference.network import Network
 from kelp.nn.bundle import Bundle, load_bundle, save_bundle
 from kelp.nn.model import KelpNet
-from kelp.raster.bands import canonical
 from kelp.raster.masks import read_mask
+from kelp.raster.validity import canonical
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")

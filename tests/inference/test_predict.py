@@ -14,10 +14,11 @@ from world import coast, read_tif, write_tif
 import kelp
 from kelp.cli import main
 from kelp.inference import run as module
-from kelp.raster.bands import BANDS, observed
+from kelp.raster.bands import BANDS
 from kelp.raster.masks import Georeference, georeference_of, read_mask
 from kelp.raster.scene import read_scene
 from kelp.raster.statistics import About, StatsFile
+from kelp.raster.validity import observed
 
 PLACE = {"crs": CRS.from_epsg(32719), "transform": Affine(30, 0, 400000, 0, -30, -5700000)}
 

@@ -15,9 +15,10 @@ from kelp.cli import main
 from kelp.inference import predict as module
 from kelp.inference.network import Network
 from kelp.inference.plan import NetworkMemory, fit_memory, make_plan
-from kelp.raster.bands import BANDS, observed, reflected
+from kelp.raster.bands import BANDS, reflected
 from kelp.raster.masks import Georeference, georeference_of
 from kelp.raster.scene import SceneSize, read_scene
+from kelp.raster.validity import observed
 from kelp.tiling.grid import TileGrid
 from kelp.tiling.merge import window
 from kelp.tiling.strip import Slicing

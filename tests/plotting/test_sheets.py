@@ -12,7 +12,7 @@ from world import coast
 from kelp.plotting import rendering, sheets
 from kelp.plotting.canvas import Canvas
 from kelp.plotting.sheets import SheetTile, input_sheet, judged_sheet
-from kelp.raster import bands
+from kelp.raster import bands, validity
 from kelp.raster.bands import BANDS
 from kelp.raster.indices import INDICES, IndexSettings
 from kelp.raster.streaming import ChannelStats
@@ -21,10 +21,10 @@ from kelp.raster.streaming import ChannelStats
 def tile(side=32, seed=0, name="AB123456", place="x 0, y 32"):
     """A shore with kelp, clouds, and pixels without data."""
     image, mask = coast((side, side), np.random.default_rng(seed))
-    pixels = bands.canonical(image.astype(np.float32))
-    seen = bands.observed(pixels, qa_as_nodata=False)
+    pixels = validity.canonical(image.astype(np.float32))
+    seen = validity.observed(pixels, qa_as_nodata=False)
     truth = np.where(seen, mask, 255).astype(np.uint8)
-    return SheetTile(name, place, pixels, truth, bands.observed(pixels) & (truth != 255))
+    return SheetTile(name, place, pixels, truth, validity.observed(pixels) & (truth != 255))
 
 
 def image(png):

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from rasterio.crs import CRS
 
 from kelp.errors import ConfigError, InputError
-from kelp.raster.bands import BANDS, canonical, decode_qa, observed
+from kelp.raster.bands import BANDS
 from kelp.raster.masks import Georeference, georeference_of, read_mask, read_tags
 from kelp.raster.scene import Scene, read_scene
+from kelp.raster.validity import canonical, decode_qa, observed
 from kelp.raster.window import Tile
 from kelp.raster.writer import RasterWriter, write_mask
 

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kelp.errors import InputError
-from kelp.raster.bands import BANDS, DEM, QA, canonical, observed
+from kelp.raster.bands import BANDS, DEM, QA
+from kelp.raster.validity import canonical, observed
 from kelp.tiling.engine import Engine
 from kelp.tiling.grid import TileGrid
 from kelp.tiling.jobs import Job

@@ -13,7 +13,8 @@ from laws import LAWS
 from sliced import NIR, ArrayScene, exact, ramp, random_scene
 
 from kelp.errors import CoverageError, InputError
-from kelp.raster.bands import DEM, QA, observed, reflected
+from kelp.raster.bands import DEM, QA, reflected
+from kelp.raster.validity import observed
 from kelp.tiling.engine import AHEAD, Engine
 from kelp.tiling.grid import TileGrid, origins
 from kelp.tiling.jobs import Job

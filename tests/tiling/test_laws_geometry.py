@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from laws import LAWS, Memory
 
-from kelp.raster.bands import BANDS, QA, canonical, observed
+from kelp.raster.bands import BANDS, QA
+from kelp.raster.validity import canonical, observed
 from kelp.tiling.engine import Engine
 from kelp.tiling.grid import TileGrid
 from kelp.tiling.jobs import Job

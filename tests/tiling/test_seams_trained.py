@@ -16,7 +16,7 @@ from kelp.nn import symmetry
 from kelp.nn.bundle import Bundle
 from kelp.nn.losses import build_loss
 from kelp.nn.model import KelpNet
-from kelp.raster.bands import canonical
+from kelp.raster.validity import canonical
 from kelp.simulation.scene import simulate_scene
 from kelp.tiling.grid import TileGrid
 from kelp.tiling.seams import Steps, steps

@@ -134,7 +134,7 @@ def require_bands(fold: Fold, config: FoldConfig) -> None:
             first.setdefault(tile_id, source)
     told = False
     for source in first.values():
-        with Scene(source.image, config.band_order) as scene:
+        with Scene(source.image, config.band_order, quiet=True) as scene:
             if told:
                 scene.check(needed)
             else:

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset, default_collate
 
 from kelp.errors import InputError, KelpError
 from kelp.nn.data.reading import Files, Reader
-from kelp.raster import bands
+from kelp.raster import bands, validity
 from kelp.raster.bands import MASK_NODATA
 from kelp.raster.window import Shape, Tile
 
@@ -112,8 +112,8 @@ class TileDataset(Dataset[Sample]):
                 f"{source.mask}: has {mask.shape[0]} x {mask.shape[1]} pixels, its image "
                 f"{source.image.name} {raw.shape[1]} x {raw.shape[2]}; they must be alike"
             )
-        target = np.where(bands.observed(raw, qa_as_nodata=False), mask, np.uint8(MASK_NODATA))
-        observed = bands.observed(raw, qa_as_nodata=True) & (target != MASK_NODATA)
+        target = np.where(validity.observed(raw, qa_as_nodata=False), mask, np.uint8(MASK_NODATA))
+        observed = validity.observed(raw, qa_as_nodata=True) & (target != MASK_NODATA)
         sample = Sample(torch.from_numpy(raw), torch.from_numpy(target), torch.from_numpy(observed))
         if source.tile:
             return pad(sample, (source.tile.height, source.tile.width))

@@ -29,7 +29,7 @@ from kelp.io.executors import spread
 from kelp.io.files import amount, atomic, discard_partials, locked, output_folder
 from kelp.nn.data.reading import Files, Packed, Place, Reader, encode
 from kelp.progress import Progress
-from kelp.raster import bands
+from kelp.raster import bands, validity
 from kelp.raster.masks import open_dataset, raster_shape, read_mask
 from kelp.raster.scene import Scene
 
@@ -238,8 +238,8 @@ def _packed(item: _Item) -> tuple[NDArray[Any], NDArray[np.float32] | None] | No
             return None
         if item.band_order is None:
             return read_mask(item.path), None
-        with Scene(item.path, item.band_order) as scene:
-            stored, raw = scene.read_stored()
+        with Scene(item.path, item.band_order, quiet=True) as scene:
+            stored, _, raw = scene.read_stored()
             qa = stored[scene.names.index("QA")] if "QA" in scene.names else None
     except KelpError:
         return None
@@ -263,5 +263,5 @@ def _means_the_same_everywhere(stored: NDArray[np.float32], qa: NDArray[np.float
     which no product has, that makes a difference.
     """
     low = ~(stored > 1)
-    alone = bands.decode_qa(np.where(low, stored, np.float32(0)))
+    alone = validity.decode_qa(np.where(low, stored, np.float32(0)))
     return bool((alone[low] == qa[low]).all())

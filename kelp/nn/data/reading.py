@@ -52,7 +52,7 @@ class Files:
 
     def image(self, path: Path) -> Scene:
         """Open an image."""
-        return Scene(path, self.band_order)
+        return Scene(path, self.band_order, quiet=True)
 
     def mask(self, path: Path, tile: Tile | None) -> NDArray[np.uint8]:
         """A mask, or a window of it."""

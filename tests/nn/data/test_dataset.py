@@ -22,7 +22,7 @@ from kelp.nn.data.datamodule import (
     training_shape,
 )
 from kelp.nn.data.dataset import Draw, Sample, Source, TileDataset, collate
-from kelp.raster import bands
+from kelp.raster import bands, validity
 from kelp.raster.indices import IndexSettings
 from kelp.raster.scene import Scene, read_scene
 from kelp.raster.window import Tile
@@ -83,10 +83,10 @@ def test_a_sample_is_the_file(world):
     assert sample.raw.dtype == torch.float32
     np.testing.assert_array_equal(sample.raw.numpy(), raw)
     assert sample.target.dtype == torch.uint8
-    unknown = ~bands.observed(raw, qa_as_nodata=False)
+    unknown = ~validity.observed(raw, qa_as_nodata=False)
     np.testing.assert_array_equal(sample.target.numpy() == 255, unknown)
     assert unknown.any()
-    np.testing.assert_array_equal(sample.observed.numpy(), bands.observed(raw))
+    np.testing.assert_array_equal(sample.observed.numpy(), validity.observed(raw))
     clouds = raw[bands.QA] == 1
     assert (sample.target.numpy()[clouds & ~unknown] != 255).all()  # the loss does look there
 
