@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from kelp.config.base import Names, option
-from kelp.config.shared import BandOrderOptions, IndexOptions, TableOptions
+from kelp.config.shared import BandOrderOptions, IndexOptions, TableOptions, TruthOptions
 from kelp.errors import ConfigError
 from kelp.raster.bands import BANDS, parse_bands
 
@@ -22,7 +22,7 @@ FoldNumber = Annotated[int, Field(ge=0)]
 Fold = Annotated[FoldNumber | Literal["all"], BeforeValidator(number)]
 
 
-class FoldConfig(TableOptions, BandOrderOptions, IndexOptions):
+class FoldConfig(TableOptions, BandOrderOptions, IndexOptions, TruthOptions):
     """Which rows are trained on, which of their channels, and where the run is kept."""
 
     data_dir: Path = option(help="Folder of kelp slice (with --sahi) or of kelp metadata")

@@ -14,6 +14,7 @@ from kelp.config.shared import (
     OptionalTableOptions,
     SchedulerOptions,
     TableOptions,
+    TruthOptions,
     WorkerOptions,
 )
 from kelp.errors import ConfigError
@@ -21,7 +22,7 @@ from kelp.errors import ConfigError
 WorldName = Literal["calibrated", "specks", "murky"]
 
 
-class MetadataConfig(BandOrderOptions, WorkerOptions, SchedulerOptions):
+class MetadataConfig(BandOrderOptions, WorkerOptions, SchedulerOptions, TruthOptions):
     """Per-image facts, AOI groups and leak-free stratified folds of a data folder."""
 
     data_dir: Path = option(help="Folder that holds train/images, train/masks and test/images")
@@ -64,7 +65,7 @@ class IndicesConfig(Config):
     names: Names = option((), help="Only these, comma-separated; default: all")
 
 
-class SliceConfig(TableOptions, BandOrderOptions, WorkerOptions, SchedulerOptions):
+class SliceConfig(TableOptions, BandOrderOptions, WorkerOptions, SchedulerOptions, TruthOptions):
     """A sliced dataset: small tiles of every training image, and their table."""
 
     data_dir: Path = option(help="Folder that holds images/ and masks/")

@@ -82,6 +82,23 @@ class PixelSizeOptions(Config):
     )
 
 
+class GridOptions(Config):
+    """Rasters that are laid on each other."""
+
+    ignore_georeference: bool = option(
+        False,
+        help="Lay rasters of one size on each other, wherever their georeferences say they lie",
+    )
+
+
+class TruthOptions(GridOptions):
+    """True masks."""
+
+    kelp_value: int = option(
+        1, help="Value of kelp in the true masks, where it is not 1", unit="1-255", ge=1, le=255
+    )
+
+
 class ThresholdOptions(Config):
     """Where probabilities become kelp."""
 

@@ -32,6 +32,8 @@ from kelp.io.executors import gather, spread
 from kelp.io.files import input_folder, output_folder
 from kelp.progress import Progress, silent
 from kelp.raster.bands import DEM
+from kelp.raster.georeference import require_same_grid
+from kelp.raster.labels import require_kelp_value
 from kelp.raster.masks import read_mask
 from kelp.raster.scene import Scene
 from kelp.tables import (
@@ -110,7 +112,7 @@ def build_metadata(config: MetadataConfig, progress: Progress = silent) -> Metad
 
     Raises:
         InputError: missing or empty folders, unreadable files, images without NIR or three
-            optical bands, bad masks, fewer than two places.
+            optical bands, bad masks or masks of other grids, fewer than two places.
         TableError: the CSV lacks a column or names absent files.
     """
     config = config.absolute() if config.scheduler else config
@@ -119,10 +121,11 @@ def build_metadata(config: MetadataConfig, progress: Progress = silent) -> Metad
         if config.metadata_fp
         else _from_folders(config.data_dir)
     )
+    require_kelp_value((one.mask for one in sources if one.mask), config.kelp_value)
     surveyed: list[_Surveyed] = []
     with gather(config.workers, config.scheduler) as workers:
         output_folder(config.output_dir)
-        with closing(spread(partial(_survey, config.band_order), sources, workers)) as work:
+        with closing(spread(partial(_survey, config), sources, workers)) as work:
             for one in work:
                 surveyed.append(one)
                 progress("reading images", len(surveyed), len(sources))
@@ -203,16 +206,15 @@ def _unique(sources: Sequence[_Source], origin: Path) -> list[_Source]:
     return ordered
 
 
-def _survey(band_order: Sequence[str], source: _Source) -> _Surveyed:
-    with Scene(source.image, band_order) as scene:
+def _survey(config: MetadataConfig, source: _Source) -> _Surveyed:
+    with Scene(source.image, config.band_order) as scene:
         scene.check()
         pixels = scene.read()
-    mask = None if source.mask is None else read_mask(source.mask)
-    try:
-        facts = survey.facts(pixels, mask)
-    except InputError as error:
-        raise InputError(f"{source.mask}: {error}") from error
-    return _Surveyed(facts, sites.embed(pixels[DEM]))
+    mask = None
+    if source.mask is not None:
+        require_same_grid(source.image, source.mask, config.ignore_georeference)
+        mask = read_mask(source.mask, kelp_value=config.kelp_value)
+    return _Surveyed(survey.facts(pixels, mask), sites.embed(pixels[DEM]))
 
 
 def _image_table(

@@ -39,6 +39,8 @@ from kelp.errors import ConfigError, InputError, TableError
 from kelp.io.executors import gather, require_shared, spread
 from kelp.io.files import discard_partials, output_folder
 from kelp.progress import Progress, silent
+from kelp.raster.georeference import require_same_grid
+from kelp.raster.labels import require_kelp_value
 from kelp.raster.masks import Georeference, georeference_of, read_mask
 from kelp.raster.scene import Scene
 from kelp.raster.window import Shape
@@ -96,11 +98,13 @@ def slice_dataset(config: SliceConfig, progress: Progress = silent) -> SliceResu
 
     Raises:
         TableError: no training rows, an image named twice, or absent files.
-        InputError: an unreadable file, a bad mask, a mask of another size than its image.
+        InputError: an unreadable file, a bad mask, a mask that does not lie on its image's grid.
         ConfigError: `output_dir` is `data_dir`.
     """
     config = config.absolute() if config.scheduler else config
     rows = _training_rows(config)
+    masks = (_sources(config, tile_id)[1] for tile_id in rows["tile_id"])
+    require_kelp_value(masks, config.kelp_value)
     with gather(config.workers, config.scheduler) as workers:
         sliced = _slice_all(config, rows, workers, progress)
     table_path = config.output_dir / TILES_TABLE
@@ -182,12 +186,8 @@ def _slice_image(config: SliceConfig, tile_id: str) -> _Sliced:
         stored, hidden, pixels = scene.read_stored()
         form = image_format(scene, named=bool(config.band_order)) if config.materialize else None
         georeference, shape = scene.georeference, scene.shape
-    mask = read_mask(mask_path)
-    if mask.shape != shape:
-        raise InputError(
-            f"{mask_path}: {mask.shape[0]} x {mask.shape[1]} px, but its image {image_path} has "
-            f"{shape[0]} x {shape[1]}; a mask must have the size of its image"
-        )
+    require_same_grid(image_path, mask_path, config.ignore_georeference)
+    mask = read_mask(mask_path, kelp_value=config.kelp_value)
     tiles = list(_grid(config, shape))
     facts = tile_facts(pixels, mask, [tile.clipped(shape) for tile in tiles])
     kept = facts["valid_pixels_pct"] >= config.min_valid_fraction

@@ -8,7 +8,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kelp.data_prep.facts import tile_facts
-from kelp.errors import InputError
 from kelp.raster.window import Tile
 
 KELP_FACTS: Final = ("kelp_pixels", "kelp_pixels_pct", "has_kelp", "high_kelp_pixels_pct")
@@ -25,17 +24,9 @@ def facts(pixels: NDArray[np.float32], mask: NDArray[np.uint8] | None) -> dict[s
 
     Args:
         pixels: canonical array `(7, height, width)`.
-        mask: uint8 `(height, width)`, 1 = kelp; without one the facts about kelp are None.
-
-    Raises:
-        InputError: the mask has another size than the image.
+        mask: uint8 `(height, width)`, 1 = kelp; without one facts about kelp are None.
     """
     shape = pixels.shape[1], pixels.shape[2]
-    if mask is not None and mask.shape != shape:
-        raise InputError(
-            f"the mask has {mask.shape[0]} x {mask.shape[1]} px, its image {shape[0]} x {shape[1]};"
-            " a mask must have the size of its image"
-        )
     seen = np.zeros(shape, np.uint8) if mask is None else mask
     columns = tile_facts(pixels, seen, [Tile(0, 0, *shape)])
     values: dict[str, Fact] = {name: column[0].item() for name, column in columns.items()}

@@ -8,11 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kelp.raster.bands import MASK_NODATA
+from kelp.raster.probability import CODES
 
 Mask = NDArray[np.uint8]
-
-CODES: Final = 250
-"""Probabilities are kept as whole numbers of 1/250; 255 = not observed."""
 
 _PARTS: Final = 10
 

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kelp.errors import InputError
-from kelp.evaluation.thresholds import CODES, best_threshold, parts_of
+from kelp.evaluation.thresholds import best_threshold, parts_of
+from kelp.raster.probability import CODES
 
 _MOST_MIXTURES: Final = 300
 _FINEST: Final = 20  # weights in steps of 0.05

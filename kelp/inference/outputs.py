@@ -6,7 +6,7 @@ import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Final, Literal, TypeVar, cast
+from typing import Literal, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,7 @@ from kelp.inference.journal import JournalFile, journal_path
 from kelp.io.location import Url
 from kelp.raster.bands import MASK_NODATA
 from kelp.raster.masks import Georeference
+from kelp.raster.probability import CODES, quantise
 from kelp.raster.window import Shape
 from kelp.raster.writer import COG_SIDE, RasterWriter, remove_rows
 from kelp.tables import MASK_SUFFIX, PROBABILITY_SUFFIX, SPREAD_SUFFIX
@@ -24,10 +25,6 @@ from kelp.tiling.merge import MergerState, to_mask
 log = logging.getLogger("kelp")
 
 ProbabilityType = Literal["float32", "uint8"]
-
-_STEPS: Final = 250
-"""A stored unit of `uint8` probabilities is 1/250 = 0.004, which decimal scale factors can say."""
-
 
 P = TypeVar("P", bound=Path | Url)
 
@@ -88,7 +85,7 @@ class Outputs:
         self._scaled = probabilities == "uint8"
         self._probabilities = self._spread = None
         if probabilities:
-            scale = 1 / _STEPS if self._scaled else None
+            scale = 1 / CODES if self._scaled else None
             self._probabilities = writer(probability_path(mask), probabilities, scale)
         if spread:
             self._spread = writer(spread_path(mask), "float32")
@@ -139,7 +136,7 @@ class Outputs:
             self._begin()
         self._mask.write(y, to_mask(rows, self.threshold))
         if self._probabilities:
-            self._probabilities.write(y, _scaled(rows) if self._scaled else rows)
+            self._probabilities.write(y, quantise(rows) if self._scaled else rows)
 
     @property
     def write_spread(self) -> WriteRows | None:
@@ -193,9 +190,3 @@ def forget(mask: Path) -> None:
 def products(mask: Path) -> tuple[Path, ...]:
     """All files that may belong to a scene."""
     return mask, probability_path(mask), spread_path(mask)
-
-
-def _scaled(rows: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Probabilities in steps of 0.004, 255 = not observed."""
-    steps = np.rint(rows * _STEPS)
-    return np.where(np.isnan(rows), MASK_NODATA, steps).astype(np.uint8)

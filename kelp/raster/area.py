@@ -15,12 +15,12 @@ import numpy as np
 from affine import Affine
 from numpy.typing import NDArray
 from rasterio.crs import CRS
-from rasterio.errors import CRSError, RasterioError
+from rasterio.errors import CRSError
 from rasterio.warp import transform as reproject
 
 from kelp.errors import InputError
 from kelp.raster.bands import PIXEL_SIZE_M
-from kelp.raster.masks import Georeference
+from kelp.raster.masks import Georeference, is_gdal_error
 from kelp.raster.window import Shape, Tile
 
 AreaSource = Literal["affine", "geodesic", "assumed"]
@@ -172,7 +172,9 @@ def _areas_at(
         east, north = a * x.ravel() + b * y.ravel() + c, d * x.ravel() + e * y.ravel() + f
         try:
             lon, lat = reproject(crs, CRS.from_epsg(4326), east, north)
-        except RasterioError as error:
+        except Exception as error:
+            if not is_gdal_error(error):
+                raise
             reason = " ".join(str(error).split())
             raise InputError(f"the CRS cannot be placed on the Earth ({reason})") from error
         points = np.array([lon, lat], dtype=np.float64)

@@ -92,7 +92,7 @@ def quietly(path: Path | Url, writing: bool = False) -> Iterator[None]:
         with _silence:
             yield
     except Exception as error:
-        if not _is_about_the_file(error):
+        if not is_gdal_error(error):
             raise
         reason = " ".join(str(error).split()) or "no reason given"
         reason = re.sub(r"/vsiriopener_\w+/", "", reason)  # rasterio's name for a store
@@ -105,11 +105,11 @@ def quietly(path: Path | Url, writing: bool = False) -> Iterator[None]:
         ) from error
 
 
-def _is_about_the_file(error: Exception) -> bool:
+def is_gdal_error(error: Exception) -> bool:
     """Whether an error is GDAL's or rasterio's, which both have several families of them."""
     if isinstance(error, RasterioError | UnicodeDecodeError):
         return True
-    return type(error).__name__.startswith("CPLE_")  # copying lets GDAL's own errors through
+    return type(error).__name__.startswith("CPLE_")  # copying and warping let GDAL's own through
 
 
 @contextmanager
@@ -133,19 +133,32 @@ def open_dataset(path: Path | Url) -> Any:
         return rasterio.open(path)
 
 
-def read_mask(path: Path, tile: Tile | None = None) -> NDArray[np.uint8]:
+def read_mask(path: Path, tile: Tile | None = None, kelp_value: int = 1) -> NDArray[np.uint8]:
     """A mask (or a window of it): uint8, 0 = no kelp, 1 = kelp, 255 = not observed.
 
-    Raises `InputError` when the file has more than one band or other values than these.
+    Not observed is 255, the nodata value of the file, and NaN.
+
+    Args:
+        path: a raster of one band.
+        tile: the window; default: all.
+        kelp_value: what the file says where there is kelp; with 255 only nodata is not observed.
+
+    Raises:
+        InputError: the file has more than one band or other values than these.
     """
-    raw, missing, _ = _read_band(path, tile, "a mask", (0, 1))
-    missing |= raw == MASK_NODATA
-    wrong = ~(missing | (raw == 0) | (raw == 1))
+    raw, missing, _ = _read_band(path, tile, "a mask", (0, 1, kelp_value))
+    kelp = (raw == kelp_value) & ~missing
+    if kelp_value != MASK_NODATA:
+        missing |= raw == MASK_NODATA
+    wrong = ~(missing | kelp | (raw == 0))
     if wrong.any():
-        raise InputError(
-            f"{path}: a mask holds 0, 1 and 255 (not observed), this one also {raw[wrong][0]}"
-        )
-    return np.where(missing, MASK_NODATA, raw).astype(np.uint8)
+        told = "0, 1 and 255 (not observed)"
+        if kelp_value != 1:
+            told = f"0, {kelp_value} (--kelp_value) and nodata"
+        raise InputError(f"{path}: a mask holds {told}, this one also {raw[wrong][0]}")
+    mask: NDArray[np.uint8] = kelp.astype(np.uint8)
+    mask[missing] = MASK_NODATA
+    return mask
 
 
 def read_probability(path: Path, tile: Tile | None = None) -> NDArray[np.float32]:

@@ -12,6 +12,7 @@ from world import opened, read_tif, write_tif
 from kelp.config import MetadataConfig
 from kelp.data_prep.metadata import build_metadata
 from kelp.errors import InputError, KelpError, TableError
+from kelp.raster.bands import BANDS
 from kelp.tables import FACTS, LEFT_OUT
 
 SHAPE = (110, 120)
@@ -234,11 +235,29 @@ def test_bad_masks_are_named(data):
     with pytest.raises(InputError, match=r"AC_kelp.tif: .* 7"):
         run(data)
     write_tif(path, np.zeros((1, *SHAPE[::-1]), np.uint8))
-    with pytest.raises(InputError, match=r"AC_kelp.tif: .*120 x 110 px, its image 110 x 120"):
+    with pytest.raises(
+        InputError, match=r"AC_kelp.tif does not .*120 x 110 pixels against 110 x 120"
+    ):
         run(data)
+    for part, shift in ((path, 1000), (data / "train/images/AC_satellite.tif", 0)):
+        where = {"crs": "EPSG:32621", "transform": Affine(30, 0, shift, 0, -30, 0)}
+        content = np.zeros((1, *SHAPE), np.uint8) if part == path else read_tif(part)
+        write_tif(part, content, **where)
+    with pytest.raises(InputError, match=r"AC_kelp.tif does not .* shifted by \+33.33 columns"):
+        run(data, band_order=BANDS)
+    run(data, ignore_georeference=True, band_order=BANDS)
     path.unlink()
     with pytest.raises(InputError, match=r"AC_kelp.tif: no such mask"):
         run(data)
+
+
+def test_masks_of_0_and_255_are_refused_unless_255_is_said_to_be_kelp(data):
+    wanted = run(data)[1]
+    for path in sorted((data / "train/masks").glob("*.tif")):
+        write_tif(path, np.where(read_tif(path) == 1, 255, 0).astype(np.uint8))
+    with pytest.raises(InputError, match=r"holds 0 and 255 only .*--kelp_value 255"):
+        run(data)
+    pd.testing.assert_frame_equal(run(data, kelp_value=255)[1], wanted)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from affine import Affine
 from slicing_world import config
 from world import make_world, read_tif, write_tif
 
@@ -19,6 +20,7 @@ from kelp import tables
 from kelp.data_prep import slicing
 from kelp.data_prep.slicing import slice_dataset
 from kelp.errors import ConfigError, InputError, TableError
+from kelp.raster.bands import BANDS
 
 
 def test_tiles_of_an_earlier_slice_are_told(tmp_path, caplog):
@@ -40,6 +42,39 @@ def test_a_mask_of_another_size_names_both_files(tmp_path, workers):
     for part in (str(mask), "TR000002_satellite.tif", "70 x 90", "90 x 70"):
         assert part in str(caught.value)
     assert not (config(world).output_dir / tables.TILES_TABLE).exists()
+
+
+def place(path, shift):
+    """Give a file of the world a georeference."""
+    where = {"crs": "EPSG:32621", "transform": Affine(30, 0, 500_000 + shift, 0, -30, 0)}
+    write_tif(path, read_tif(path), **where)
+
+
+def test_a_mask_that_lies_elsewhere_is_refused(tmp_path):
+    world = make_world(tmp_path, n_train=1)
+    image, mask = (next((world.train_dir / kind).iterdir()) for kind in ("images", "masks"))
+    place(image, 0)
+    options = {"band_order": BANDS}
+    assert slice_dataset(config(world, **options)).tiles == 9  # a mask without georeference
+    place(mask, 15)
+    with pytest.raises(
+        InputError, match=r"_kelp\.tif does not .* shifted by \+0\.5 columns and \+0"
+    ):
+        slice_dataset(config(world, **options))
+    assert slice_dataset(config(world, ignore_georeference=True, **options)).tiles == 9
+
+
+def test_masks_of_0_and_255_are_refused_unless_255_is_said_to_be_kelp(tmp_path):
+    world = make_world(tmp_path)
+    slice_dataset(config(world))
+    tiles = config(world).output_dir / "masks"
+    wanted = {path.name: path.read_bytes() for path in tiles.iterdir()}
+    for path in (world.train_dir / "masks").iterdir():
+        write_tif(path, np.where(read_tif(path) == 1, 255, 0).astype(np.uint8))
+    with pytest.raises(InputError, match=r"holds 0 and 255 only .*--kelp_value 255"):
+        slice_dataset(config(world))
+    slice_dataset(config(world, kelp_value=255))
+    assert {path.name: path.read_bytes() for path in tiles.iterdir()} == wanted
 
 
 @pytest.mark.parametrize("workers", [1, 2])

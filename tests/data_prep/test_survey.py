@@ -6,7 +6,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kelp.data_prep.survey import KELP_FACTS, facts
-from kelp.errors import InputError
 from kelp.raster.bands import DEM, QA
 from kelp.tables import FACTS
 
@@ -90,11 +89,6 @@ def test_more_than_98_per_cent_water_is_almost_all(land, water):
     pixels = scene(5, 20)
     pixels[DEM].flat[:land] = 3
     assert facts(pixels, None)["almost_all_water"] is water
-
-
-def test_a_mask_of_another_size_is_refused():
-    with pytest.raises(InputError, match="5 x 4 px, its image 4 x 5"):
-        facts(scene(4, 5), np.zeros((5, 4), np.uint8))
 
 
 def test_a_tile_takes_well_under_a_millisecond():

@@ -12,8 +12,8 @@ import kelp
 from kelp.cli import main
 from kelp.config import ReportConfig
 from kelp.errors import InputError
-from kelp.evaluation.thresholds import CODES
 from kelp.plotting.reports.judged import Sweep
+from kelp.raster.probability import CODES
 from kelp.raster.writer import write_mask
 
 TRUTH = np.zeros((20, 20), np.uint8)

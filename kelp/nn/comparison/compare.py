@@ -15,13 +15,7 @@ from numpy.typing import NDArray
 from kelp.config import CompareConfig
 from kelp.errors import ConfigError
 from kelp.evaluation.scoring import pixel_area_m2
-from kelp.evaluation.thresholds import (
-    CODES,
-    best_threshold,
-    parts_of,
-    pixels_by_code,
-    precision_by_code,
-)
+from kelp.evaluation.thresholds import best_threshold, parts_of, pixels_by_code, precision_by_code
 from kelp.io.files import discard_partials, output_folder, scratch_folder, write_json, write_text
 from kelp.nn.bundle import Bundle, load_bundle
 from kelp.nn.comparison.advice import Advice, advise
@@ -36,6 +30,7 @@ from kelp.plotting.preview import picture_of
 from kelp.progress import Progress, silent
 from kelp.raster.bands import DEM, MASK_NODATA
 from kelp.raster.masks import read_mask
+from kelp.raster.probability import CODES, code_of, quantise
 from kelp.raster.scene import read_scene
 from kelp.raster.writer import write_mask
 from kelp.tables import output_name
@@ -185,8 +180,7 @@ class _Judge:
                 self._seconds[way.name].append(outcome.seconds)
                 self._network_pixels[way.name] += outcome.network_pixels
                 self._steps[way.name].append(steps(p, way.grid(image.shape, tiles[0])))
-                codes = np.where(np.isnan(p), MASK_NODATA, np.rint(np.nan_to_num(p) * CODES))
-                np.save(self._file(way, number), codes.astype(np.uint8))
+                np.save(self._file(way, number), quantise(p))
                 done += 1
                 progress("comparing", done, len(self._images) * len(self._ways))
 
@@ -232,7 +226,7 @@ class _Judge:
             wish = way.bundle.spec.threshold
             log.info("one place only: no threshold can be fitted, the bundle's is used")
         if wish is not None:
-            return [max(1, int(np.ceil(wish * CODES)))] * self._parts
+            return [code_of(wish)] * self._parts
         return [best_threshold(others) for others in self._others(way)]
 
     def as_precise_as(self, reference: Judged) -> tuple[Judged, ...]:

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from kelp.evaluation.confusion import PATCH_SIZES, Counts, Figures, count
-from kelp.evaluation.thresholds import CODES
 from kelp.raster.bands import MASK_NODATA
+from kelp.raster.probability import CODES
 from kelp.tiling.seams import Steps
 
 Array = NDArray[np.float64]

@@ -22,7 +22,9 @@ from kelp.errors import ConfigError, TableError
 from kelp.nn.data.dataset import Sample, Source, TileDataset, collate, sources_of
 from kelp.nn.data.reading import Files, Reader
 from kelp.nn.data.sampling import ALL, DealtBatches, EpochSampler, EvenBatches, Share
+from kelp.raster.georeference import require_same_grid
 from kelp.raster.indices import needed_bands, parse_indices
+from kelp.raster.labels import require_kelp_value
 from kelp.raster.masks import raster_shape
 from kelp.raster.scene import Scene
 from kelp.raster.window import Shape
@@ -124,7 +126,8 @@ def require_bands(fold: Fold, config: FoldConfig) -> None:
     What is missing would otherwise be filled in everywhere, and trained on, without a word.
 
     Raises:
-        InputError: a file lacks a band. A missing DEM is one line of notice.
+        InputError: a file lacks a band, a mask does not lie on its image's grid, or masks say with
+            255 what should be 1. A missing DEM is one line of notice.
     """
     settings = config.index_settings
     needed = needed_bands(config.bands, parse_indices(config.spectral_indices), settings)
@@ -133,7 +136,9 @@ def require_bands(fold: Fold, config: FoldConfig) -> None:
         for tile_id, source in zip(rows["tile_id"], sources, strict=True):
             first.setdefault(tile_id, source)
     told = False
+    require_kelp_value(dict.fromkeys(s.mask for s in fold.train_sources), config.kelp_value)
     for source in first.values():
+        require_same_grid(source.image, source.mask, config.ignore_georeference)
         with Scene(source.image, config.band_order, quiet=True) as scene:
             if told:
                 scene.check(needed)
@@ -201,7 +206,7 @@ class FoldData(LightningDataModule):
         self.config = config
         self.shape = training_shape(fold, config)
         self.pin = pin
-        self.reader: Reader = Files(config.band_order)
+        self.reader: Reader = Files(config.band_order, config.kelp_value)
         self.share = share
         weights = (
             sampling_weights(fold.train, config, config.metadata_fp)

@@ -41,7 +41,7 @@ log = logging.getLogger("kelp")
 FOLDER: Final = "packed"
 """Of an output folder: its store."""
 
-_SCHEMA: Final = 1  # raise it whenever a file would be read or packed otherwise than before
+_SCHEMA: Final = 2  # raise it whenever a file would be read or packed otherwise than before
 _FILE_BYTES: Final = 64 << 20  # what a worker holds, and what a killed one loses
 _SIDECAR: Final = ".aux.xml"  # GDAL's, where a TIFF's tags may lie
 _LARGEST: Final = 1 << 22  # pixels; of a larger image a window decodes few blocks only
@@ -56,12 +56,21 @@ class _Item:
     path: Path
     band_order: tuple[str, ...] | None
     """Of an image; `None`: the file is a mask."""
+    kelp_value: int = 1
+    """Of a mask: what it says where there is kelp."""
     key: str = ""
 
     def keyed(self) -> _Item:
         """With the key of the file as it is now."""
         sidecar = self.path.with_name(self.path.name + _SIDECAR)
-        facts = (_SCHEMA, self.band_order, self.path.resolve(), _stamp(self.path), _stamp(sidecar))
+        facts = (
+            _SCHEMA,
+            self.band_order,
+            self.kelp_value,
+            self.path.resolve(),
+            _stamp(self.path),
+            _stamp(sidecar),
+        )
         return replace(self, key=_digest(map(str, facts)))
 
 
@@ -71,11 +80,11 @@ def pack(sources: Sequence[Source], config: TrainConfig, progress: Progress) -> 
     What the store lacks is packed first. Where that cannot be done, and under `--pack False`, it
     reads the files themselves, after one line of notice. The pixels are the same.
     """
-    files = Files(config.band_order)
+    files = Files(config.band_order, config.kelp_value)
     if not config.pack or config.fast_dev_run:  # two batches are not worth it
         return files
     folder = config.output_dir / FOLDER
-    items = _items(sources, files.band_order)
+    items = _items(sources, files)
     known = _places(folder)
     if any(item.key not in known for item in items):
         try:
@@ -94,11 +103,12 @@ def pack(sources: Sequence[Source], config: TrainConfig, progress: Progress) -> 
     )
 
 
-def _items(sources: Sequence[Source], band_order: tuple[str, ...]) -> list[_Item]:
+def _items(sources: Sequence[Source], files: Files) -> list[_Item]:
     """The files of the sources, each once, in an order that does not depend on the fold."""
     images = sorted({source.image for source in sources})
     masks = sorted({source.mask for source in sources})
-    items = [_Item(path, band_order) for path in images] + [_Item(path, None) for path in masks]
+    items = [_Item(path, files.band_order) for path in images]
+    items += [_Item(path, None, files.kelp_value) for path in masks]
     return [item.keyed() for item in items]
 
 
@@ -237,7 +247,7 @@ def _packed(item: _Item) -> tuple[NDArray[Any], NDArray[np.float32] | None] | No
         if not _can_be_packed(item.path):
             return None
         if item.band_order is None:
-            return read_mask(item.path), None
+            return read_mask(item.path, kelp_value=item.kelp_value), None
         with Scene(item.path, item.band_order, quiet=True) as scene:
             stored, _, raw = scene.read_stored()
             qa = stored[scene.names.index("QA")] if "QA" in scene.names else None

@@ -49,6 +49,7 @@ class Files:
     """Reads the files themselves."""
 
     band_order: tuple[str, ...] = ()
+    kelp_value: int = 1
 
     def image(self, path: Path) -> Scene:
         """Open an image."""
@@ -56,7 +57,7 @@ class Files:
 
     def mask(self, path: Path, tile: Tile | None) -> NDArray[np.uint8]:
         """A mask, or a window of it."""
-        return read_mask(path, tile)
+        return read_mask(path, tile, self.kelp_value)
 
 
 @dataclass(frozen=True)

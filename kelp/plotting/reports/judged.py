@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from kelp.config import ReportConfig
 from kelp.errors import InputError
 from kelp.evaluation.scoring import pixel_area_m2, places_of
-from kelp.evaluation.thresholds import CODES, pixels_by_code
+from kelp.evaluation.thresholds import pixels_by_code
 from kelp.io.files import input_folder
 from kelp.nn.comparison.sums import (
     BINS,
@@ -28,6 +28,7 @@ from kelp.nn.comparison.sums import (
 from kelp.progress import Progress
 from kelp.raster.bands import DEM, MASK_NODATA
 from kelp.raster.masks import read_mask, read_probability
+from kelp.raster.probability import CODES, quantise
 from kelp.raster.scene import Scene
 from kelp.tables import IMAGE_SUFFIX, MASK_SUFFIX, PROBABILITY_SUFFIX, tile_id_of
 from kelp.tiling.seams import Steps
@@ -143,8 +144,7 @@ def judge(config: ReportConfig, progress: Progress) -> Judged:
         probabilities = found[name].with_name(name + PROBABILITY_SUFFIX)
         if probabilities.is_file():
             p = read_probability(probabilities)
-            of_p = np.where(np.isnan(p), MASK_NODATA, np.rint(np.nan_to_num(p) * CODES))
-            codes = of_p.astype(np.uint8)
+            codes = quantise(p)
             other = sums_of(truth, codes, _HALF, land, Steps(), area / 1e6)
             sums = with_probabilities(sums, other)
             counted += pixels_by_code(truth, codes)

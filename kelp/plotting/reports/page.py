@@ -16,11 +16,11 @@ import kelp
 from kelp.config import ReportConfig
 from kelp.errors import InputError
 from kelp.evaluation.confusion import PATCH_SIZES
-from kelp.evaluation.thresholds import CODES
 from kelp.nn.comparison.sums import BINS
 from kelp.plotting.html import Report, by_class, curves, lines
 from kelp.plotting.preview import picture_of
 from kelp.plotting.reports.judged import Judged, Sweep
+from kelp.raster.probability import CODES
 from kelp.tables import MASK_SUFFIX, WORKERS_FILE
 
 _SCORES: Final = (

@@ -19,7 +19,7 @@ from kelp.cli import main
 from kelp.config import CompareConfig, ExportConfig
 from kelp.errors import BundleError, ConfigError, InputError, TableError
 from kelp.evaluation.confusion import Figures
-from kelp.evaluation.thresholds import CODES, best_threshold, pixels_by_code, precision_by_code
+from kelp.evaluation.thresholds import best_threshold, pixels_by_code, precision_by_code
 from kelp.nn import model
 from kelp.nn.bundle import load_bundle
 from kelp.nn.comparison.fields import FIELDS
@@ -27,6 +27,7 @@ from kelp.nn.comparison.scenes import labelled_scenes
 from kelp.nn.comparison.sums import FIGURES, Draws, Sums, interval, sums_of
 from kelp.nn.comparison.ways import Runtime, majority
 from kelp.raster.masks import read_mask
+from kelp.raster.probability import CODES
 from kelp.raster.scene import read_scene
 from kelp.raster.writer import write_mask
 from kelp.tiling.seams import Steps

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from affine import Affine
 from world import coast, make_world, opened, read_tif, write_tif
 
 from kelp.config import SliceConfig, TrainConfig
@@ -534,3 +535,32 @@ def test_a_last_batch_of_one_is_left_out_only_where_it_would_crash(sliced, archi
     )
     data = FoldData(read_fold(config), config, first_epoch=0, pin=False)
     assert len(list(data.train_dataloader())) == batches
+
+
+def test_masks_are_checked_before_a_training(tmp_path):
+    world = make_world(tmp_path, n_train=4, shape=(50, 70))
+    config = images_config(world)
+    require_bands(read_fold(config), config)
+    source = read_fold(config).train_sources[0]
+    elsewhere = {"crs": "EPSG:32621", "transform": Affine(30, 0, 60, 0, -30, 0)}
+    write_tif(source.mask, read_tif(source.mask), **elsewhere)
+    here = elsewhere | {"transform": Affine(30, 0, 0, 0, -30, 0)}
+    write_tif(source.image, read_tif(source.image), **here)
+    named = images_config(world, band_order=bands.BANDS)
+    with pytest.raises(InputError, match=r"_kelp\.tif does not .* shifted by \+2 columns"):
+        require_bands(read_fold(named), named)
+    named = images_config(world, band_order=bands.BANDS, ignore_georeference=True)
+    require_bands(read_fold(named), named)
+
+    def targets(config):
+        data = FoldData(read_fold(config), config, 0, pin=False)
+        return [sample.target for sample in data.samples(data.fold.train_sources)]
+
+    wanted = targets(named)
+    for path in (world.train_dir / "masks").iterdir():
+        write_tif(path, np.where(read_tif(path) == 1, 255, 0).astype(np.uint8))
+    with pytest.raises(InputError, match=r"holds 0 and 255 only .*--kelp_value 255"):
+        require_bands(read_fold(named), named)
+    named = named.model_copy(update={"kelp_value": 255})
+    require_bands(read_fold(named), named)
+    assert all(torch.equal(a, b) for a, b in zip(targets(named), wanted, strict=True))

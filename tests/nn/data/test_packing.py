@@ -299,8 +299,8 @@ def test_so_it_is_when_only_its_tags_have_changed(images, tmp_path):
 def test_a_file_that_changes_while_it_is_packed_is_left_out(images, tmp_path, monkeypatch):
     config, read = configure(tmp_path), packing.read_mask
 
-    def read_and_touch(path):
-        mask = read(path)
+    def read_and_touch(path, **options):
+        mask = read(path, **options)
         if path == images[4].mask:
             os.utime(path, ns=(0, 0))
         return mask
