@@ -21,5 +21,6 @@ from .nn.training.folds import train_folds as train_folds
 from .plotting.reports.run import make_report as make_report
 from .products.areas import areas as areas
 from .products.beds import beds as beds
+from .products.series import series as series
 from .products.submission import submit as submit
 from .simulation.layout import simulate as simulate

@@ -107,6 +107,10 @@ COMMANDS: Final = {
         "kelp.products.areas:areas",
         "Kelp area of each region in each scene, with intervals.",
     ),
+    "series": Command(
+        "kelp.products.series:series",
+        "Quarterly and yearly series of a coast.",
+    ),
     "simulate": Command(
         "kelp.simulation.layout:simulate",
         "Simulated scenes, for trials.",

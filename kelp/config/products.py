@@ -2,40 +2,99 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Literal
 
+from pydantic import field_validator
+
 from kelp.config.base import Config, option
+from kelp.config.shared import WorkerOptions
 
-_MAPS_HELP = "Folder of <name>_kelp.tif maps, or one map"
 _AOI_HELP = "Regions: polygons with ids (.gpkg, .geojson, .parquet, .shp …)"
-_AOI_ID_HELP = "Column of the regions' ids; default: the first of aoi_id, id, name, Segment_ID"
-_OBSERVED_HELP = "Areas are null where less of a region was observed"
-_RUN_HELP = "Run folder or bundle that made the maps: its errors at held-out sites give intervals"
-_COVERAGE_HELP = "Share of new sites whose true area an interval is to hold"
-_MIXED_HELP = "Take maps of different networks or thresholds together"
 
 
-class BedsConfig(Config):
+class MapOptions(Config):
+    """The maps to work on."""
+
+    predictions_dir: Path = option(help="Folder of <name>_kelp.tif maps, or one map")
+
+
+class MixedMapOptions(MapOptions):
+    """Maps whose areas are compared."""
+
+    allow_mixed: bool = option(False, help="Take maps of different networks or thresholds together")
+
+
+class RegionOptions(MixedMapOptions):
+    """How areas of regions are measured, and how sure they are."""
+
+    aoi_id: str | None = option(
+        None,
+        help="Column of the regions' ids; default: the first of aoi_id, id, name, Segment_ID",
+    )
+    min_observed: float = option(
+        0.5,
+        help="Areas are null where less of a region (of series: of its stations) was observed",
+        unit="share, 0-1",
+        ge=0,
+        le=1,
+    )
+    run_dir: Path | None = option(
+        None,
+        help="Run folder or bundle that made the maps: its errors at held-out sites give intervals",
+    )
+    coverage: float = option(
+        0.9,
+        help="Share of new sites whose true area an interval is to hold",
+        unit="0-1",
+        gt=0,
+        lt=1,
+    )
+
+
+class BedsConfig(MixedMapOptions):
     """Kelp beds as polygons, with their areas."""
 
-    predictions_dir: Path = option(help=_MAPS_HELP)
     output: Path = option(help="The file to write: .gpkg, .parquet, .fgb or .geojson")
     min_pixels: int = option(1, help="Smaller beds are left out", unit="px", ge=1)
     connectivity: Literal["8", "4"] = option(
         "8", help="8: pixels that touch at a corner are of one bed; 4: only at a side"
     )
-    allow_mixed: bool = option(False, help=_MIXED_HELP)
 
 
-class AreasConfig(Config):
+class AreasConfig(RegionOptions):
     """Kelp area of each region in each scene, with intervals."""
 
-    predictions_dir: Path = option(help=_MAPS_HELP)
     aoi: Path = option(help=_AOI_HELP)
     output: Path = option(help="The file to write: .csv or .parquet")
-    aoi_id: str | None = option(None, help=_AOI_ID_HELP)
-    min_observed: float = option(0.5, help=_OBSERVED_HELP, unit="share, 0-1", ge=0, le=1)
-    run_dir: Path | None = option(None, help=_RUN_HELP)
-    coverage: float = option(0.9, help=_COVERAGE_HELP, unit="0-1", gt=0, lt=1)
-    allow_mixed: bool = option(False, help=_MIXED_HELP)
+
+
+class SeriesConfig(RegionOptions, WorkerOptions):
+    """Quarterly and yearly series of a coast: stations, grid, tables, persistence."""
+
+    output_dir: Path = option(help="Folder for the files of the series")
+    aoi: Path | None = option(None, help=f"{_AOI_HELP}; default: everywhere, as one")
+    baseline: str | None = option(
+        None, help="Years whose median is status 1, as in 1984-2013; default: no status"
+    )
+    tides: Path | None = option(
+        None, help="CSV of tides: time (ISO 8601, UTC) and height_m, at most three hours apart"
+    )
+
+    @field_validator("baseline")
+    @classmethod
+    def _two_years(cls, value: str | None) -> str | None:
+        if value is not None:
+            years = re.fullmatch(r"(\d{4})-(\d{4})", value.strip())
+            if years is None or years[1] > years[2]:
+                raise ValueError("a baseline is two years, as in 1984-2013")
+        return value
+
+    @property
+    def baseline_years(self) -> tuple[int, int] | None:
+        """First and last year of the baseline."""
+        if self.baseline is None:
+            return None
+        first, last = self.baseline.strip().split("-")
+        return int(first), int(last)

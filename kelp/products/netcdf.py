@@ -1,0 +1,241 @@
+"""NetCDF files of a series: stations as SBC LTER's clients read them, and a CF grid."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import date
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+from rasterio.crs import CRS
+from rasterio.warp import transform as reproject
+
+from kelp import __version__
+from kelp.errors import InputError
+from kelp.io.files import atomic
+from kelp.products.maps import STRIP_ROWS, require
+from kelp.products.stack import GROUPS, SENSOR_GROUPS, Stack, Strips
+
+_EPOCH: Final = date(1970, 1, 1)
+_UNITS: Final = "days since 1970-01-01"
+_CHUNK: Final = 512
+_STATIONS: Final = 4096
+_MIDDLE: Final = {1: (2, 15), 2: (5, 15), 3: (8, 15), 4: (11, 15)}
+"""Month and day that stand for a quarter."""
+
+
+def area_words(expected: bool) -> dict[str, str]:
+    """What `area` means, as attributes."""
+    if expected:
+        return {
+            "long_name": "expected kelp canopy area of the pixel",
+            "comment": "mean over the looks of the quarter of calibrated probability x ground area "
+            "of the pixel; not the fractional cover of SBC LTER's area",
+        }
+    return {
+        "long_name": "kelp presence area of the pixel, an upper bound",
+        "comment": "mean over the looks of the quarter of presence (0 or 1) x ground area of the "
+        "pixel; not the fractional cover of SBC LTER's area",
+    }
+
+
+def write_stations(path: Path, strips: Strips, counts: NDArray[np.int64], source: str) -> None:
+    """Write `time x station`; the order of variables is that which clients count on.
+
+    kelpdecline's reader takes variables by position: latitude, longitude, year, quarter, and the
+    fifth as the figure. Unseen is -1 (`_FillValue`), never 0.
+    """
+    stack = strips.stack
+    total = int(counts.sum())
+    with _dataset(path) as file:
+        file.createDimension("time", stack.quarters)
+        file.createDimension("station", total)
+        _time(file, stack, bounds=False)
+        along = {"chunksizes": (min(_STATIONS, total),)} if total else {}
+        both: dict[str, Any] = {"zlib": True, "complevel": 1}
+        if total:
+            both["chunksizes"] = (stack.quarters, min(_STATIONS, total))
+        for name, axis, unit in (
+            ("latitude", "latitude", "degrees_north"),
+            ("longitude", "longitude", "degrees_east"),
+        ):
+            variable = file.createVariable(name, "f8", ("station",), zlib=True, **along)
+            variable.setncatts({
+                "standard_name": axis, "units": unit,
+                "long_name": f"{axis} of the pixel's centre, WGS 84",
+            })  # fmt: skip
+        names = [stack.name_of(q) for q in range(stack.quarters)]
+        for k, (name, words) in enumerate(
+            (("year", "year"), ("quarter", "quarter of the year, 1-4"))
+        ):
+            variable = file.createVariable(name, "i4", ("time",))
+            variable.setncatts({"long_name": words, "units": "1"})
+            variable[:] = [pair[k] for pair in names]
+        places = {"coordinates": "latitude longitude"}
+        area = file.createVariable("area", "f4", ("time", "station"), fill_value=-1, **both)
+        area.setncatts({
+            **area_words(stack.expected), "units": "m2", "cell_methods": "time: mean", **places,
+        })  # fmt: skip
+        passes = {}
+        for name in ("passes", *GROUPS):
+            passes[name] = file.createVariable(name, "i2", ("time", "station"), **both)
+            sensors = ", ".join(SENSOR_GROUPS.get(name, ()))
+            of = f" of {sensors}" if sensors else "" if name == "passes" else " of other sensors"
+            passes[name].setncatts({"long_name": f"looks averaged{of}", "units": "1", **places})
+        file.setncatts(_about(stack, "Kelp canopy by quarter, stations", source))
+        start = 0
+        for (_, strip), count in zip(strips, counts, strict=True):
+            if not count:
+                continue
+            here = slice(start, start + int(count))
+            lat, lon = _degrees(stack, strip.rows, strip.columns)
+            file["latitude"][here], file["longitude"][here] = lat, lon
+            area[:, here] = np.where(np.isnan(strip.area), -1, strip.area)
+            passes["passes"][:, here] = strip.passes.sum(axis=0, dtype=np.int16)
+            for k, name in enumerate(GROUPS):
+                passes[name][:, here] = strip.passes[k]
+            start += int(count)
+
+
+def write_grid(path: Path, strips: Strips, box: tuple[int, ...], source: str) -> None:
+    """Write `time x y x x` (CF-1.11) over the part of the lattice that holds stations.
+
+    Chunks without a station are not stored: they read as fill, which is "not observed".
+    """
+    stack = strips.stack
+    # Whole chunks from a strip's border on, so that none is written twice.
+    top = box[0] // STRIP_ROWS * STRIP_ROWS
+    left = box[1] // _CHUNK * _CHUNK
+    height, width = (
+        box[2] + 1 - top,
+        min(stack.shape[1], -(-(box[3] + 1) // _CHUNK) * _CHUNK) - left,
+    )
+    transform = stack.georeference.transform
+    assert transform is not None
+    if transform.b or transform.d:
+        raise InputError(f"{path}: a turned grid cannot be written as NetCDF; warp the maps first")
+    with _dataset(path) as file:
+        for name, size in (("time", stack.quarters), ("nv", 2), ("y", height), ("x", width)):
+            file.createDimension(name, size)
+        _time(file, stack, bounds=True)
+        crs = CRS.from_user_input(stack.georeference.crs)
+        degrees = bool(crs.is_geographic)
+        metres = "m" if degrees or crs.linear_units_factor[1] == 1 else str(crs.linear_units)
+        x = transform.c + transform.a * (left + np.arange(width) + 0.5)
+        y = transform.f + transform.e * (top + np.arange(height) + 0.5)
+        for name, values in (("y", y), ("x", x)):
+            variable = file.createVariable(name, "f8", (name,))
+            axis = {"y": "latitude", "x": "longitude"}[name]
+            kind = axis if degrees else f"projection_{name}_coordinate"
+            unit = {"y": "degrees_north", "x": "degrees_east"}[name] if degrees else metres
+            variable.setncatts({"standard_name": kind, "units": unit, "axis": name.upper()})
+            variable[:] = values
+        _grid_mapping(file, crs, (transform.c + transform.a * left, transform.a, 0.0,
+                                  transform.f + transform.e * top, 0.0, transform.e))  # fmt: skip
+        chunks = (1, min(STRIP_ROWS, height), min(_CHUNK, width))
+        options: dict[str, Any] = {"zlib": True, "complevel": 1, "chunksizes": chunks}
+        area = file.createVariable("area", "f4", ("time", "y", "x"), fill_value=np.nan, **options)
+        area.setncatts({
+            **area_words(stack.expected), "units": "m2", "cell_methods": "time: mean",
+            "grid_mapping": "crs",
+        })  # fmt: skip
+        passes = file.createVariable("passes", "i2", ("time", "y", "x"), fill_value=-1, **options)
+        passes.setncatts({"long_name": "looks averaged", "units": "1", "grid_mapping": "crs"})
+        footprint = file.createVariable(
+            "footprint", "i1", ("y", "x"), zlib=True, complevel=1, chunksizes=chunks[1:]
+        )
+        footprint.setncatts({
+            "long_name": "pixels that had kelp in at least one map",
+            "flag_values": np.array([0, 1], np.int8), "flag_meanings": "outside inside",
+            "grid_mapping": "crs",
+        })  # fmt: skip
+        file.setncatts(_about(stack, "Kelp canopy by quarter, grid", source))
+        for tile, strip in strips:
+            if not len(strip.rows):
+                continue
+            rows, columns = strip.rows - top, strip.columns - left
+            y0 = tile.y - top
+            for chunk in np.unique(columns // _CHUNK):
+                chosen = columns // _CHUNK == chunk
+                x0 = int(chunk) * _CHUNK
+                x1, y1 = min(x0 + _CHUNK, width), min(y0 + STRIP_ROWS, height)
+                at = rows[chosen] - y0, columns[chosen] - x0
+                marks = np.zeros((y1 - y0, x1 - x0), np.int8)
+                marks[at] = 1
+                footprint[y0:y1, x0:x1] = marks
+                counts = strip.passes.sum(axis=0, dtype=np.int16)
+                for quarter in range(stack.quarters):
+                    figures = strip.area[quarter, chosen]
+                    values = np.full(marks.shape, np.nan, np.float32)
+                    values[at] = figures
+                    times = np.full(marks.shape, -1, np.int16)
+                    times[at] = counts[quarter, chosen]
+                    area[quarter, y0:y1, x0:x1] = values
+                    passes[quarter, y0:y1, x0:x1] = times
+
+
+@contextmanager
+def _dataset(path: Path) -> Iterator[Any]:
+    netcdf = require("netCDF4", "series", "writing NetCDF")
+    with atomic(path) as partial, netcdf.Dataset(partial, "w", format="NETCDF4") as file:
+        yield file
+
+
+def _time(file: Any, stack: Stack, bounds: bool) -> None:
+    names = [stack.name_of(q) for q in range(stack.quarters)]
+    variable = file.createVariable("time", "i4", ("time",))
+    variable.setncatts({
+        "standard_name": "time", "long_name": "middle of the quarter", "units": _UNITS,
+        "calendar": "standard", "axis": "T",
+    })  # fmt: skip
+    variable[:] = [_days(date(year, *_MIDDLE[quarter])) for year, quarter in names]
+    if bounds:
+        variable.bounds = "time_bnds"
+        limits = file.createVariable("time_bnds", "i4", ("time", "nv"))
+        limits[:] = [
+            [_days(date(y, 3 * q - 2, 1)), _days(date(y + (q == 4), 3 * q % 12 + 1, 1))]
+            for y, q in names
+        ]
+
+
+def _days(day: date) -> int:
+    return (day - _EPOCH).days
+
+
+def _degrees(
+    stack: Stack, rows: NDArray[np.int32], columns: NDArray[np.int32]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Latitude and longitude, WGS 84, of pixel centres."""
+    assert stack.georeference.transform is not None
+    a, b, c, d, e, f = tuple(stack.georeference.transform)[:6]
+    x, y = columns + 0.5, rows + 0.5
+    lon, lat = reproject(
+        stack.georeference.crs, CRS.from_epsg(4326), a * x + b * y + c, d * x + e * y + f
+    )
+    return np.array(lat), np.array(lon)
+
+
+def _grid_mapping(file: Any, crs: CRS, geotransform: tuple[float, ...]) -> None:
+    """The CRS, in CF's words where pyproj knows them, as WKT, and as GDAL looks for it."""
+    variable = file.createVariable("crs", "i4", ())
+    wkt = crs.to_wkt()
+    attributes = require("pyproj", "series", "the CRS of a grid").CRS.from_wkt(wkt).to_cf()
+    attributes |= {"crs_wkt": wkt, "spatial_ref": wkt}
+    attributes["GeoTransform"] = " ".join(f"{value!r}" for value in geotransform)
+    variable.setncatts({name: value for name, value in attributes.items() if value != ""})
+
+
+def _about(stack: Stack, title: str, source: str) -> dict[str, str]:
+    sensors = sorted({look.sensor or "unknown" for look in stack.looks})
+    return {
+        "Conventions": "CF-1.11",
+        "title": title,
+        "source": f"{source}; sensors: {', '.join(sensors)}",
+        "institution": "not stated",
+        "history": f"kelp {__version__} series",
+        "references": "https://kelp-slicer.readthedocs.io",
+        "comment": "Unseen is missing, never 0. Sensors are not harmonised with each other.",
+    }
