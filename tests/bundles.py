@@ -6,9 +6,8 @@ import torch
 from torch import nn
 
 from kelp.inference.spec import BundleSpec
-from kelp.nn import model
 from kelp.nn.bundle import save_bundle
-from kelp.nn.model import KelpNet
+from kelp.nn.model import ARCHITECTURES, KelpNet
 from kelp.raster.bands import BANDS
 from kelp.raster.streaming import ChannelStats
 
@@ -36,7 +35,7 @@ class PixelBody(nn.Module):
 
 
 def use_pixel_network(monkeypatch) -> None:
-    monkeypatch.setattr(model, "_build_body", lambda spec: PixelBody(spec.channels))
+    monkeypatch.setitem(ARCHITECTURES, "unet", lambda spec: PixelBody(spec.channels))
 
 
 def tiny_spec(**changes) -> BundleSpec:

@@ -8,9 +8,8 @@ from world import coast, write_tif
 
 from kelp.config import PredictConfig
 from kelp.inference.predict import predict_scenes
-from kelp.nn import model
 from kelp.nn.bundle import save_bundle
-from kelp.nn.model import KelpNet
+from kelp.nn.model import ARCHITECTURES, KelpNet
 
 # The same cases in every run, on every machine.
 LAWS = settings(deadline=None, derandomize=True, database=None)
@@ -25,7 +24,7 @@ class RampBody(PixelBody):
 
 
 def use_ramp_network(monkeypatch):
-    monkeypatch.setattr(model, "_build_body", lambda spec: RampBody(spec.channels))
+    monkeypatch.setitem(ARCHITECTURES, "unet", lambda spec: RampBody(spec.channels))
 
 
 def biased_bundle(folder, bias, **changes):

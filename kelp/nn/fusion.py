@@ -8,7 +8,6 @@ from typing import Final
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 log = logging.getLogger("kelp")
@@ -51,17 +50,17 @@ def folded(net: nn.Module, example: Tensor) -> nn.Module:
     return net
 
 
-def _observe(net: nn.Module, example: Tensor) -> tuple[dict[nn.Conv2d, _BatchNorm], Tensor]:
+def _observe(net: nn.Module, example: Tensor) -> tuple[dict[nn.Conv2d, nn.BatchNorm2d], Tensor]:
     """Convolutions whose output goes straight into a normalisation; the network's answer."""
     made: dict[int, tuple[nn.Conv2d, Tensor]] = {}  # the tensor is kept: its id stays its own
-    pairs: dict[nn.Conv2d, _BatchNorm] = {}
+    pairs: dict[nn.Conv2d, nn.BatchNorm2d] = {}
 
     def leave(module: nn.Module, _: object, output: Tensor) -> None:
         if isinstance(module, nn.Conv2d):
             made[id(output)] = module, output
 
     def enter(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if isinstance(module, _BatchNorm) and module.running_mean is not None:
+        if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None:
             conv, _ = made.get(id(inputs[0]), (None, None))
             if conv is not None:
                 pairs[conv] = module

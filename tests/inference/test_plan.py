@@ -375,8 +375,8 @@ PROGRAM = """
 import pathlib, sys, threading, time
 sys.path.insert(0, sys.argv.pop(1))
 from bundles import PixelBody
-from kelp.nn import model
-model._build_body = lambda spec: PixelBody(spec.channels)
+from kelp.nn.model import ARCHITECTURES
+ARCHITECTURES["unet"] = lambda spec: PixelBody(spec.channels)
 from kelp.cli import main
 
 highest = 0

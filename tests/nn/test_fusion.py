@@ -4,19 +4,18 @@ import pytest
 import segmentation_models_pytorch as smp
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from kelp.nn.fusion import folded
 
 
 def norms(net):
-    return sum(isinstance(module, _BatchNorm) for module in net.modules())
+    return sum(isinstance(module, nn.BatchNorm2d) for module in net.modules())
 
 
 def with_statistics(net):
     generator = torch.Generator().manual_seed(1)
     for module in net.modules():
-        if isinstance(module, _BatchNorm):
+        if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_(0, 0.1, generator=generator)
             module.running_var.uniform_(0.5, 2, generator=generator)
     return net.eval()

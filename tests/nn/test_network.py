@@ -3,12 +3,15 @@
 import json
 import os
 import shutil
+import time
 
 import numpy as np
 import pytest
 import safetensors.torch
+import timm
 import torch
 from bundles import STATISTICS, tiny_bundle, tiny_spec, use_pixel_network
+from huggingface_hub import constants
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -17,11 +20,10 @@ from kelp.config import TrainConfig
 from kelp.errors import BundleError, ConfigError, StatsError, WeightsError
 from kelp.inference.network import Network
 from kelp.inference.spec import NetworkSpec
-from kelp.nn import model, pretrained
 from kelp.nn.bundle import find_bundle, load_bundle
-from kelp.nn.model import KelpNet, start_from_share
+from kelp.nn.model import ARCHITECTURES, KelpNet, start_from_share
 from kelp.nn.preprocess import Preprocess
-from kelp.nn.pretrained import load_pretrained
+from kelp.nn.pretrained import load_pretrained, packaged_weights
 from kelp.nn.resize import to_network, to_scene
 from kelp.raster.bands import BANDS
 from kelp.raster.streaming import ChannelStats
@@ -165,7 +167,7 @@ class Recorder(nn.Module):
 
 @pytest.fixture
 def recorder(monkeypatch):
-    monkeypatch.setattr(model, "_build_body", lambda spec: Recorder())
+    monkeypatch.setitem(ARCHITECTURES, "unet", lambda spec: Recorder())
 
 
 @pytest.mark.parametrize("interpolation", ["nearest", "nearest-exact", "bilinear", "bicubic"])
@@ -286,7 +288,7 @@ def test_the_packaged_encoder_is_really_pretrained():
     torch.manual_seed(0)
     net = KelpNet(spec)
     load_pretrained(net, "imagenet")
-    weights = pretrained._packaged_weights()
+    weights = packaged_weights()
     first = net.body.encoder.model.conv_stem.weight
     torch.testing.assert_close(first[:, 1:] * 4 / 3, weights["conv_stem.weight"])
     torch.testing.assert_close(first[:, 0] * 4 / 3, weights["conv_stem.weight"].mean(dim=1))
@@ -296,8 +298,6 @@ def test_the_packaged_encoder_is_really_pretrained():
 
 @pytest.mark.slow
 def test_a_local_file_of_weights(tmp_path):
-    import timm
-
     torch.manual_seed(3)
     state = timm.create_model("resnet18").state_dict()
     safetensors.torch.save_file(state, tmp_path / "r.safetensors")
@@ -318,14 +318,35 @@ def test_weights_that_cannot_be_had(tmp_path, monkeypatch):
     (tmp_path / "bad.pth").write_bytes(b"not weights")
     with pytest.raises(WeightsError, match="not a file of weights"):
         load_pretrained(net, str(tmp_path / "bad.pth"))
-    monkeypatch.setenv("HF_HOME", str(tmp_path))
-    monkeypatch.setattr(pretrained, "_answers", lambda url: False)
+
+
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch):
+    """An empty cache, and a hub where nothing listens."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    return tmp_path / "hub"
+
+
+def test_a_hub_that_does_not_answer_is_not_waited_for(hub_cache):
+    started = time.monotonic()
     with pytest.raises(WeightsError, match=r"--encoder_weights FILE.*--pretrained False"):
-        load_pretrained(net, "imagenet")
+        load_pretrained(KelpNet(plain()), "imagenet")
+    assert time.monotonic() - started < 15  # its own retries take 23 s
+    assert not constants.HF_HUB_OFFLINE
 
 
-def test_nothing_listens_on_a_closed_port():
-    assert not pretrained._answers("http://127.0.0.1:9")
+def test_weights_in_the_cache_need_no_hub(hub_cache):
+    torch.manual_seed(3)
+    state = timm.create_model("resnet18").state_dict()
+    snapshot = hub_cache / "models--timm--resnet18.a1_in1k" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("abc")
+    safetensors.torch.save_file(state, snapshot / "model.safetensors")
+    net = KelpNet(plain(bands=("R", "G", "B")))
+    load_pretrained(net, "imagenet")
+    torch.testing.assert_close(net.body.encoder.model.conv1.weight, state["conv1.weight"])
 
 
 @pytest.fixture

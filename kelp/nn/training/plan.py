@@ -105,6 +105,8 @@ def effective(config: TrainConfig) -> TrainConfig:
             "min_dice": 0.0,  # two batches find nothing
         }
         config = config.model_copy(update=limits)
+    if config.limit_test_batches is not None:
+        log.info("--limit_test_batches changes nothing: training has no test pass")
     if config.devices == "auto":  # a run is resumed with as many, on whatever machine
         from kelp.nn.training.team import count_devices
 

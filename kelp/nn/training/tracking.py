@@ -40,7 +40,9 @@ _CHATTY: Final = (
     "lightning.pytorch",
     "lightning.fabric",
     "optuna",
+    "timm",
 )
+_WARNERS: Final = r"(lightning|mlflow|alembic|sqlalchemy|optuna)\b"
 _SERVERS: Final = ("http", "https", "databricks", "databricks-uc")
 _LOCK: Final = ".mlflow.lock"
 _PRUNED: Final = "kelp.pruned"
@@ -76,7 +78,7 @@ def quiet_libraries(track: bool = True) -> Iterator[None]:
     """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        warnings.filterwarnings("ignore", module=_WARNERS)
         libraries = ("lightning.pytorch", "mlflow") if track else ("lightning.pytorch",)
         for library in libraries:  # they set their loggers when imported
             importlib.import_module(library)

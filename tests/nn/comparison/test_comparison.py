@@ -20,12 +20,12 @@ from kelp.config import CompareConfig, ExportConfig
 from kelp.errors import BundleError, ConfigError, InputError, TableError
 from kelp.evaluation.confusion import Figures
 from kelp.evaluation.thresholds import best_threshold, pixels_by_code, precision_by_code
-from kelp.nn import model
 from kelp.nn.bundle import load_bundle
 from kelp.nn.comparison.fields import FIELDS
 from kelp.nn.comparison.scenes import labelled_scenes
 from kelp.nn.comparison.sums import FIGURES, Draws, Sums, interval, sums_of
 from kelp.nn.comparison.ways import Runtime, majority
+from kelp.nn.model import ARCHITECTURES
 from kelp.raster.masks import read_mask
 from kelp.raster.probability import CODES
 from kelp.raster.scene import read_scene
@@ -179,7 +179,7 @@ def test_an_interval_of_little_is_not_told():
 
 
 def compare(folder, monkeypatch, body, bundle=None, **options):
-    monkeypatch.setattr(model, "_build_body", lambda spec: body(spec.channels))
+    monkeypatch.setitem(ARCHITECTURES, "unet", lambda spec: body(spec.channels))
     values = {
         "data_dir": folder / "images",
         "gt_dir": folder / "masks",
@@ -195,7 +195,7 @@ def compare(folder, monkeypatch, body, bundle=None, **options):
 
 def test_where_slicing_cannot_help_the_command_says_not_to(labelled, monkeypatch, capsys):
     """A network that decides pixel by pixel, at the scale of the scene."""
-    monkeypatch.setattr(model, "_build_body", lambda spec: PixelBody(spec.channels))
+    monkeypatch.setitem(ARCHITECTURES, "unet", lambda spec: PixelBody(spec.channels))
     bundle = tiny_bundle(labelled / "bundle", resize_strategy="pad", image_size=32)
     code = main(
         [
@@ -395,7 +395,7 @@ def test_recall_at_the_precision_of_the_whole_image_and_every_field_is_told(labe
 
 
 def test_two_bundles_and_scenes_too_large_for_one_pass(labelled, monkeypatch, caplog):
-    monkeypatch.setattr(model, "_build_body", lambda spec: Shy(spec.channels))
+    monkeypatch.setitem(ARCHITECTURES, "unet", lambda spec: Shy(spec.channels))
     pair = (
         tiny_bundle(labelled / "other", resize_strategy="pad", image_size=32),
         tiny_bundle(labelled / "bundle2"),
@@ -412,7 +412,7 @@ def test_two_bundles_and_scenes_too_large_for_one_pass(labelled, monkeypatch, ca
 
 
 def test_with_both_kinds_of_networks_it_tells_what_to_train_on(labelled, monkeypatch):
-    monkeypatch.setattr(model, "_build_body", lambda spec: Shy(spec.channels))
+    monkeypatch.setitem(ARCHITECTURES, "unet", lambda spec: Shy(spec.channels))
     whole = tiny_bundle(labelled / "whole", sahi=False, resize_strategy="pad", image_size=128)
     pair = (whole, tiny_bundle(labelled / "tiles"))
     advice = compare(labelled, monkeypatch, Shy, run_dir=pair).advice
@@ -428,7 +428,7 @@ def test_with_both_kinds_of_networks_it_tells_what_to_train_on(labelled, monkeyp
 
 
 def test_wrong_input_is_one_line(labelled, monkeypatch, capfd):
-    monkeypatch.setattr(model, "_build_body", lambda spec: PixelBody(spec.channels))
+    monkeypatch.setitem(ARCHITECTURES, "unet", lambda spec: PixelBody(spec.channels))
     bundle = tiny_bundle(labelled / "bundle")
     config = {"data_dir": labelled / "images", "gt_dir": labelled / "masks", "run_dir": (bundle,)}
     config |= {"output_dir": labelled / "out"}
@@ -463,7 +463,7 @@ def test_wrong_input_is_one_line(labelled, monkeypatch, capfd):
 @pytest.fixture
 def fold(tmp_path, monkeypatch):
     """Six images in two folds, their table of tiles, and what makes a bundle of a run on either."""
-    monkeypatch.setattr(model, "_build_body", lambda spec: PixelBody(spec.channels))
+    monkeypatch.setitem(ARCHITECTURES, "unet", lambda spec: PixelBody(spec.channels))
     world = make_world(tmp_path, n_train=6, n_test=1)
     rows = pd.read_parquet(world.table)
     rows = rows[rows["original_split"] == "train"]

@@ -16,7 +16,6 @@ from kelp.cli import main
 from kelp.config import PredictConfig, TuneConfig
 from kelp.errors import ConfigError, InputError
 from kelp.evaluation.thresholds import parts_of
-from kelp.nn import model
 from kelp.nn.bundle import describe_bundle, load_bundle, read_spec
 from kelp.nn.comparison.counted import (
     EDGES,
@@ -29,6 +28,7 @@ from kelp.nn.comparison.counted import (
     dice,
 )
 from kelp.nn.comparison.sums import Draws
+from kelp.nn.model import ARCHITECTURES
 from kelp.raster.masks import read_mask, read_probability
 from kelp.raster.writer import write_mask
 
@@ -276,7 +276,7 @@ class Sure(PixelBody):
 
 
 def test_a_temperature_that_calibrates_no_better_is_not_kept(labelled, monkeypatch, caplog):
-    monkeypatch.setattr(model, "_build_body", lambda spec: Sure(spec.channels))
+    monkeypatch.setitem(ARCHITECTURES, "unet", lambda spec: Sure(spec.channels))
     run = tiny_bundle(labelled / "bundle")
     with caplog.at_level("INFO", "kelp"):
         one = tune(labelled, run).tuned[0]

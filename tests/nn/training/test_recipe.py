@@ -14,8 +14,8 @@ from kelp.config import TrainConfig
 from kelp.config.base import read_yaml
 from kelp.errors import ConfigError
 from kelp.inference.arrays import cut
-from kelp.nn import model
 from kelp.nn.bundle import load_bundle
+from kelp.nn.model import ARCHITECTURES
 from kelp.nn.training.plan import network_spec
 from kelp.raster.masks import read_mask
 
@@ -74,7 +74,7 @@ class Sizes(torch.nn.Module):
 @pytest.fixture
 def sizes(monkeypatch, tmp_path):
     body = Sizes()
-    monkeypatch.setattr(model, "_build_body", lambda spec: body)
+    monkeypatch.setitem(ARCHITECTURES, "unet", lambda spec: body)
     return body, load_bundle(tiny_bundle(tmp_path / "bundle", **RECIPE))
 
 

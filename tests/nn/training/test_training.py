@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -220,6 +221,11 @@ def test_mlflow_knows_the_run(run):
     for name in ("train/loss", "val/loss", "val/dice", "val/iou", "val/precision", "lr"):
         curve = [(m.step, m.value) for m in mlflow.get_metric_history(result.run_id, name)]
         assert curve == [(i + 1, metrics[name]) for i, metrics in enumerate(history)]
+
+
+def test_warnings_of_others_than_the_libraries_are_seen():
+    with quiet_libraries(), pytest.warns(RuntimeWarning, match="overflow"):
+        np.float32(1e38) * np.float32(10)
 
 
 def test_progress_ends_once(run):
@@ -598,7 +604,9 @@ def test_compiled_networks_are_the_same_and_what_fails_is_said(configure, monkey
         torch.nn.Module, "compile", lambda self, mode: compiled.append((type(self), mode))
     )
     monkeypatch.setattr(torch, "compile", lambda function: function)
-    result = train(configure(compile=True, compile_mode="max-autotune", fast_dev_run=True))
+    changes = {"compile_mode": "max-autotune", "limit_test_batches": 2, "fast_dev_run": True}
+    result = train(configure(compile=True, **changes))
+    assert len([line for line in caplog.messages if "--limit_test_batches" in line]) == 1
     assert [mode for _, mode in compiled] == ["max-autotune"]
     assert load_bundle(result.bundle)
 
@@ -645,10 +653,13 @@ def test_errors_come_before_a_run_is_opened(configure, tmp_path):
         assert not (config.output_dir / "kelp").exists()
 
 
-def test_the_monitor_mode_fits_the_metric(configure):
-    with pytest.raises(ConfigError, match="give --monitor_mode min"):
-        configure(monitor_metric="val/loss")
+def test_the_monitor_mode_follows_from_the_metric(configure):
+    assert configure().monitor_mode == "max"
+    assert configure(monitor_metric="val/loss").monitor_mode == "min"
     assert configure(monitor_metric="val/loss", monitor_mode="min")
+    for metric, mode in (("val/loss", "max"), ("val/dice", "min")):
+        with pytest.raises(ConfigError, match="give --monitor_mode"):
+            configure(monitor_metric=metric, monitor_mode=mode)
 
 
 def test_another_store_gets_a_copy(configure, empty_store, tmp_path, monkeypatch):
