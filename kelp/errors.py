@@ -1,17 +1,46 @@
 """Everything that can go wrong because of the user's input, as one small family.
 
 The library raises these; `kelp.cli` turns them into one line on stderr and exit status 2.
-A message names the cause (the file, the value) and the way out.
+A message names the cause (the file, the value) and the way out. It is written with options as
+flags (`--image_size 350`), which the command line shows; a Python caller reads parameters
+(`image_size=350`).
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+# A whole command stays as it is; the dashes of other programs' flags are within words, too.
+_FLAG = re.compile(
+    r"(kelp [a-z]+ )?(?<![\w-])--(\w+)(?![\w-])"
+    r"(?: (True|False|-?\d+(?:\.\d+)?(?:e-?\d+)?)(?![\w-]))?"
+)
+
+
+def _parameter(flag: re.Match[str]) -> str:
+    command, name, value = flag.groups()
+    if command:
+        return flag[0]
+    return name if value is None else f"{name}={value}"
 
 
 class KelpError(Exception):
     """Bad input or usage. The message is one line: what is wrong, where, and what to do."""
+
+    def __str__(self) -> str:
+        """The message for a Python caller: options as parameters."""
+        return _FLAG.sub(_parameter, self.message)
+
+    @property
+    def message(self) -> str:
+        """The message with options as flags, as the command line shows it."""
+        return super().__str__()
+
+    def __format__(self, spec: str) -> str:
+        """As written: an error that quotes another keeps its flags for the command line."""
+        return format(self.message, spec)
 
 
 class ConfigError(KelpError):

@@ -10,7 +10,7 @@ import yaml
 import kelp
 from kelp.cli import COMMANDS, config_class, main
 from kelp.config import PredictConfig, SliceConfig, TrainConfig
-from kelp.errors import ConfigError
+from kelp.errors import ConfigError, KelpError
 
 ROOT = Path(kelp.__file__).parent.parent
 
@@ -191,17 +191,37 @@ def test_importing_kelp_is_light():
 
 
 def test_python_users_get_the_same_errors():
-    with pytest.raises(ConfigError, match="--run_dir is missing"):
+    with pytest.raises(ConfigError, match="run_dir is missing"):
         PredictConfig(data_dir="d", output_dir="o")
-    with pytest.raises(ConfigError, match="there is no option --nonsense"):
+    with pytest.raises(ConfigError, match="there is no option nonsense"):
         SliceConfig(data_dir="d", metadata_fp="m", output_dir="o", nonsense=1)
     with pytest.raises(ConfigError, match="multiple of 32"):
         TrainConfig(data_dir="d", metadata_fp="m", output_dir="o", image_size=350)
 
 
+@pytest.mark.parametrize(
+    ("written", "parameters"),
+    [
+        ("--image_size 350 px: no", "image_size=350 px: no"),
+        ("only tiles; add --sahi True", "only tiles; add sahi=True"),
+        ("--lr 1e-05: too low", "lr=1e-05: too low"),
+        ("--weights: 3 weights", "weights: 3 weights"),
+        ("--gt_dir a-b--c", "gt_dir a-b--c"),
+        ("srun with --ntasks-per-node", "srun with --ntasks-per-node"),
+        ("go on with kelp train --resume_from", "go on with kelp train --resume_from"),
+        ("a name--like this", "a name--like this"),
+    ],
+)
+def test_python_users_read_parameters_and_the_command_line_flags(written, parameters):
+    error = KelpError(written)
+    assert (str(error), error.message) == (parameters, written)
+    quoted = KelpError(f"f.tif: {error}")
+    assert (str(quoted), quoted.message) == (f"f.tif: {parameters}", f"f.tif: {written}")
+
+
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "../a"])
 def test_an_experiment_is_a_plain_name(name):
-    with pytest.raises(ConfigError, match=r"--experiment .*: a plain name"):
+    with pytest.raises(ConfigError, match=r"experiment .*: a plain name"):
         TrainConfig(data_dir="d", metadata_fp="m", output_dir="o", experiment=name)
 
 

@@ -279,7 +279,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except click.ClickException as error:
         return _fail(error.format_message())
     except KelpError as error:
-        return _fail(str(error))
+        return _fail(error.message)
     except (KeyboardInterrupt, click.Abort):
         click.echo("kelp: stopped; nothing half-written was left under a final name", err=True)
         return 130

@@ -111,7 +111,7 @@ def survey_one(
             size, reading = scene.size, scene.reading
         digest = digest_of(remote.look(path) if isinstance(path, Url) else path)
     except KelpError as error:
-        return str(error)
+        return error.message
     return Task(path, output, size, reading, digest)
 
 

@@ -87,7 +87,7 @@ class Staging:
         """An error by the names that the user knows."""
         if not task.staged:
             return error
-        text = str(error)
+        text = error.message
         if isinstance(task.path, Url):
             text = text.replace(str(self._scene(task.path)), str(task.path))
         known = any(str(place) in text for place in (task.path, task.output.parent))

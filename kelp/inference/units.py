@@ -37,7 +37,7 @@ class Outcome:
 
     def note(self, task: Task, error: KelpError) -> None:
         """A scene failed."""
-        self.failures[task.path] = str(error)
+        self.failures[task.path] = error.message
         if isinstance(error, BusyError):
             self.busy += (task,)
 

@@ -213,7 +213,7 @@ def test_an_image_that_could_not_be_observed_is_named(data):
         write_tif(path, image)
         with opened(path, "r+") as dataset:
             dataset.descriptions = names
-        with pytest.raises(InputError, match=rf"AC_satellite\.tif: {said} .*--band_order"):
+        with pytest.raises(InputError, match=rf"AC_satellite\.tif: {said} .*band_order"):
             run(data)
 
 
@@ -224,7 +224,7 @@ def test_the_order_of_bands_can_be_given(data):
         write_tif(
             path, read_tif(path)[::-1], crs="EPSG:32610", transform=Affine(30, 0, 5, 0, -30, 9)
         )
-    with pytest.raises(InputError, match="name them with --band_order"):
+    with pytest.raises(InputError, match="name them with band_order"):
         run(data)
     pd.testing.assert_frame_equal(run(data, band_order=order, workers=2)[1], expected)
 
@@ -255,7 +255,7 @@ def test_masks_of_0_and_255_are_refused_unless_255_is_said_to_be_kelp(data):
     wanted = run(data)[1]
     for path in sorted((data / "train/masks").glob("*.tif")):
         write_tif(path, np.where(read_tif(path) == 1, 255, 0).astype(np.uint8))
-    with pytest.raises(InputError, match=r"holds 0 and 255 only .*--kelp_value 255"):
+    with pytest.raises(InputError, match=r"holds 0 and 255 only .*kelp_value=255"):
         run(data)
     pd.testing.assert_frame_equal(run(data, kelp_value=255)[1], wanted)
 

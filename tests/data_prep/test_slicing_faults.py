@@ -71,7 +71,7 @@ def test_masks_of_0_and_255_are_refused_unless_255_is_said_to_be_kelp(tmp_path):
     wanted = {path.name: path.read_bytes() for path in tiles.iterdir()}
     for path in (world.train_dir / "masks").iterdir():
         write_tif(path, np.where(read_tif(path) == 1, 255, 0).astype(np.uint8))
-    with pytest.raises(InputError, match=r"holds 0 and 255 only .*--kelp_value 255"):
+    with pytest.raises(InputError, match=r"holds 0 and 255 only .*kelp_value=255"):
         slice_dataset(config(world))
     slice_dataset(config(world, kelp_value=255))
     assert {path.name: path.read_bytes() for path in tiles.iterdir()} == wanted
@@ -121,7 +121,7 @@ def test_bad_tables_are_named(tmp_path):
     table.to_parquet(world.table, index=False)
     (world.train_dir / "masks" / "TR000001_kelp.tif").unlink()
     fails(table, r"TR000001_kelp\.tif: no such file, but .*\.parquet has a row for it")
-    with pytest.raises(ConfigError, match=r"--output_dir .* is --data_dir"):
+    with pytest.raises(ConfigError, match=r"output_dir .* is data_dir"):
         slice_dataset(config(world, output_dir=world.train_dir))
 
 

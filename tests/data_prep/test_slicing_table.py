@@ -172,5 +172,5 @@ def test_tiles_with_little_to_see_are_left_out(tmp_path):
     assert list(table["x"]) == [0]
     assert result.left_out == 2
     assert [p.name for p in (tmp_path / "out" / "images").iterdir()] == ["A_satellite_0_0.tif"]
-    with pytest.raises(InputError, match=r"--min_valid_fraction 0\.9: no tile"):
+    with pytest.raises(InputError, match=r"min_valid_fraction=0\.9: no tile"):
         slice_dataset(SliceConfig(**options, image_size=16, min_valid_fraction=0.9))

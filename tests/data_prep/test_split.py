@@ -81,7 +81,7 @@ def test_a_link_of_a_link_is_the_file_itself(tmp_path):
 
 def test_bad_input_is_named(tmp_path):
     world = make_world(tmp_path)
-    with pytest.raises(TableError, match=r"no fold 2; --cv_split lies between 0 and 1"):
+    with pytest.raises(TableError, match=r"no fold 2; cv_split lies between 0 and 1"):
         split_fold(config(world, cv_split=2))
     with pytest.raises(ConfigError, match="holds the training images"):
         split_fold(config(world, output_dir=world.train_dir))

@@ -299,7 +299,7 @@ def test_a_band_without_any_pixel_is_announced(tmp_path, caplog):
 def test_wrong_use_is_explained(folder, tmp_path):
     root, ids, _ = folder
     options = settings_of(data_dir=root, output_dir=tmp_path / "out")
-    with pytest.raises(ConfigError, match="--cv_split needs --metadata_fp"):
+    with pytest.raises(ConfigError, match="cv_split needs metadata_fp"):
         compute_stats(StatsConfig(**options, cv_split=1))
     with pytest.raises(ConfigError, match="did you mean NDVI"):
         compute_stats(StatsConfig(**{**options, "spectral_indices": "NDV"}))
@@ -387,9 +387,9 @@ def test_a_file_must_fit_the_run(tmp_path):
     file.check(("NIR", "NDVI"), SETTINGS, path)
     with pytest.raises(StatsError, match=r"s\.json: lacks the channel SABI"):
         file.check(("NIR", "SABI"), SETTINGS, path)
-    with pytest.raises(StatsError, match="--index_input dn, this run has reflectance"):
+    with pytest.raises(StatsError, match="index_input dn, this run has reflectance"):
         file.check(("NDVI",), IndexSettings("reflectance"), path)
-    with pytest.raises(StatsError, match="--mask_using_qa True, this run has False"):
+    with pytest.raises(StatsError, match="mask_using_qa=True, this run has False"):
         file.check(("NDVI",), IndexSettings(mask_using_qa=False), path)
     # Without index channels the settings change nothing.
     file.check(("NIR", "QA"), IndexSettings("dn", False, False), path)

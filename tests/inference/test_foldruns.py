@@ -173,7 +173,7 @@ def test_stopped_in_the_middle_of_a_fold_it_goes_on_with_its_last_epoch(options,
         )
         name = "weights.safetensors"
         assert (ours / name).read_bytes() == (theirs / name).read_bytes()
-    with pytest.raises(ConfigError, match=r"--epochs 3: the folds of .* have 2"):
+    with pytest.raises(ConfigError, match=r"epochs=3: the folds of .* have 2"):
         train_folds(config.model_copy(update={"resume_from": parent, "epochs": 3}))
     with pytest.raises(BundleError, match="the parent of runs of all folds; name one of them"):
         kelp.load_bundle(parent)

@@ -89,9 +89,9 @@ def test_weights_say_whose_vote_and_threshold_count(tmp_path):
         np.testing.assert_array_equal(read_tif(path), read_tif(tmp_path / "weighed" / path.name))
     again = predict(tmp_path / "s", (a, b), tmp_path / "weighed", weights=(1, 3), **options)
     assert (weighed.made, again.made) == (1, 1)
-    with pytest.raises(ConfigError, match="--weights: 3 weights for 2 networks"):
+    with pytest.raises(ConfigError, match="weights: 3 weights for 2 networks"):
         predict(tmp_path / "s", (a, b), tmp_path / "no", weights=(1, 1, 1))
-    with pytest.raises(ConfigError, match="--weights: none may be negative"):
+    with pytest.raises(ConfigError, match="weights: none may be negative"):
         predict(tmp_path / "s", (a, b), tmp_path / "no", weights=(1, -1))
 
 

@@ -66,7 +66,7 @@ def test_sizes_are_read(text, size):
 def test_what_is_no_size_is_refused(text):
     with pytest.raises(ValueError, match=r"as in 2GB, 800MB or 1\.5GiB"):
         parse_bytes(text)
-    with pytest.raises(ConfigError, match=f"--max_memory.*{re.escape(repr(text))}") as error:
+    with pytest.raises(ConfigError, match=f"max_memory.*{re.escape(repr(text))}") as error:
         PredictConfig(data_dir="d", run_dir="r", output_dir="o", max_memory=text)
     assert "\n" not in str(error.value)
 
@@ -197,7 +197,7 @@ def test_the_smallest_budget_that_is_named_works(case):
     budget = smallest(*case)
     fitted = fit_memory(plan, budget, scenes, slicing, network)
     assert fitted.memory <= budget
-    with pytest.raises(ConfigError, match="--max_memory"):
+    with pytest.raises(ConfigError, match="max_memory"):
         fit_memory(plan, int(budget * 0.9) - 1000, scenes, slicing, network)
 
 

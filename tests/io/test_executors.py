@@ -79,7 +79,7 @@ list(spread(open_dataset, [Path("no.tif")] * 2, {workers}))
 
 
 def test_a_killed_worker_is_one_line_not_a_hang():
-    with pytest.raises(KelpError, match=r"a worker process was killed.*--workers 1"):
+    with pytest.raises(KelpError, match=r"a worker process was killed.*workers=1"):
         list(spread(die_at_five, range(100), 2))
 
 

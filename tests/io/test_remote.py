@@ -461,7 +461,7 @@ def test_locations():
     with pytest.raises(InputError, match="s3://bucket/scenes: a local path is wanted"):
         local(url)
     for wrong in (Path("s3://bucket/scenes"), 3):
-        with pytest.raises(ConfigError, match="--data_dir: a"):
+        with pytest.raises(ConfigError, match="data_dir: a"):
             PredictConfig(data_dir=wrong, output_dir="o", run_dir="r")
     config = PredictConfig(data_dir="s3://b/a", output_dir=Path("o"), run_dir="r")
     assert PredictConfig(**config.model_dump(mode="json")) == config

@@ -274,7 +274,7 @@ def test_every_architecture_builds_and_runs(architecture):
 def test_wrong_networks_are_named():
     with pytest.raises(ConfigError, match="did you mean tu-efficientnet_b5"):
         KelpNet(plain(encoder="efficientnet-b5"))
-    with pytest.raises(ConfigError, match=r"--encoder tu-resnet9000.*did you mean"):
+    with pytest.raises(ConfigError, match=r"encoder tu-resnet9000.*did you mean"):
         KelpNet(plain(encoder="tu-resnet9000"))
     with pytest.raises(ConfigError, match="fpn has no such setting"):
         KelpNet(plain(architecture="fpn", decoder_channels=(64, 32, 16)))
@@ -330,7 +330,7 @@ def hub_cache(tmp_path, monkeypatch):
 
 def test_a_hub_that_does_not_answer_is_not_waited_for(hub_cache):
     started = time.monotonic()
-    with pytest.raises(WeightsError, match=r"--encoder_weights FILE.*--pretrained False"):
+    with pytest.raises(WeightsError, match=r"encoder_weights FILE.*pretrained=False"):
         load_pretrained(KelpNet(plain()), "imagenet")
     assert time.monotonic() - started < 15  # its own retries take 23 s
     assert not constants.HF_HUB_OFFLINE

@@ -86,7 +86,7 @@ def test_files_are_named_and_may_be_laid_on_each_other_on_request(tmp_path):
     write_mask(wrong, mask, Georeference(UTM, NORTH_UP @ Affine.translation(2, 0)))
     with pytest.raises(InputError, match=r"wrong\.tif does not .* of .*right\.tif: it is shifted"):
         require_same_grid(right, wrong)
-    with pytest.raises(InputError, match="--ignore_georeference"):
+    with pytest.raises(InputError, match="ignore_georeference"):
         require_same_grid(right, wrong)
     assert require_same_grid(right, wrong, ignore_georeference=True).shape == (4, 5)
     assert require_same_grid(right, right).georeference == Georeference(UTM, NORTH_UP)

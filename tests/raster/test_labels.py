@@ -65,13 +65,13 @@ def test_a_data_set_of_0_and_255_is_refused(tmp_path):
     masks = [
         write(tmp_path / f"{k}_kelp.tif", np.uint8([[0, 0], [0, 255 * (k > 0)]])) for k in range(3)
     ]
-    with pytest.raises(InputError, match=r"1_kelp\.tif: .* none of the 3 masks .*--kelp_value 255"):
+    with pytest.raises(InputError, match=r"1_kelp\.tif: .* none of the 3 masks .*kelp_value=255"):
         require_kelp_value(masks)
     require_kelp_value(masks, kelp_value=255)
     require_kelp_value(masks[:1])  # no kelp, all of it seen: that may be
     tagged = write(tmp_path / "tagged_kelp.tif", np.uint8([0, 255]), 255)
     require_kelp_value([tagged])
-    with pytest.raises(InputError, match="--kelp_value"):
+    with pytest.raises(InputError, match="kelp_value"):
         require_kelp_value([*masks, tagged])
     kelp = write(tmp_path / "kelp_kelp.tif", np.uint8([0, 1]))
     require_kelp_value([*masks, kelp])
@@ -80,7 +80,7 @@ def test_a_data_set_of_0_and_255_is_refused(tmp_path):
 def test_a_mask_longer_than_what_is_read_at_once(tmp_path):
     values = np.zeros((1200, 3), np.uint8)
     values[600:610] = 255
-    with pytest.raises(InputError, match="--kelp_value 255"):
+    with pytest.raises(InputError, match="kelp_value=255"):
         require_kelp_value([write(tmp_path / "a_kelp.tif", values)])
     values[1199, 2] = 1
     require_kelp_value([write(tmp_path / "b_kelp.tif", values)])

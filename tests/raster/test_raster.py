@@ -75,9 +75,9 @@ def test_georeferenced_and_shuffled_files_read_the_same(tmp_path, raw):
 
 def test_unnamed_bands_with_a_crs_are_refused(tmp_path, raw):
     path = write(tmp_path / "u.tif", raw, **UTM.profile)
-    with pytest.raises(InputError, match=r"u\.tif.*--band_order"):
+    with pytest.raises(InputError, match=r"u\.tif.*band_order"):
         Scene(path)
-    with pytest.raises(InputError, match="7 bands, --band_order names 2"):
+    with pytest.raises(InputError, match="7 bands, band_order names 2"):
         Scene(path, ("R", "G"))
     with pytest.raises(ConfigError, match="unknown band 'X'"):
         Scene(path, ("SWIR", "NIR", "R", "G", "B", "QA", "X"))

@@ -264,7 +264,7 @@ def _range(name: str, entry: dict[str, Any]) -> Range:
 def _typed(name: str, value: Any) -> Value:
     """A value as `kelp train` reads it, and as Optuna and YAML keep it."""
     field = TrainConfig.model_fields[name]
-    kind: Any = Annotated[field.annotation, field]
+    kind: Any = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
     typed = TypeAdapter[Any](kind).validate_python(value)
     if isinstance(typed, tuple):
         return ",".join(map(str, typed))

@@ -28,7 +28,7 @@ def main() -> NoReturn:
     try:
         _follow(order, lambda: say({"ready": True}))
     except KelpError as error:
-        say({"error": type(error).__name__, "message": str(error)})
+        say({"error": type(error).__name__, "message": error.message})
         _end(2)
     except BaseException:  # noqa: BLE001
         traceback.print_exc()

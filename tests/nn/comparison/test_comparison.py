@@ -432,15 +432,15 @@ def test_wrong_input_is_one_line(labelled, monkeypatch, capfd):
     bundle = tiny_bundle(labelled / "bundle")
     config = {"data_dir": labelled / "images", "gt_dir": labelled / "masks", "run_dir": (bundle,)}
     config |= {"output_dir": labelled / "out"}
-    with pytest.raises(ConfigError, match=r"--overlaps 32: must lie between 0 and 31 px"):
+    with pytest.raises(ConfigError, match=r"overlaps=32: must lie between 0 and 31 px"):
         kelp.compare(CompareConfig(**config, overlaps=(32,)))
     model_file = labelled / "model.onnx"
     kelp.export(ExportConfig(run_dir=bundle, output_path=model_file))
     with pytest.raises(ConfigError, match="name the run it was exported from"):
         kelp.compare(CompareConfig(**{**config, "run_dir": (model_file,)}))
-    with pytest.raises(ConfigError, match="--run_dir is missing"):
+    with pytest.raises(ConfigError, match="run_dir is missing"):
         kelp.compare(CompareConfig(**{**config, "run_dir": ()}))
-    with pytest.raises(ConfigError, match="--largest_pass 32: no way shows a network so little"):
+    with pytest.raises(ConfigError, match="largest_pass=32: no way shows a network so little"):
         kelp.compare(CompareConfig(**config, largest_pass=32))
     truth = labelled / "masks" / "K03_kelp.tif"
     write_mask(truth, np.zeros((90, 100), np.uint8))
@@ -542,7 +542,7 @@ def test_runs_that_share_no_fold_are_refused(fold, tmp_path_factory):
     rows.loc[rows["tile_id"] == "TR000002", "split_0"] = "train"  # held out by one of them only
     rows.to_parquet(fold.root / "processed" / "dealt.parquet")
     dealt = fold.run("dealt", table=fold.root / "processed" / "dealt.parquet")
-    with pytest.raises(ConfigError, match="--data_dir and --gt_dir, of images that no run was"):
+    with pytest.raises(ConfigError, match="data_dir and gt_dir, of images that no run was"):
         scenes_of(first, dealt)
     elsewhere = make_world(tmp_path_factory.mktemp("elsewhere"), n_train=2)
     training = {"data_dir": str(elsewhere.data_dir), "metadata_fp": str(elsewhere.table)}
@@ -561,7 +561,7 @@ def test_a_fold_that_moved_is_one_line(fold, capfd):
     assert str(fold.world.table) in line
     assert line.endswith("give labelled scenes as --data_dir and --gt_dir")
     fold.world.table.unlink()
-    with pytest.raises(TableError, match=r"no such table; .*or give labelled scenes as --data_dir"):
+    with pytest.raises(TableError, match=r"no such table; .*or give labelled scenes as data_dir"):
         scenes_of(run)
     with pytest.raises(BundleError, match="does not tell what it was trained on; give labelled"):
         scenes_of(tiny_bundle(fold.root / "unknown"))
@@ -588,7 +588,7 @@ def test_the_command_needs_no_folders_and_scores_other_labels_beside(fold):
     assert 0 < figures["pooled_dice_of_labels"]["value"] < figures["pooled_dice"]["value"]
     assert "fold 0 of" in (out / "report.html").read_text()
     (labels / "TR000002_kelp.tif").unlink()
-    with pytest.raises(InputError, match="masks as --labels_dir"):
+    with pytest.raises(InputError, match="masks as labels_dir"):
         scenes_of(run, labels_dir=labels)
 
 

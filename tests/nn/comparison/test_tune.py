@@ -295,5 +295,5 @@ def test_wrong_input(labelled, run, capsys):
     with pytest.raises(InputError, match="no kelp to be seen in any scene"):
         tune(labelled, run)
     assert read_spec(run) == before
-    with pytest.raises(ConfigError, match="--run_dir is missing"):
+    with pytest.raises(ConfigError, match="run_dir is missing"):
         tune(labelled, run, run_dir=())

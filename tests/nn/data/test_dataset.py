@@ -270,9 +270,9 @@ def test_training_shape(world, sliced):
 
 
 def test_sahi_and_the_table_must_agree(world, sliced):
-    with pytest.raises(ConfigError, match=r"--sahi True: .* is no table of tiles"):
+    with pytest.raises(ConfigError, match=r"sahi=True: .* is no table of tiles"):
         read_fold(images_config(world).model_copy(update={"sahi": True}))
-    with pytest.raises(ConfigError, match="is a table of tiles: add --sahi True"):
+    with pytest.raises(ConfigError, match="is a table of tiles: add sahi=True"):
         read_fold(config_of(sliced[True], sahi=False))
 
 
@@ -559,7 +559,7 @@ def test_masks_are_checked_before_a_training(tmp_path):
     wanted = targets(named)
     for path in (world.train_dir / "masks").iterdir():
         write_tif(path, np.where(read_tif(path) == 1, 255, 0).astype(np.uint8))
-    with pytest.raises(InputError, match=r"holds 0 and 255 only .*--kelp_value 255"):
+    with pytest.raises(InputError, match=r"holds 0 and 255 only .*kelp_value=255"):
         require_bands(read_fold(named), named)
     named = named.model_copy(update={"kelp_value": 255})
     require_bands(read_fold(named), named)

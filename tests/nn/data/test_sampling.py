@@ -66,8 +66,8 @@ def test_validation_batches_are_those_of_one_process(rows, count, size, limit):
 @pytest.mark.parametrize(
     ("draws", "size", "cause"),
     [
-        (3, 8, "fewer than the 4 processes; give fewer --devices"),
-        (5, 1, "do not go round 4 processes one by one; give --batch_size 2"),
+        (3, 8, "fewer than the 4 processes; give fewer devices"),
+        (5, 1, "do not go round 4 processes one by one; give batch_size=2"),
     ],
 )
 def test_too_few_samples_are_refused(draws, size, cause):

@@ -63,7 +63,7 @@ def test_one_that_is_killed_is_named_in_one_line(start):
     with start('say({"ready": True})\ntime.sleep(60)') as crew:
         crew.wait()
         crew.helpers[0].process.kill()
-        with pytest.raises(ProcessError, match=r"process 2 of 2 was killed.*--resume_from RUN$"):
+        with pytest.raises(ProcessError, match=r"process 2 of 2 was killed.*resume_from RUN$"):
             crew.check(5)
 
 
@@ -143,7 +143,7 @@ def test_torchrun_tells_the_rank(monkeypatch):
     for changes in ({}, {"devices": 3}, {"devices": 2, "num_nodes": 2}):
         with pytest.raises(ConfigError, match="torchrun has started 2 processes"):
             form_team(config(**changes), CPU)
-    with pytest.raises(ConfigError, match="--cv_split all: torchrun"):
+    with pytest.raises(ConfigError, match="cv_split all: torchrun"):
         form_team(config(devices=2, cv_split="all"), CPU)
 
 
@@ -168,7 +168,7 @@ def test_a_batch_script_without_srun_starts_its_own(monkeypatch):
 
 
 def test_several_machines_need_a_launcher():
-    with pytest.raises(ConfigError, match=r"--num_nodes 2: .*torchrun or srun"):
+    with pytest.raises(ConfigError, match=r"num_nodes=2: .*torchrun or srun"):
         form_team(config(num_nodes=2), CPU)
 
 
@@ -176,7 +176,7 @@ def test_more_gpus_than_there_are(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     cuda = torch.device("cuda")
     assert form_team(config(devices="auto"), cuda).count == 2
-    with pytest.raises(ConfigError, match="--devices 3: torch sees 2 GPUs"):
+    with pytest.raises(ConfigError, match="devices=3: torch sees 2 GPUs"):
         form_team(config(devices=3), cuda)
 
 
@@ -191,5 +191,5 @@ def test_auto_is_recorded_as_a_number(monkeypatch):
 
 def test_the_helper_is_a_program():
     assert sys.modules[helpers.__name__]._MODULE == "kelp.nn.training.helper"
-    with pytest.raises(ConfigError, match="--devices"):
+    with pytest.raises(ConfigError, match="devices"):
         config(devices=0)

@@ -426,8 +426,8 @@ def test_the_moving_average_by_hand(configure, monkeypatch):
     [
         ({"swa": True, "ema_decay": 0.9}, "keep one"),
         ({"swa": True, "swa_epoch_start": 4}, "has 3 epochs"),
-        ({"swa": True, "precision": "bf16-true"}, "give --precision bf16-mixed"),
-        ({"ema_decay": 0.9, "precision": "16-true"}, "give --precision 16-mixed"),
+        ({"swa": True, "precision": "bf16-true"}, "give precision bf16-mixed"),
+        ({"ema_decay": 0.9, "precision": "16-true"}, "give precision 16-mixed"),
     ],
 )
 def test_averages_that_cannot_be(configure, changes, cause):
@@ -473,11 +473,11 @@ def test_a_run_stopped_while_it_is_opened_is_no_run_yet(configure, monkeypatch):
 
 def test_resuming_needs_the_runs_settings(run, configure, tmp_path):
     _, result, _ = run
-    with pytest.raises(ConfigError, match=r"--lr 0\.1: the run to resume has 0\.003"):
+    with pytest.raises(ConfigError, match=r"lr=0\.1: the run to resume has 0\.003"):
         train(configure(resume_from=result.run_dir, lr=0.1, save_top_k=2))
     with pytest.raises(InputError, match="no run folder"):
         train(configure(resume_from=tmp_path))
-    with pytest.raises(InputError, match="give its own --output_dir"):
+    with pytest.raises(InputError, match="give its own output_dir"):
         train(configure(resume_from=result.run_dir, save_top_k=2))
     checkpoint = tmp_path / "run" / "artifacts" / "checkpoints" / "last.ckpt"
     shutil.copytree(result.run_dir, tmp_path / "run")
@@ -488,7 +488,7 @@ def test_resuming_needs_the_runs_settings(run, configure, tmp_path):
 
 def test_divergence_is_an_error_and_a_failed_run(configure):
     config = configure(lr=1e30, lr_scheduler="none", loss="bce")
-    with pytest.raises(ConfigError, match=r"diverged.*lower --lr"):
+    with pytest.raises(ConfigError, match=r"diverged.*lower lr"):
         train(config)
     run_dir = only_run(config)
     assert client(config.output_dir).get_run(run_dir.name).info.status == "FAILED"
@@ -525,7 +525,7 @@ def test_early_stopping(configure):
 def test_a_training_that_found_nothing_is_refused(configure):
     blind = {"lr": 1e-30, "lr_scheduler": "none", "optimizer": "sgd", "epochs": 1, "min_dice": 0.9}
     config = configure(**blind)
-    with pytest.raises(TrainingError, match=r"found nothing: Dice 0\.\d+ .*--min_dice 0$"):
+    with pytest.raises(TrainingError, match=r"found nothing: Dice 0\.\d+ .*min_dice=0$"):
         train(config)
     (run_dir,) = (path for path in (config.output_dir / "kelp").iterdir() if path.is_dir())
     bundles = {path.name for path in (run_dir / "artifacts").glob("bundle*")}
@@ -636,7 +636,7 @@ def test_a_given_statistics_file_is_used_and_kept_as_it_is(configure, world, tmp
     assert (bundle.path / stats.name).read_bytes() == stats.read_bytes()
     notices = [line for line in caplog.messages if "validation rows" in line]
     assert len(notices) == 1
-    with pytest.raises(StatsError, match="--mask_using_qa"):
+    with pytest.raises(StatsError, match="mask_using_qa"):
         train(configure(dataset_stats_fp=stats, spectral_indices="NDVI", mask_using_qa=False))
 
 
@@ -658,7 +658,7 @@ def test_the_monitor_mode_follows_from_the_metric(configure):
     assert configure(monitor_metric="val/loss").monitor_mode == "min"
     assert configure(monitor_metric="val/loss", monitor_mode="min")
     for metric, mode in (("val/loss", "max"), ("val/dice", "min")):
-        with pytest.raises(ConfigError, match="give --monitor_mode"):
+        with pytest.raises(ConfigError, match="give monitor_mode"):
             configure(monitor_metric=metric, monitor_mode=mode)
 
 
@@ -728,7 +728,7 @@ def test_autocast_is_for_mixed_formats_only():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_a_gpu_that_is_not_there_is_an_error():
-    with pytest.raises(ConfigError, match="--device cuda"):
+    with pytest.raises(ConfigError, match="device cuda"):
         device.resolve_device("cuda")
     assert device.resolve_device("auto").type == "cpu"
 
