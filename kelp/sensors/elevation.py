@@ -32,6 +32,9 @@ _CORNER: Final = re.compile(
     r"(?<![A-Za-z])([NS])(\d{2})(?:_00)?_?([EW])(\d{3})(?!\d)", re.IGNORECASE
 )
 """The south-west corner that names of one-degree tiles hold: GLO-30, SRTM, ASTER."""
+_CELL: Final = (64, 1024)
+"""Rows and columns that are warped at a time, always at the same places: GDAL interpolates between
+the corners of what it warps, and a pixel must not depend on which window was asked for."""
 _SAMPLES: Final = 64
 """Points a side at which the scene's cover is looked at."""
 
@@ -81,6 +84,7 @@ class Elevation:
         self._crs, self._affine = CRS.from_user_input(crs), affine
         self.sea_where_absent = sea_where_absent
         self._stack = ExitStack()
+        self._cells: dict[Tile, NDArray[np.float32]] = {}
         try:
             opened = [self._open(file) for file in self._candidates()]
             self._tiles = [tile for tile in opened if tile is not None]
@@ -100,6 +104,28 @@ class Elevation:
 
     def read(self, tile: Tile) -> NDArray[np.float32]:
         """A window inside the scene: metres, NaN = unknown, shape `(height, width)`."""
+        out = np.empty((tile.height, tile.width), dtype=np.float32)
+        rows, columns = _CELL
+        for y in range(tile.y // rows * rows, tile.bottom, rows):
+            for x in range(tile.x // columns * columns, tile.right, columns):
+                cell = Tile(y, x, rows, columns).clipped(self.shape)
+                top, left = max(y, tile.y), max(x, tile.x)
+                bottom, right = min(cell.bottom, tile.bottom), min(cell.right, tile.right)
+                out[top - tile.y : bottom - tile.y, left - tile.x : right - tile.x] = self._cell(
+                    cell
+                )[top - y : bottom - y, left - x : right - x]
+        return out
+
+    def _cell(self, cell: Tile) -> NDArray[np.float32]:
+        """A cell of the scene's grid, kept until the rows below are read."""
+        if cell not in self._cells:
+            across = -(-self.shape[1] // _CELL[1])
+            while len(self._cells) > 3 * across:
+                del self._cells[next(iter(self._cells))]
+            self._cells[cell] = self._warped(cell)
+        return self._cells[cell]
+
+    def _warped(self, tile: Tile) -> NDArray[np.float32]:
         out = np.full((tile.height, tile.width), np.nan, dtype=np.float32)
         window = Window(tile.x, tile.y, tile.width, tile.height)
         near = [one for one in self._tiles if _meets(one.box, tile)]

@@ -225,7 +225,7 @@ class CloudMask:
         self._dataset = WarpedVRT(
             self._file, crs=crs, transform=affine, height=shape[0], width=shape[1],
             resampling=Resampling.nearest, src_nodata=_UNKNOWN if tag in (None, 0) else tag,
-            nodata=_UNKNOWN, dtype="float32",
+            nodata=_UNKNOWN, dtype="float32", tolerance=0,
         )  # fmt: skip
 
     def close(self) -> None:
