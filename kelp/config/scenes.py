@@ -8,16 +8,14 @@ from typing import Annotated, Any, Self
 from pydantic import BeforeValidator, model_validator
 
 from kelp.config.base import Config, Names, option, split
+from kelp.config.shared import BandOrderOptions
 from kelp.errors import ConfigError
 from kelp.io.location import Location
 
 
-class SceneOptions(Config):
+class SceneOptions(BandOrderOptions):
     """How scenes are read: their bands, bad pixels, elevation, and the area that counts."""
 
-    band_order: Names = option(
-        (), help="Band names of the files, comma-separated; default: read from the files"
-    )
     quality: Names = option(
         (),
         help="Quality bits that make a pixel not observed: fill, cloud, dilated_cloud, cirrus, "

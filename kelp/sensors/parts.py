@@ -20,7 +20,7 @@ import rasterio
 from affine import Affine
 
 from kelp.errors import InputError
-from kelp.io import remote
+from kelp.io import http, remote
 from kelp.io.location import Url
 from kelp.raster.masks import quietly
 from kelp.sensors.quality import Flag
@@ -63,11 +63,12 @@ class Part:
     def source(self) -> Source:
         """What the record says of it. Reads the whole file, unless a store knows it better."""
         if isinstance(self.place, Url):
-            found = remote.look(self.place)
-            etag = found.identity
-            if "?" in etag:  # a store without tags, and in its place an address with a signature
-                etag = hashlib.sha256(etag.encode()).hexdigest()
-            return Source(role=self.role, href=self.href, etag=etag, size=found.size)
+            if http.is_http(self.place):
+                etag, size = http.identity_of(self.place)
+            else:
+                found = remote.look(self.place)
+                etag, size = found.identity, found.size
+            return Source(role=self.role, href=self.href, etag=etag, size=size)
         return Source.of_file(self.role, self.place, self.href, self.offset, self.size)
 
     def content(self, most: int) -> bytes:
@@ -196,8 +197,11 @@ class _Header:
 
 
 def _header(part: Part) -> _Header:
-    if isinstance(part.place, Path) and not part.member and part.place.stat().st_size == 0:
-        raise InputError(f"{part.place}: is empty; fetch it again")
+    if isinstance(part.place, Path) and not part.member:
+        if not part.place.is_file():
+            raise InputError(f"{part.place}: no such file; fetch the scene again")
+        if part.place.stat().st_size == 0:
+            raise InputError(f"{part.place}: is empty; fetch it again")
     name = f"{part.place}/{part.member}" if part.member else without_secrets(str(part.place))
     spoken = Path(name) if isinstance(part.place, Path) else Url(name)
     with quietly(spoken), rasterio.open(part.gdal) as opened:

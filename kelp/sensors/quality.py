@@ -185,6 +185,9 @@ def choose(
     return Policy(known, bad), tuple(name for name in names if name not in flags) if given else ()
 
 
+_EXACT: Final = 1e-6
+"""Pixels by which a warped pixel may be misplaced: which one is nearest must not depend on the
+window that is read."""
 _UNKNOWN: Final = -32768
 """Stands for pixels of a cloud mask that are missing, or outside it."""
 
@@ -225,7 +228,7 @@ class CloudMask:
         self._dataset = WarpedVRT(
             self._file, crs=crs, transform=affine, height=shape[0], width=shape[1],
             resampling=Resampling.nearest, src_nodata=_UNKNOWN if tag in (None, 0) else tag,
-            nodata=_UNKNOWN, dtype="float32", tolerance=0,
+            nodata=_UNKNOWN, dtype="float32", tolerance=_EXACT,
         )  # fmt: skip
 
     def close(self) -> None:

@@ -19,7 +19,7 @@ from urllib.parse import urljoin
 
 from kelp.config.scenes import SearchConfig
 from kelp.errors import ConfigError, InputError
-from kelp.io import remote
+from kelp.io import http, remote
 from kelp.io.files import write_text
 from kelp.io.location import Url, is_url
 from kelp.progress import Progress, silent
@@ -40,7 +40,7 @@ _SENTINEL2_KEYS: Final[Mapping[str, tuple[str, ...]]] = {
     "SCL": ("scl", "SCL"),
 }
 """Keys of assets: Earth Search's, then Planetary Computer's."""
-_TIMEOUT: Final = 30.0
+TIMEOUT: Final = 30.0
 """Seconds that a service may take for an answer."""
 
 
@@ -75,7 +75,11 @@ def signer(name: str | None) -> Callable[[str], str]:
 def _document(location: Path | Url) -> dict[str, Any]:
     """A JSON object. Raises `InputError` where it is none."""
     try:
-        value = json.loads(remote.read_text(location))
+        if isinstance(location, Url) and http.is_http(location):
+            text = http.fetch_text(location, TIMEOUT)
+        else:
+            text = remote.read_text(location)
+        value = json.loads(text)
     except OSError as error:
         raise InputError(f"{location}: cannot be read ({error.strerror or error})") from error
     except ValueError as error:
@@ -147,11 +151,7 @@ def read_item(location: Path | Url, sign: Callable[[str], str]) -> SceneFiles:
     properties: Mapping[str, Any] = document["properties"] or {}
 
     def parts() -> dict[str, Part]:
-        return {
-            names[key]: _part(place, sign)
-            for key, place in places.items()
-            if isinstance(place, Path) or not names[key].lower().startswith("mtl")
-        }
+        return {names[key]: _part(place, sign) for key, place in places.items()}
 
     if any(landsat.is_band(name) for name in names.values()):
         _check_scales(location, assets)
@@ -159,7 +159,7 @@ def read_item(location: Path | Url, sign: Callable[[str], str]) -> SceneFiles:
             name: part
             for name, part in parts().items()
             # Of a remote product the item itself holds what the MTL file would tell.
-            if isinstance(part.place, Path) or landsat.is_band(name)
+            if landsat.is_band(name) or (isinstance(part.place, Path) and part.place.is_file())
         }
         files = landsat.read_product(location, known)
     elif any(hls.is_band(name) for name in names.values()):
@@ -363,7 +363,7 @@ def _items(config: SearchConfig, box: tuple[float, ...]) -> Iterator[Any]:
     except ImportError as error:
         raise InputError(_missing(config.stac)) from error
     try:
-        client = Client.open(config.stac, timeout=_TIMEOUT)
+        client = Client.open(config.stac, timeout=TIMEOUT)
         query = None
         if config.max_cloud is not None and client.conforms_to(ConformanceClasses.QUERY):
             query = {"eo:cloud_cover": {"lte": config.max_cloud}}
