@@ -37,7 +37,7 @@ from kelp.data_prep.tile_files import (
 )
 from kelp.errors import ConfigError, InputError, TableError
 from kelp.io.executors import gather, require_shared, spread
-from kelp.io.files import discard_partials, output_folder
+from kelp.io.files import check_name, discard_partials, output_folder
 from kelp.progress import Progress, silent
 from kelp.raster.georeference import require_same_grid
 from kelp.raster.labels import require_kelp_value
@@ -161,6 +161,9 @@ def _training_rows(config: SliceConfig) -> pd.DataFrame:
     if len(repeated):
         raise TableError(f"{path}: two rows have the tile_id {repeated.iloc[0]}")
     rows = rows.sort_values("tile_id", ignore_index=True)
+    longest = max(rows["tile_id"], key=lambda name: len(os.fsencode(name)))
+    for source in _sources(config, longest):
+        check_name(config.output_dir / _tile_name(source.stem, 99999, 99999))
     files = [source for tile_id in rows["tile_id"] for source in _sources(config, tile_id)]
     tables.require_files(files, path)
     return rows

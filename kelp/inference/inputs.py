@@ -14,7 +14,7 @@ from kelp.inference.checks import check_scale, needed_bands
 from kelp.inference.plan import SMALLEST_CACHE
 from kelp.inference.spec import BundleSpec
 from kelp.io import remote
-from kelp.io.files import input_folder
+from kelp.io.files import check_name, input_folder
 from kelp.io.location import Url, locate
 from kelp.raster.masks import decoding
 from kelp.raster.scene import SUFFIXES, Scene, SceneSize
@@ -103,6 +103,8 @@ def survey_one(
     """
     path, output = pair
     try:
+        if isinstance(output, Path):
+            check_name(output)
         with decoding(SMALLEST_CACHE), Scene(path, band_order) as scene:
             for spec in specs:
                 scene.require(needed_bands(spec))

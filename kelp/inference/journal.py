@@ -13,7 +13,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from kelp.io.files import atomic
+from kelp.io.files import atomic, hidden
 from kelp.tiling.merge import MergerState
 
 _SHARE: Final = 0.05  # of the time may go into saving
@@ -32,7 +32,7 @@ class Entry:
 
 def journal_path(output: Path) -> Path:
     """The journal of an output."""
-    return output.with_name(f".{output.name}.journal")
+    return hidden(output, ".journal")
 
 
 class JournalFile:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kelp.inference.journal import JournalFile, journal_path
+from kelp.io.files import LONGEST_NAME, hidden
 from kelp.io.location import Url
 from kelp.raster.bands import MASK_NODATA
 from kelp.raster.masks import Georeference
@@ -176,7 +178,7 @@ class Outputs:
 
 def sections_folder(mask: Path) -> Path:
     """Where finished sections of a scene wait for the others."""
-    return mask.with_name(f".{mask.name}.sections")
+    return hidden(mask, ".sections")
 
 
 def forget(mask: Path) -> None:
@@ -189,4 +191,5 @@ def forget(mask: Path) -> None:
 
 def products(mask: Path) -> tuple[Path, ...]:
     """All files that may belong to a scene."""
-    return mask, probability_path(mask), spread_path(mask)
+    names = mask, probability_path(mask), spread_path(mask)
+    return tuple(path for path in names if len(os.fsencode(path.name)) <= LONGEST_NAME)

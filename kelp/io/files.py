@@ -1,19 +1,81 @@
-"""Files that appear complete or not at all."""
+"""Files that appear complete or not at all, and locks.
+
+Temporaries bear the name of their writer, `.kelp-<host>-<process>-<token>.partial`: what a killed
+process of this host left can be told from what another one, here or elsewhere, is writing.
+"""
 
 from __future__ import annotations
 
 import errno
+import hashlib
+import io
 import json
+import logging
 import os
 import re
+import secrets
 import shutil
+import socket
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Final
 
 from kelp.errors import InputError
+
+log = logging.getLogger("kelp")
+
+LONGEST_NAME: Final = 255
+"""Bytes of a file's name that all usual file systems take."""
+
+_in_use: Final[set[str]] = set()
+"""Temporaries of this process: others with its number are of one before it, as in containers."""
+
+_ABANDONED: Final = 24 * 3600.0
+"""Seconds after which nobody on another host still writes a file that has not changed since."""
+
+# What file systems without locks of this kind answer: Lustre without -o flock, some NFS and FUSE.
+_NO_LOCKS: Final = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK}
+
+
+def host() -> str:
+    """This host as it stands in names of temporaries; containers that share a name differ."""
+    name = re.sub(r"[^A-Za-z0-9]+", "_", socket.gethostname())[:40] or "host"
+    with suppress(OSError):  # Linux: processes of one space can see each other
+        return f"{name}_{Path('/proc/self/ns/pid').stat().st_ino:x}"
+    return name
+
+
+def hidden(path: Path, suffix: str) -> Path:
+    """A hidden file or folder beside `path` that belongs to it, the same one every time."""
+    name = f".{path.name}{suffix}"
+    if len(os.fsencode(name)) > LONGEST_NAME:
+        name = f".{hashlib.sha256(os.fsencode(path.name)).hexdigest()}{suffix}"
+    return path.with_name(name)
+
+
+def check_name(path: Path) -> None:
+    """Raise `InputError` where no file of this name can be made."""
+    size = len(os.fsencode(path.name))
+    if size > LONGEST_NAME:
+        raise InputError(
+            f"{path}: the name has {size} bytes and file systems take {LONGEST_NAME}; "
+            "rename the scene it is made of"
+        )
+
+
+@contextmanager
+def _temporary(path: Path) -> Iterator[Path]:
+    """A name beside `path` that nobody else takes, with its suffix: drivers look at it."""
+    token = secrets.token_hex(4)
+    partial = path.with_name(f".kelp-{host()}-{os.getpid()}-{token}.partial{path.suffix}")
+    _in_use.add(partial.name)
+    try:
+        yield partial
+    finally:
+        _in_use.discard(partial.name)
 
 
 @contextmanager
@@ -26,22 +88,40 @@ def atomic(path: Path, sync: bool = True) -> Iterator[Path]:
     Without `sync` a power cut may leave the file empty: for writers of thousands of files, who
     flush them all at once before they write what makes the files count.
     """
-    partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        if sync:
-            with partial.open("rb+") as written:
-                os.fsync(written.fileno())
-        partial.replace(path)
-    except OSError as error:
-        raise InputError(
-            f"{path}: cannot be written ({error.strerror or error}); "
-            "check the folder's permissions and the free space"
-        ) from error
-    finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
+    with _temporary(path) as partial:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield partial
+            if sync:
+                with partial.open("rb+") as written:
+                    os.fsync(written.fileno())
+            partial.replace(path)
+            if sync:
+                _sync_folder(path.parent)
+        except OSError as error:
+            raise _unwritable(path, error) from error
+        finally:
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
+
+
+def _unwritable(path: Path, error: OSError) -> InputError:
+    reason = error.strerror or error
+    if error.errno == errno.ENAMETOOLONG:
+        return InputError(f"{path}: cannot be written ({reason}); use a shorter name")
+    return InputError(
+        f"{path}: cannot be written ({reason}); check the folder's permissions and the free space"
+    )
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make sure that the names in a folder outlive a power cut, where the system can."""
+    with suppress(OSError):  # Windows opens no folder; some file systems sync none
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 @contextmanager
@@ -50,21 +130,28 @@ def scratch_folder(folder: Path) -> Iterator[Path]:
 
     After `kill -9` it stays behind until `discard_partials`.
     """
-    scratch = folder / f".scratch.{os.getpid()}.partial"
-    scratch.mkdir()
-    try:
-        yield scratch
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    with _temporary(folder / "scratch") as scratch:
+        scratch.mkdir()
+        try:
+            yield scratch
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def discard_partials(folder: Path) -> None:
-    """Remove what killed processes left of `atomic` and `scratch_folder` in a folder."""
+    """Remove what killed processes left of temporaries in a folder.
+
+    What another living process of this host writes stays; so does what other hosts have written
+    to within a day, as nobody here can tell whether its writer lives.
+    """
     for path in folder.glob(".*.partial*"):
-        writer = re.search(r"\.(\d+)\.partial", path.name)
-        if writer and _is_another(int(writer[1])):
-            continue
+        writer = re.match(r"\.kelp-(\w+)-(\d+)-[0-9a-f]+\.partial", path.name)
         with suppress(OSError):
+            if writer and writer[1] == host():
+                if path.name in _in_use or _is_another(int(writer[2])):
+                    continue
+            elif time.time() - path.stat().st_mtime < _ABANDONED:
+                continue
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
@@ -88,23 +175,34 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     A folder cannot be replaced in one step: for an instant there is none under the name, never
     an incomplete one. What stops there leaves the older one to `recover_folder`.
     """
-    partial, old = path.with_name(f".{path.name}.partial"), _older(path)
     recover_folder(path)
-    shutil.rmtree(partial, ignore_errors=True)
-    output_folder(partial)
-    try:
-        yield partial
-        shutil.rmtree(old, ignore_errors=True)
-        _replace_folder(partial, path)
-        shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        raise InputError(
-            f"{path}: cannot be written ({error.strerror or error}); "
-            "check the folder's permissions and the free space"
-        ) from error
-    finally:
-        recover_folder(path)
-        shutil.rmtree(partial, ignore_errors=True)
+    with _temporary(path.with_name("folder")) as partial:
+        output_folder(partial)
+        discard_partials(path.parent)
+        try:
+            yield partial
+            _sync_tree(partial)
+            with locked(hidden(path, ".lock"), wait=True):
+                shutil.rmtree(_older(path), ignore_errors=True)
+                _replace_folder(partial, path)
+                _sync_folder(path.parent)
+                shutil.rmtree(_older(path), ignore_errors=True)
+        except OSError as error:
+            raise _unwritable(path, error) from error
+        finally:
+            recover_folder(path)
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _sync_tree(folder: Path) -> None:
+    """Make sure that the content of a folder outlives a power cut."""
+    for path in folder.rglob("*"):
+        if path.is_dir():
+            _sync_folder(path)
+            continue
+        with path.open("rb+") as written:
+            os.fsync(written.fileno())
+    _sync_folder(folder)
 
 
 def recover_folder(path: Path, holding: str = "") -> None:
@@ -120,7 +218,7 @@ def recover_folder(path: Path, holding: str = "") -> None:
 
 def _older(path: Path) -> Path:
     """Where the folder `path` waits while another takes its place."""
-    return path.with_name(f".{path.name}.old")
+    return hidden(path, ".old")
 
 
 def _replace_folder(new: Path, path: Path) -> None:
@@ -154,9 +252,12 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def open_locked(path: Path, wait: bool = False) -> IO[bytes]:
-    """Open a file for this process alone. A killed process holds no lock.
+    """Open a file for this process alone, until it is closed. A killed process holds no lock.
 
-    While another process holds it: wait until it is free, or raise `BlockingIOError`.
+    While another process holds it: wait until it is free, or raise `BlockingIOError`. The lock is
+    on the file itself (`flock`): whoever has the rows has the lock, and nothing is left behind.
+    A file system without such locks gets a lock file beside it (`filelock.SoftFileLock`), which
+    a killed process of this host no longer holds, but one of another host does.
     """
     while True:
         with ExitStack() as stack:
@@ -164,11 +265,40 @@ def open_locked(path: Path, wait: bool = False) -> IO[bytes]:
             if sys.platform != "win32":  # no advisory locks of this kind there
                 import fcntl
 
-                fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError as error:
+                    if error.errno not in _NO_LOCKS:
+                        raise
+                    return _open_beside_lock(path, wait)
             with suppress(FileNotFoundError):  # else another process removed it just now
                 if path.stat().st_ino == os.fstat(file.fileno()).st_ino:
                     stack.pop_all()
                     return file
+
+
+class _Beside(io.BufferedRandom):
+    """A file whose lock is another file, released when this one is closed."""
+
+    lock: Any = None
+
+    def close(self) -> None:
+        super().close()
+        if self.lock is not None:
+            self.lock.release()
+
+
+def _open_beside_lock(path: Path, wait: bool) -> IO[bytes]:
+    from filelock import SoftFileLock, Timeout
+
+    lock = SoftFileLock(hidden(path, ".lock"))
+    try:
+        lock.acquire(timeout=-1 if wait else 0)
+    except Timeout:
+        raise BlockingIOError(errno.EWOULDBLOCK, f"{lock.lock_file} is held") from None
+    file = _Beside(io.FileIO(path, "a+"))
+    file.lock = lock
+    return file
 
 
 @contextmanager

@@ -42,12 +42,21 @@ def look(url: Url) -> Found:
 
 
 def exists(place: Path | Url) -> bool:
-    """Whether there is such a file or object."""
+    """Whether there is such a file or object. Raises `InputError` where the store cannot tell."""
     if isinstance(place, Path):
         return place.is_file()
     system, path = _system(place)
     with _speaking(place):
-        return bool(system.exists(path))
+        return _is_there(system, path)
+
+
+def _is_there(system: Any, path: str) -> bool:
+    # `exists` of many stores answers no to every error, also where they are out of reach.
+    try:
+        system.info(path)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def objects_at(url: Url) -> list[Url]:
@@ -113,7 +122,7 @@ def remove(url: Url) -> None:
     """Remove an object, if there is one."""
     system, path = _system(url)
     with _speaking(url):
-        if system.exists(path):
+        if _is_there(system, path):
             system.rm_file(path)
 
 
@@ -141,7 +150,7 @@ def check_reach(url: Url) -> None:
     """Raise `InputError` where this process cannot speak with a store; nothing need be there."""
     system, path = _system(url)
     with _speaking(url):
-        system.exists(path)
+        _is_there(system, path)
 
 
 def _system(url: Url) -> tuple[Any, str]:

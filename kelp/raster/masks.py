@@ -258,11 +258,20 @@ def raster_shape(path: Path) -> Shape:
 
 
 def read_tags(path: Path | Url) -> dict[str, str]:
-    """The metadata tags of a raster; empty for a file that is missing or unreadable."""
+    """The metadata tags of a raster; empty for a file that is missing or is no raster.
+
+    Raises `InputError` where nobody can tell: the store does not answer, or reading is not allowed.
+    """
+    if not remote.exists(path):
+        return {}
     try:
-        with open_dataset(path) as dataset:
+        with open_dataset(path) as dataset, quietly(path):
             return dict(dataset.tags())
-    except InputError:
+    except InputError as error:
+        if isinstance(path, Url):  # an object is complete or not there
+            raise
+        if not os.access(path, os.R_OK):
+            raise InputError(f"{path}: reading is not allowed; check its permissions") from error
         return {}
 
 

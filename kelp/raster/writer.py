@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from rasterio.windows import Window
 
 from kelp.errors import BusyError, InputError
-from kelp.io.files import atomic, open_locked
+from kelp.io.files import atomic, check_name, hidden, open_locked
 from kelp.raster.bands import MASK_NODATA
 from kelp.raster.masks import Georeference, quietly
 from kelp.raster.window import Shape
@@ -42,7 +42,7 @@ _TYPES: Final = {"uint8": "Byte", "float32": "Float32"}
 
 def rows_path(path: Path) -> Path:
     """The plain file of rows beside a raster that is being written."""
-    return path.with_name(f".{path.name}.rows")
+    return hidden(path, ".rows")
 
 
 class RasterWriter:
@@ -62,6 +62,9 @@ class RasterWriter:
         nodata: the stored value of "not observed".
         tags: metadata of the file.
         scale: value of one unit of the stored numbers; a `uint8` raster without it is a mask.
+
+    Raises:
+        InputError: no file system takes a file of that name.
     """
 
     def __init__(
@@ -74,6 +77,7 @@ class RasterWriter:
         tags: Mapping[str, str],
         scale: float | None = None,
     ) -> None:
+        check_name(path)
         self.path = path
         self.is_mask = dtype == "uint8" and scale is None
         self.checksum = 0
@@ -155,9 +159,9 @@ class RasterWriter:
     def discard(self) -> None:
         """Forget the rows, unless another process writes them."""
         if self._rows:
-            self.suspend()
-            with suppress(OSError):
+            with suppress(OSError):  # while the lock is held: later they are another's
                 self._path_of_rows.unlink(missing_ok=True)
+            self.suspend()
 
     def suspend(self) -> None:
         """Stop writing; the rows stay for a later `begin`."""
@@ -214,8 +218,9 @@ class RasterWriter:
             values["Scale"] = self._scale
         for name, number in values.items():
             ElementTree.SubElement(band, name).text = str(number)
-        source = ElementTree.SubElement(band, "SourceFilename", relativeToVRT="1")
-        source.text = self._path_of_rows.name
+        # Not relative: GDAL would take a backslash of the folder's name for a separator.
+        source = ElementTree.SubElement(band, "SourceFilename", relativeToVRT="0")
+        source.text = str(self._path_of_rows.absolute())
         if self.is_mask:
             ElementTree.SubElement(band, "ColorInterp").text = "Palette"
             table = ElementTree.SubElement(band, "ColorTable")

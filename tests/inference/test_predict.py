@@ -14,6 +14,7 @@ from world import coast, read_tif, write_tif
 import kelp
 from kelp.cli import main
 from kelp.inference import run as module
+from kelp.io.files import host
 from kelp.raster.bands import BANDS
 from kelp.raster.masks import Georeference, georeference_of, read_mask
 from kelp.raster.scene import read_scene
@@ -234,8 +235,8 @@ def test_probabilities_of_an_earlier_run_do_not_stay(scenes, bundle, tmp_path):
 def test_what_a_killed_run_left_is_cleaned_up(scenes, bundle, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
-    (out / ".AA000000_kelp.123.partial.tif").write_text("half")
-    (out / ".AA000000_kelp.123.partial.plain.tif").write_text("half")
+    for suffix in (".tif", ".vrt", ".tif.ovr.tmp"):
+        (out / f".kelp-{host()}-{os.getpid()}-0a1b2c3d.partial{suffix}").write_text("half")
     assert predict(scenes, bundle, out) == 0
     assert not [p for p in out.iterdir() if p.name.startswith(".")]
 

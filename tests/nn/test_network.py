@@ -406,7 +406,7 @@ def test_harmed_bundles_are_refused(bundle, harm, cause):
 
 
 def test_a_killed_write_leaves_no_bundle(bundle):
-    (bundle.parent / ".bundle-2.partial").mkdir()
+    (bundle.parent / ".kelp-host-1-0a1b2c3d.partial").mkdir()
     with pytest.raises(BundleError):
         find_bundle(bundle.parent / "bundle-2")
 

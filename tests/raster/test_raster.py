@@ -3,6 +3,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
+import fsspec
 import numpy as np
 import pytest
 import rasterio
@@ -13,12 +14,14 @@ from hypothesis import strategies as st
 from rasterio.crs import CRS
 
 from kelp.errors import ConfigError, InputError
+from kelp.io.files import open_locked
+from kelp.io.location import Url
 from kelp.raster.bands import BANDS
 from kelp.raster.masks import Georeference, georeference_of, read_mask, read_tags
 from kelp.raster.scene import Scene, read_scene
 from kelp.raster.validity import canonical, decode_qa, observed
 from kelp.raster.window import Tile
-from kelp.raster.writer import RasterWriter, write_mask
+from kelp.raster.writer import RasterWriter, rows_path, write_mask
 
 UTM = Georeference(CRS.from_epsg(32618), Affine(30, 0, 500000, 0, -30, -4000000))
 SHAPE = (23, 31)
@@ -319,3 +322,55 @@ def test_threads_do_not_undo_each_others_silence(tmp_path):
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(read, range(8)))
+
+
+class _Shaky(fsspec.AbstractFileSystem):
+    """A store that answers on good days only; nothing is in it."""
+
+    protocol = "shaky"
+    good = True
+    cachable = False
+
+    def info(self, path, **_):
+        if self.good:
+            raise FileNotFoundError(path)
+        raise OSError("503 Slow Down")
+
+
+def test_a_store_that_does_not_answer_is_not_one_without_tags(monkeypatch):
+    """Else a finished map would be made again."""
+    fsspec.register_implementation("shaky", _Shaky, clobber=True)
+    assert read_tags(Url("shaky://maps/a.tif")) == {}
+    monkeypatch.setattr(_Shaky, "good", False)
+    with pytest.raises(InputError, match="503 Slow Down"):
+        read_tags(Url("shaky://maps/a.tif"))
+
+
+def test_files_without_tags_of_ours(tmp_path):
+    assert read_tags(tmp_path / "absent.tif") == {}
+    (tmp_path / "half.tif").write_bytes(b"II*\0")
+    assert read_tags(tmp_path / "half.tif") == {}
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_map_that_may_not_be_read_is_not_one_without_tags(tmp_path):
+    write_mask(tmp_path / "m.tif", np.zeros(SHAPE, dtype=np.uint8))
+    (tmp_path / "m.tif").chmod(0)
+    with pytest.raises(InputError, match="reading is not allowed"):
+        read_tags(tmp_path / "m.tif")
+
+
+def test_a_writer_that_stops_takes_no_rows_of_the_next(tmp_path):
+    """The next one waits for the lock, and gets it when the first lets go."""
+    path = tmp_path / "m.tif"
+    for _ in range(50):
+        first = RasterWriter(path, SHAPE, "uint8", UTM, 255, {})
+        first.begin()
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(open_locked, rows_path(path), wait=True)
+            first.discard()
+            with waiting.result() as file:
+                file.write(b"rows")
+                file.flush()
+                assert rows_path(path).read_bytes() == b"rows"
+                rows_path(path).unlink()
