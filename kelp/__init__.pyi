@@ -23,4 +23,5 @@ from .products.areas import areas as areas
 from .products.beds import beds as beds
 from .products.series import series as series
 from .products.submission import submit as submit
+from .products.view import view as view
 from .simulation.layout import simulate as simulate

@@ -111,6 +111,10 @@ COMMANDS: Final = {
         "kelp.products.series:series",
         "Quarterly and yearly series of a coast.",
     ),
+    "view": Command(
+        "kelp.products.view:view",
+        "One HTML page: maps, beds, dates, areas.",
+    ),
     "simulate": Command(
         "kelp.simulation.layout:simulate",
         "Simulated scenes, for trials.",

@@ -53,6 +53,12 @@ class RegionOptions(MixedMapOptions):
     )
 
 
+class OptionalRegionOptions(RegionOptions):
+    """Regions, or everywhere."""
+
+    aoi: Path | None = option(None, help=f"{_AOI_HELP}; default: everywhere, as one")
+
+
 class BedsConfig(MixedMapOptions):
     """Kelp beds as polygons, with their areas."""
 
@@ -70,11 +76,10 @@ class AreasConfig(RegionOptions):
     output: Path = option(help="The file to write: .csv or .parquet")
 
 
-class SeriesConfig(RegionOptions, WorkerOptions):
+class SeriesConfig(OptionalRegionOptions, WorkerOptions):
     """Quarterly and yearly series of a coast: stations, grid, tables, persistence."""
 
     output_dir: Path = option(help="Folder for the files of the series")
-    aoi: Path | None = option(None, help=f"{_AOI_HELP}; default: everywhere, as one")
     baseline: str | None = option(
         None, help="Years whose median is status 1, as in 1984-2013; default: no status"
     )
@@ -98,3 +103,16 @@ class SeriesConfig(RegionOptions, WorkerOptions):
             return None
         first, last = self.baseline.strip().split("-")
         return int(first), int(last)
+
+
+class ViewConfig(OptionalRegionOptions):
+    """One self-contained HTML page: maps, beds, a slider over dates, areas as a chart."""
+
+    output: Path = option(help="The page to write: .html")
+    data_dir: Path | None = option(None, help="Folder of the scenes (.tif), for pictures")
+    series_dir: Path | None = option(None, help="Folder of kelp series, for its quarters")
+    beds: bool = option(True, help="Outlines of beds with their figures (needs geopandas)")
+    side: int = option(
+        900, help="Longest side of a picture; larger maps are shrunk", unit="px", ge=64
+    )
+    title: str = option("Kelp maps", help="Title of the page")

@@ -7,13 +7,14 @@ Null is never 0. Where too little of a region was observed, all its figures are 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from kelp.config.products import AreasConfig
 from kelp.errors import BundleError, ConfigError, InputError
@@ -23,6 +24,7 @@ from kelp.products.maps import Map, find_maps, require_comparable
 from kelp.products.regions import Cover, Region, read_regions
 from kelp.progress import Progress, silent
 from kelp.raster.bands import MASK_NODATA
+from kelp.raster.window import Tile
 
 log = logging.getLogger("kelp")
 
@@ -149,9 +151,21 @@ def measure(entry: Map, region: Region) -> Measured:
             "(gdal_edit.py -a_srs … -a_ullr …)"
         )
     cover = Cover.of(region, place, entry.shape)
-    pixels, observed, kelp, presence = cover.outside, 0, 0, 0.0
+    return _measured(entry, cover.strips(), cover.outside)
+
+
+def measure_whole(entry: Map) -> Measured:
+    """Count all pixels of a map."""
+    whole = ((tile, np.ones((tile.height, tile.width), bool)) for tile in entry.strips())
+    return _measured(entry, whole, 0)
+
+
+def _measured(
+    entry: Map, strips: Iterable[tuple[Tile, NDArray[np.bool_]]], outside: float
+) -> Measured:
+    pixels, observed, kelp, presence = outside, 0, 0, 0.0
     expected = None if entry.no_expected_area else 0.0
-    for tile, inside in cover.strips():
+    for tile, inside in strips:
         if not inside.any():
             continue
         mask = entry.read(tile)
@@ -171,7 +185,7 @@ def measure(entry: Map, region: Region) -> Measured:
                 )
             expected += entry.area.total(np.where(seen, p, 0), tile)
     # What lies outside is no whole number: less than half a pixel is the polygon's rounded edge.
-    pixels = pixels if cover.outside >= 0.5 else pixels - cover.outside
+    pixels = pixels if outside >= 0.5 else pixels - outside
     return Measured(pixels, observed, kelp, presence, expected)
 
 
@@ -235,12 +249,17 @@ def _row(
     if reason:
         return row | {"null_reason": reason}
     low, high = intervals.of(found.presence_m2, found.expected_m2)
-    reasons = [entry.no_expected_area, intervals.reason if low is None else None]
     return row | {
         "kelp_pixels": found.kelp,
         "presence_area_m2": found.presence_m2,
         "expected_area_m2": found.expected_m2,
         "area_low_m2": low,
         "area_high_m2": high,
-        "null_reason": "; ".join(filter(None, reasons)) or None,
+        "null_reason": reason_for(entry, intervals, low),
     }
+
+
+def reason_for(entry: Map, intervals: Intervals, low: float | None) -> str | None:
+    """Why a row with an area still lacks figures; None where it lacks none."""
+    reasons = [entry.no_expected_area, intervals.reason if low is None else None]
+    return "; ".join(filter(None, reasons)) or None

@@ -189,7 +189,7 @@ def _time(file: Any, stack: Stack, bounds: bool) -> None:
     variable = file.createVariable("time", "i4", ("time",))
     variable.setncatts({
         "standard_name": "time", "long_name": "middle of the quarter", "units": _UNITS,
-        "calendar": "standard", "axis": "T",
+        "calendar": "standard", "axis": "T", "units_metadata": "leap_seconds: none",
     })  # fmt: skip
     variable[:] = [_days(date(year, *_MIDDLE[quarter])) for year, quarter in names]
     if bounds:

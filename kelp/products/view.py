@@ -1,0 +1,372 @@
+"""`kelp view`: maps, beds and areas as one HTML page that needs no network.
+
+Leaflet is inlined. Maps are laid out in metres of their own CRS, so that no pixel is resampled;
+there is no base map, which would need a server.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from PIL import Image
+
+from kelp import __version__
+from kelp.config.products import ViewConfig
+from kelp.errors import ConfigError, InputError
+from kelp.io.files import output_folder, write_text
+from kelp.io.location import Url
+from kelp.plotting import rendering
+from kelp.products.areas import (
+    Intervals,
+    Measured,
+    intervals_of,
+    measure,
+    measure_whole,
+    reason_for,
+    warn_of_mixed_sensors,
+)
+from kelp.products.beds import beds_of
+from kelp.products.maps import Map, find_maps, require, require_comparable
+from kelp.products.regions import read_regions
+from kelp.progress import Progress, silent
+from kelp.raster.bands import MASK_NODATA
+from kelp.sensors.opening import find_scenes, open_scene, scene_name
+from kelp.tables import output_name
+
+log = logging.getLogger("kelp")
+
+WHOLE: Final = "Whole map"
+"""Name of the region where none is given."""
+
+LARGEST_BEDS: Final = 300
+"""Beds of a map on the page at most, the largest ones."""
+
+_RAMP: Final = 48
+_DEGREE_M: Final = 111_320.0
+"""Metres in a degree of longitude at the equator (and, within 1 %, of latitude)."""
+
+
+@dataclass(frozen=True)
+class View:
+    """The page, and what is on it."""
+
+    path: Path
+    maps: int
+    beds: int
+
+    def summary(self) -> str:
+        """One line for the terminal."""
+        size = self.path.stat().st_size / 1e6
+        return f"wrote {self.path}: {self.maps} maps, {self.beds} beds, {size:.1f} MB"
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """From a CRS to metres on the page: the lower left corner of all maps, and units in metres."""
+
+    west: float
+    south: float
+    x_m: float
+    y_m: float
+
+    def place(self, x: Any, y: Any) -> tuple[Any, Any]:
+        """Metres east and north of the corner."""
+        return (x - self.west) * self.x_m, (y - self.south) * self.y_m
+
+
+def view(config: ViewConfig, progress: Progress = silent) -> View:
+    """Write one HTML page about a folder of maps.
+
+    Raises:
+        ConfigError: the output does not end in .html.
+        InputError: a map cannot be used, or maps do not go together.
+        BundleError: `run_dir` holds no bundle, or not that of the maps.
+    """
+    if config.output.suffix.lower() not in (".html", ".htm"):
+        raise ConfigError(f"--output {config.output}: a page is written as .html")
+    maps = sorted(
+        find_maps(config.predictions_dir), key=lambda m: (m.acquired_text or "9", m.scene_id)
+    )
+    require_comparable(maps, config.allow_mixed)
+    regions = read_regions(config.aoi, config.aoi_id) if config.aoi else []
+    intervals = intervals_of(config.run_dir, maps, config.coverage)
+    warn_of_mixed_sensors(maps)
+    quarters = _quarters(config.series_dir) if config.series_dir else None
+    scenes = _scenes(config.data_dir, maps)
+    with_beds = config.beds and _can_have_beds(maps)
+    frame, bounds = _frame(maps)
+    names = [region.id for region in regions] or [WHOLE]
+    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    shown = []
+    for at, entry in enumerate(maps):
+        progress("drawing maps", at, len(maps))
+        drawn = _draw(entry, frame, config.side, scenes.get(entry.mask.name))
+        drawn["beds"] = _beds(entry, frame, config.output) if with_beds else None
+        shown.append(drawn)
+        measured = [measure(entry, region) for region in regions] or [measure_whole(entry)]
+        for name, found in zip(names, measured, strict=True):
+            rows[name].append(_row(at, entry, found, intervals, config.min_observed))
+    progress("drawing maps", len(maps), len(maps))
+    data = {
+        "maps": shown,
+        "bounds": bounds,
+        "regions": names,
+        "rows": rows,
+        "coverage": config.coverage,
+        "quarters": quarters,
+        "colors": {
+            "kelp": rendering.web_color(rendering.KELP),
+            "water": rendering.web_color(rendering.NO_KELP),
+            "ramp": [rendering.web_color(tuple(c)) for c in _ramp()[::8].tolist()],
+        },
+    }
+    output_folder(config.output.parent)
+    write_text(config.output, _page(config.title, data, _about(maps)))
+    config.record(config.output.parent)
+    count = sum(len(m["beds"]["features"]) for m in shown if m["beds"])
+    return View(config.output, len(maps), count)
+
+
+def _frame(maps: Sequence[Map]) -> tuple[_Frame, list[list[float]]]:
+    """Where the page's origin lies, and the bounds of all maps in its metres."""
+    first = maps[0].georeference.crs
+    corners = []
+    for entry in maps:
+        crs, transform = entry.georeference.crs, entry.georeference.transform
+        if crs != first:
+            raise InputError(
+                f"{entry.mask}: lies in another CRS than {maps[0].mask.name}; a page shows maps "
+                "of one"
+            )
+        if transform is not None and (transform.b or transform.d):
+            raise InputError(f"{entry.mask}: its grid is turned; warp it first (gdalwarp)")
+        corners.append(_corners(entry))
+    west, south = (min(c[k] for c in corners) for k in (0, 1))
+    east, north = (max(c[k] for c in corners) for k in (2, 3))
+    x_m = y_m = 1.0
+    if first is not None and first.is_geographic:
+        y_m = _DEGREE_M
+        x_m = _DEGREE_M * float(np.cos(np.radians((south + north) / 2)))
+    elif first is not None:
+        x_m = y_m = float(first.linear_units_factor[1])
+    frame = _Frame(west, south, x_m, y_m)
+    right, top = frame.place(east, north)
+    return frame, [[0.0, 0.0], [round(top, 2), round(right, 2)]]
+
+
+def _corners(entry: Map) -> tuple[float, float, float, float]:
+    """West, south, east and north end, in units of the CRS; in assumed metres without one."""
+    height, width = entry.shape
+    transform = entry.georeference.transform
+    if transform is None or entry.georeference.crs is None:
+        return 0.0, 0.0, width * entry.pixel_size, height * entry.pixel_size
+    x, y = zip(*(transform @ corner for corner in ((0, 0), (width, height))), strict=True)
+    return min(x), min(y), max(x), max(y)
+
+
+def _draw(entry: Map, frame: _Frame, side: int, scene: Path | Url | None) -> dict[str, Any]:
+    """The pictures of a map as PNGs in data URLs, and what the page says of it."""
+    step = -(-max(entry.shape) // side)
+    tiles = list(entry.strips(step * max(1, 512 // step)))
+    mask = np.concatenate([rendering.shrink_mask(entry.read(tile), step) for tile in tiles])
+    hatch = rendering.hatch(mask.shape)[..., 0] == rendering.HATCH_LIGHT[0]
+    unseen = np.where(hatch, 1, 0)
+    pictures = {"mask": _png(
+        np.where(mask == MASK_NODATA, unseen, np.where(mask == 1, 3, 2)),
+        [rendering.HATCH_DARK, rendering.HATCH_LIGHT, rendering.NO_KELP, rendering.KELP],
+    )}  # fmt: skip
+    if entry.probability:
+        p = np.concatenate([_shrunk(entry, tile, step) for tile in tiles])
+        levels = np.rint(np.nan_to_num(p) * (_RAMP - 1)) + 2
+        colors = [rendering.HATCH_DARK, rendering.HATCH_LIGHT, *map(tuple, _ramp().tolist())]
+        pictures["p"] = _png(np.where(np.isnan(p), unseen, levels), colors)
+    if scene:
+        with open_scene(scene) as source:
+            if source.shape != entry.shape:
+                raise InputError(
+                    f"{scene}: its pixels are not those of {entry.mask}; name the maps' own scenes"
+                )
+            pixels = np.concatenate(
+                [rendering.shrink_pixels(source.read(tile), step) for tile in tiles], axis=1
+            )
+        pictures["scene"] = _photo(rendering.composite(pixels, ("R", "G", "B")))
+    # Blocks of the last row and column may reach over the map's edge: so does the picture.
+    west, south, east, north = _corners(entry)
+    across, down = (east - west) / entry.shape[1], (north - south) / entry.shape[0]
+    left, bottom = frame.place(west, north - down * step * mask.shape[0])
+    right, top = frame.place(west + across * step * mask.shape[1], north)
+    return {
+        "name": entry.scene_id,
+        "date": _date_words(entry),
+        "year": _decimal_year(entry),
+        "sensor": entry.sensor,
+        "bounds": [[round(bottom, 2), round(left, 2)], [round(top, 2), round(right, 2)]],
+        **pictures,
+    }
+
+
+def _shrunk(entry: Map, tile: Any, step: int) -> NDArray[np.float32]:
+    p = entry.read_probability(tile)
+    assert p is not None
+    return rendering.shrink_plane(p, step)
+
+
+def _ramp() -> NDArray[np.uint8]:
+    return rendering.ramp("viridis", _RAMP).reshape(-1, 3)
+
+
+def _png(codes: NDArray[Any], colors: Sequence[Sequence[int]]) -> str:
+    image = Image.fromarray(codes.astype(np.uint8), mode="P")
+    image.putpalette([part for color in colors for part in color])
+    return _url(image, "png")
+
+
+def _photo(picture: NDArray[np.uint8]) -> str:
+    return _url(Image.fromarray(picture), "webp", quality=80)
+
+
+def _url(image: Image.Image, kind: str, **options: Any) -> str:
+    content = io.BytesIO()
+    image.save(content, kind, **options)
+    return f"data:image/{kind};base64,{base64.b64encode(content.getvalue()).decode()}"
+
+
+def _can_have_beds(maps: Sequence[Map]) -> bool:
+    try:
+        require("geopandas", "geo", "beds")
+    except ConfigError as error:
+        log.info("no beds on the page: %s", error)
+        return False
+    return all(entry.georeference.crs is not None for entry in maps)
+
+
+def _beds(entry: Map, frame: _Frame, output: Path) -> dict[str, Any]:
+    """The largest beds of a map as GeoJSON in metres of the page."""
+    shapely = require("shapely", "geo", "beds")
+    table = beds_of(entry, scratch=output_folder(output.parent))
+    if len(table) > LARGEST_BEDS:
+        log.info("%s: the page shows the %d largest of its %d beds", entry.mask, LARGEST_BEDS,
+                 len(table))  # fmt: skip
+        table = table.nlargest(LARGEST_BEDS, "pixels")
+
+    def moved(points: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.stack(frame.place(points[:, 0], points[:, 1]), axis=1).round(1)
+
+    shapes = shapely.transform(table.geometry.to_numpy(), moved)
+    wanted = ["bed_id", "pixels", "presence_area_m2", "expected_area_m2", "mean_p",
+              "observed_share", "touches_edge", "touches_unobserved"]  # fmt: skip
+    facts = json.loads(table[wanted].to_json(orient="records", double_precision=4))
+    return {
+        "type": "FeatureCollection",
+        "features": [
+            {"type": "Feature", "properties": fact, "geometry": json.loads(shapely.to_geojson(s))}
+            for fact, s in zip(facts, shapes, strict=True)
+        ],
+    }
+
+
+def _row(
+    at: int, entry: Map, found: Measured, intervals: Intervals, min_observed: float
+) -> dict[str, Any]:
+    """Figures of a region in one map; null together, with the reason."""
+    row: dict[str, Any] = dict.fromkeys(("expected", "presence", "low", "high"))
+    row |= {"at": at, "observed": found.observed_share, "note": found.why_null(min_observed)}
+    if row["note"] is None:
+        low, high = intervals.of(found.presence_m2, found.expected_m2)
+        row |= {"expected": found.expected_m2, "presence": found.presence_m2}
+        row |= {"low": low, "high": high, "note": reason_for(entry, intervals, low)}
+    return row
+
+
+def _quarters(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """Quarters of `kelp series`, by region."""
+    path = folder / "quarters.parquet"
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; --series_dir names a folder of kelp series")
+    table = pd.read_parquet(path)
+    out: dict[str, list[dict[str, Any]]] = {}
+    for row in table.to_dict("records"):
+        value, low, high = (
+            None if pd.isna(row[name]) else float(row[name])
+            for name in ("mean_area_m2", "area_low_m2", "area_high_m2")
+        )
+        known = row["null_reason"] if value is None else f"{value / 1e6:.3f} km²"
+        label = f"{row['year']} Q{row['quarter']}: {known}"
+        x = row["year"] + (row["quarter"] - 0.5) / 4
+        point = {"x": x, "value": value, "low": low, "high": high, "label": label}
+        out.setdefault(WHOLE if row["aoi_id"] == "all" else row["aoi_id"], []).append(point)
+    return out
+
+
+def _date_words(entry: Map) -> str | None:
+    """`2019-01-15 13:40 UTC`, or the day alone."""
+    if isinstance(entry.acquired, datetime):
+        return entry.acquired.astimezone(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    return entry.acquired_text
+
+
+def _decimal_year(entry: Map) -> float | None:
+    if entry.day is None:
+        return None
+    start = datetime(entry.day.year, 1, 1, tzinfo=UTC).date()
+    return round(entry.day.year + (entry.day - start).days / 365.25, 4)
+
+
+def _scenes(data_dir: Path | None, maps: Sequence[Map]) -> dict[str, Path | Url]:
+    """The scene of each map, by the mask's name."""
+    if data_dir is None:
+        return {}
+    known = {output_name(Path(f"{scene_name(s)}.tif")): s for s in find_scenes(data_dir)}
+    found = {m.mask.name: known[m.mask.name] for m in maps if m.mask.name in known}
+    if len(found) < len(maps):
+        log.info("%s: holds scenes of %d of %d maps", data_dir, len(found), len(maps))
+    return found
+
+
+def _about(maps: Sequence[Map]) -> str:
+    networks = sorted({m.network for m in maps if m.network})
+    made = f"Maps made with {', '.join(networks)}. " if networks else ""
+    return (
+        f"{made}Page made by kelp {__version__}. Presence area counts pixels whole and is an upper "
+        "bound; expected area sums calibrated probability x pixel area. Areas are ground areas of "
+        "what was observed; nothing is extrapolated."
+    )
+
+
+def _page(title: str, data: dict[str, Any], about: str) -> str:
+    folder = files("kelp.products") / "page"
+
+    def asset(name: str) -> str:
+        return (folder / name).read_text(encoding="utf-8")
+
+    leaflet = asset("leaflet.js").replace("//# sourceMappingURL=leaflet.js.map", "")
+    parts = {
+        "title": html.escape(title),
+        "generator": f"kelp {__version__}",
+        "about": html.escape(about),
+        "leaflet_css": asset("leaflet.css"),
+        "css": asset("view.css"),
+        "leaflet_js": leaflet,
+        "js": asset("view.js"),
+        # Inside a script nothing of the data may end it.
+        "data": json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c"),
+    }
+    pieces = asset("view.html").split("{{")
+    out = [pieces[0]]
+    for piece in pieces[1:]:
+        name, _, rest = piece.partition("}}")
+        out += [parts[name], rest]
+    return "".join(out)
