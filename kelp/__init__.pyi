@@ -22,6 +22,7 @@ from .plotting.reports.run import make_report as make_report
 from .products.areas import areas as areas
 from .products.beds import beds as beds
 from .products.series import series as series
+from .products.stac import stac as stac
 from .products.submission import submit as submit
 from .products.view import view as view
 from .simulation.layout import simulate as simulate

@@ -111,6 +111,10 @@ COMMANDS: Final = {
         "kelp.products.series:series",
         "Quarterly and yearly series of a coast.",
     ),
+    "stac": Command(
+        "kelp.products.stac:stac",
+        "A STAC item for each map, and a collection.",
+    ),
     "view": Command(
         "kelp.products.view:view",
         "One HTML page: maps, beds, dates, areas.",

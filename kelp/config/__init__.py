@@ -25,6 +25,7 @@ from kelp.config.prep import StatsConfig as StatsConfig
 from kelp.config.products import AreasConfig as AreasConfig
 from kelp.config.products import BedsConfig as BedsConfig
 from kelp.config.products import SeriesConfig as SeriesConfig
+from kelp.config.products import StacConfig as StacConfig
 from kelp.config.products import ViewConfig as ViewConfig
 from kelp.config.reporting import ReportConfig as ReportConfig
 from kelp.config.scenes import InfoConfig as InfoConfig

@@ -116,3 +116,14 @@ class ViewConfig(OptionalRegionOptions):
         900, help="Longest side of a picture; larger maps are shrunk", unit="px", ge=64
     )
     title: str = option("Kelp maps", help="Title of the page")
+
+
+class StacConfig(MapOptions):
+    """A STAC item for each map, and a collection of them."""
+
+    output_dir: Path = option(help="Folder for the items and collection.json")
+    run_dir: Path | None = option(
+        None, help="Run folder or bundle that made the maps: described as an item, too"
+    )
+    collection_id: str = option("kelp-maps", help="Id of the collection")
+    license: str = option("other", help="Licence of the maps, as SPDX names it")

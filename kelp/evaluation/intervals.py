@@ -126,6 +126,15 @@ class HeldOut:
     pairs: tuple[HeldOutSite, ...]
 
 
+def find_description(path: Path) -> Path:
+    """`bundle.json` of a bundle, a run folder or its `artifacts/`."""
+    for place in _PLACES:
+        file = path / place / "bundle.json"
+        if file.is_file():
+            return file
+    raise BundleError(f"{path}: holds no bundle.json; name a run folder or a bundle")
+
+
 def read_held_out(path: Path) -> HeldOut:
     """The pairs of a bundle; none where `kelp tune` has not stored any.
 
@@ -135,12 +144,7 @@ def read_held_out(path: Path) -> HeldOut:
     Raises:
         BundleError: there is no `bundle.json`, or it is damaged.
     """
-    for place in _PLACES:
-        file = path / place / "bundle.json"
-        if file.is_file():
-            break
-    else:
-        raise BundleError(f"{path}: holds no bundle.json; name a run folder or a bundle")
+    file = find_description(path)
     try:
         spec: Any = json.loads(file.read_text(encoding="utf-8"))
         pairs = TypeAdapter(tuple[HeldOutSite, ...]).validate_python(spec.get(FIELD) or ())

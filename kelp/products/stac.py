@@ -1,0 +1,391 @@
+"""`kelp stac`: a STAC 1.1 item for each map, a collection of them, and the network as an item.
+
+Plain JSON with relative links, so that the folder can be moved or served as it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, time
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+from rasterio.crs import CRS
+from rasterio.warp import transform as reproject
+
+from kelp import __version__
+from kelp.config.products import StacConfig
+from kelp.errors import BundleError, InputError
+from kelp.evaluation.intervals import find_description
+from kelp.io.files import output_folder, write_json
+from kelp.plotting.rendering import KELP, NO_KELP
+from kelp.products.maps import Map, find_maps
+from kelp.progress import Progress, silent
+from kelp.raster.masks import open_dataset
+from kelp.sensors.record import record_path
+
+STAC_VERSION: Final = "1.1.0"
+
+_EXTENSIONS: Final = "https://stac-extensions.github.io/{}/schema.json"
+PROJECTION: Final = _EXTENSIONS.format("projection/v2.0.0")
+RASTER: Final = _EXTENSIONS.format("raster/v2.0.0")
+FILE: Final = _EXTENSIONS.format("file/v2.1.0")
+CLASSIFICATION: Final = _EXTENSIONS.format("classification/v2.0.0")
+PROCESSING: Final = _EXTENSIONS.format("processing/v1.2.0")
+VERSION: Final = _EXTENSIONS.format("version/v1.2.0")
+MLM: Final = _EXTENSIONS.format("mlm/v1.4.0")
+
+_GEOTIFF: Final = "image/tiff; application=geotiff"
+_COG: Final = "image/tiff; application=geotiff; profile=cloud-optimized"
+_GEOJSON: Final = "application/geo+json"
+_EDGE_POINTS: Final = 16
+_PLATFORMS: Final = {"landsat": "landsat-{}", "sentinel": "sentinel-2"}
+_CLASSES: Final = [
+    {"value": 0, "name": "no-kelp", "color_hint": "{:02X}{:02X}{:02X}".format(*NO_KELP)},
+    {"value": 1, "name": "kelp", "color_hint": "{:02X}{:02X}{:02X}".format(*KELP)},
+    {"value": 255, "name": "not-observed", "nodata": True},
+]
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """What `stac` wrote: the collection, its items, and the network's item, if any."""
+
+    collection: Path
+    items: tuple[Path, ...]
+    model: Path | None = None
+
+    def summary(self) -> str:
+        """One line for the terminal."""
+        more = f", {self.model.name}" if self.model else ""
+        return f"wrote {self.collection}: {len(self.items)} items{more}"
+
+
+def stac(config: StacConfig, progress: Progress = silent) -> Catalogue:
+    """Write STAC items of a folder of maps, and their collection.
+
+    Raises:
+        InputError: a map cannot be read or has no date.
+        BundleError: `run_dir` holds no bundle.
+    """
+    maps = find_maps(config.predictions_dir)
+    undated = [m.mask.name for m in maps if m.acquired is None]
+    if undated:
+        raise InputError(
+            f"{config.predictions_dir}: {undated[0]} has no date, which a STAC item needs; it "
+            "comes from the map's record or name (…_2023-01-15_kelp.tif)"
+        )
+    description = find_description(config.run_dir) if config.run_dir else None
+    folder = output_folder(config.output_dir)
+    names = {m.scene_id: f"{m.scene_id}.json" for m in maps}
+    model_name = None
+    if description:
+        spec = _read_spec(description)
+        model_name = f"model-{str(spec.get('weights_sha256'))[:12]}.json"
+    items = []
+    for done, entry in enumerate(maps):
+        progress("describing maps", done, len(maps))
+        item = _item(entry, folder, config.collection_id)
+        if model_name:
+            link = {"rel": "related", "href": f"./{model_name}", "type": _GEOJSON}
+            item["links"].append({**link, "title": "the network"})
+        items.append(item)
+    progress("describing maps", len(maps), len(maps))
+    spans = [_span(item["properties"]) for item in items]
+    extent = min(start for start, _ in spans), max(end for _, end in spans)
+    paths = []
+    for entry, item in zip(maps, items, strict=True):
+        paths.append(folder / names[entry.scene_id])
+        write_json(paths[-1], item)
+    model = None
+    if description and model_name:
+        model = folder / model_name
+        write_json(model, _model(description, folder, config.collection_id, extent))
+    listed = [*names.values(), *([model_name] if model_name else [])]
+    collection = folder / "collection.json"
+    write_json(collection, _collection(config, items, listed, extent))
+    config.record(folder)
+    return Catalogue(collection, tuple(paths), model)
+
+
+def _item(entry: Map, folder: Path, collection: str) -> dict[str, Any]:
+    geometry, bbox = footprint(entry)
+    record = entry.record
+    place = entry.georeference
+    properties: dict[str, Any] = _moment(entry)
+    if entry.sensor:
+        family, _, number = entry.sensor.partition("-")
+        platform = _PLATFORMS.get(family, "").format(number)
+        properties |= {"platform": platform} if platform else {}
+    properties["proj:code"] = _code(place.crs)
+    if place.crs is not None and properties["proj:code"] is None:
+        properties["proj:wkt2"] = place.crs.to_wkt()
+    properties["proj:shape"] = list(entry.shape)
+    if place.transform is not None:
+        properties["proj:transform"] = list(place.transform)[:6]
+    extensions = [PROJECTION, RASTER, FILE, CLASSIFICATION, VERSION]
+    mask = _asset(entry.mask, folder, "Kelp mask", ["data"], [
+        {"name": "kelp", "description": "0 = no kelp, 1 = kelp, 255 = not observed",
+         "data_type": "uint8", "nodata": 255, "classification:classes": _CLASSES},
+    ])  # fmt: skip
+    properties["version"] = mask["file:checksum"][4:16]
+    if record:
+        extensions.append(PROCESSING)
+        software = {k: v for k, v in record.versions.items() if isinstance(v, str)}
+        properties["processing:software"] = software or {"kelp": __version__}
+        properties["processing:lineage"] = (
+            f"Probabilities of {entry.network or 'a network'}, kelp where at least "
+            f"{entry.threshold}; the record has the settings."
+        )
+        for name in ("observed_share", "kelp_pixels", "presence_area_m2", "expected_area_m2"):
+            if (value := getattr(record, name)) is not None:
+                properties[f"kelp:{name}"] = value
+    assets = {"mask": mask}
+    for name, path, words in (
+        ("probability", entry.probability, "Probability of kelp"),
+        ("spread", entry.spread, "Standard deviation of overlapping tiles' probabilities"),
+    ):
+        if path:
+            assets[name] = _asset(path, folder, words, ["data"], [_band(path, name)])
+    if record:
+        path = record_path(entry.mask)
+        assets["record"] = _file(path, folder, "How the map was made", ["metadata"])
+        assets["record"]["type"] = "application/json"
+    links = [
+        {"rel": rel, "href": "./collection.json", "type": "application/json"}
+        for rel in ("root", "parent", "collection")
+    ]
+    for source in record.scene.sources if record else ():
+        if source.href.startswith(("http://", "https://", "s3://")):
+            links.append({"rel": "derived_from", "href": source.href, "title": source.role})
+    return {
+        "type": "Feature",
+        "stac_version": STAC_VERSION,
+        "stac_extensions": extensions,
+        "id": entry.scene_id,
+        "collection": collection,
+        "geometry": geometry,
+        **({"bbox": bbox} if bbox else {}),
+        "properties": properties,
+        "links": links,
+        "assets": assets,
+    }
+
+
+def footprint(entry: Map) -> tuple[dict[str, Any] | None, list[float] | None]:
+    """Outline of a map as GeoJSON in degrees, and its bounding box; None without a CRS.
+
+    An outline across the antimeridian is cut there, and west is then greater than east.
+    """
+    crs, transform = entry.georeference.crs, entry.georeference.transform
+    if crs is None or transform is None:
+        return None, None
+    height, width = entry.shape
+    along = np.linspace(0, 1, _EDGE_POINTS, endpoint=False)
+    corners = np.array([(0, 0), (0, height), (width, height), (width, 0)])  # counterclockwise
+    pixels = [a + (b - a) * t for a, b in zip(corners, np.roll(corners, -1, 0), strict=True)
+              for t in along]  # fmt: skip
+    x, y = zip(*(transform @ (float(x), float(y)) for x, y in pixels), strict=True)
+    lon, lat = (np.array(v) for v in reproject(crs, CRS.from_epsg(4326), x, y))
+    if transform.determinant > 0:  # south-up
+        lon, lat = lon[::-1], lat[::-1]
+    if not (np.isfinite(lon) & np.isfinite(lat)).all():
+        raise InputError(f"{entry.mask}: lies outside its CRS's domain; check its transform")
+    lon = np.unwrap(lon, period=360)
+    if abs(lon[-1] - lon[0]) > 180:  # around a pole
+        pole = 90.0 if lat.mean() > 0 else -90.0
+        ends = sorted((pole, float(lat.min() if pole > 0 else lat.max())))
+        lon, lat = np.array([-180.0, 180, 180, -180]), np.array(ends).repeat(2)
+    lon -= 360 * np.floor((lon.min() + 180) / 360)
+    ring = np.stack([lon, lat], axis=1)
+    rings = [ring]
+    if lon.max() > 180:
+        rings = [_cut(ring, 1), _cut(ring, -1) - (360, 0)]
+    rings = [np.round(np.concatenate([part, part[:1]]), 7) for part in rings]
+    west, east = rings[0][:, 0].min(), rings[-1][:, 0].max()
+    south, north = (f(np.concatenate(rings)[:, 1]) for f in (np.min, np.max))
+    coordinates = [[part.tolist()] for part in rings]
+    shape = {"type": "MultiPolygon", "coordinates": coordinates}
+    if len(rings) == 1:
+        shape = {"type": "Polygon", "coordinates": coordinates[0]}
+    return shape, [float(v) for v in (west, south, east, north)]
+
+
+def _cut(ring: NDArray[np.float64], side: int) -> NDArray[np.float64]:
+    """The part of a convex ring west (`side` 1) or east (-1) of 180 degrees."""
+    out = []
+    inside = side * (180 - ring[:, 0])
+    for k in range(len(ring)):
+        here, there = ring[k], ring[(k + 1) % len(ring)]
+        one, two = inside[k], inside[(k + 1) % len(ring)]
+        if one >= 0:
+            out.append(here)
+        if one * two < 0:
+            out.append(here + (there - here) * one / (one - two))
+    return np.array(out)
+
+
+def _moment(entry: Map) -> dict[str, Any]:
+    """When: a moment, or the ends of a day where no time is known."""
+    if isinstance(entry.acquired, datetime):
+        return {"datetime": entry.acquired_text}
+    assert entry.day is not None
+    start = datetime.combine(entry.day, time(), UTC)
+    end = datetime.combine(entry.day, time(23, 59, 59), UTC)
+    ends = [moment.isoformat().replace("+00:00", "Z") for moment in (start, end)]
+    return {"datetime": None, "start_datetime": ends[0], "end_datetime": ends[1]}
+
+
+def _span(properties: Mapping[str, Any]) -> tuple[str, str]:
+    moment = properties["datetime"]
+    return (
+        moment or properties["start_datetime"],
+        moment or properties["end_datetime"],
+    )
+
+
+def _code(crs: Any) -> str | None:
+    epsg = None if crs is None else crs.to_epsg()
+    return f"EPSG:{epsg}" if epsg else None
+
+
+def _band(path: Path, name: str) -> dict[str, Any]:
+    with open_dataset(path) as dataset:
+        kind, nodata, scale = dataset.dtypes[0], dataset.nodata, dataset.scales[0]
+    band: dict[str, Any] = {"name": name, "data_type": kind}
+    if nodata is not None:
+        band["nodata"] = "nan" if np.isnan(nodata) else nodata
+    if scale != 1:
+        band["raster:scale"] = scale
+    return band
+
+
+def _file(path: Path, folder: Path, title: str, roles: Sequence[str]) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return {
+        "href": Path(os.path.relpath(path, folder)).as_posix(),
+        "title": title,
+        "roles": list(roles),
+        "file:size": path.stat().st_size,
+        "file:checksum": "1220" + digest.hexdigest(),  # a multihash: SHA-256, 32 bytes
+    }
+
+
+def _asset(
+    path: Path, folder: Path, title: str, roles: Sequence[str], bands: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    with open_dataset(path) as dataset:
+        is_cog = dataset.tags(ns="IMAGE_STRUCTURE").get("LAYOUT") == "COG"
+    found = _file(path, folder, title, roles)
+    return {**found, "type": _COG if is_cog else _GEOTIFF, "bands": list(bands)}
+
+
+def _collection(
+    config: StacConfig, items: Sequence[dict[str, Any]], names: Sequence[str],
+    extent: tuple[str, str],
+) -> dict[str, Any]:  # fmt: skip
+    boxes = [item["bbox"] for item in items if "bbox" in item]
+    if any(box[0] > box[2] for box in boxes) or not boxes:
+        whole = [-180.0, -90.0, 180.0, 90.0]
+    else:
+        whole = [min(b[0] for b in boxes), min(b[1] for b in boxes),
+                 max(b[2] for b in boxes), max(b[3] for b in boxes)]  # fmt: skip
+    platforms = sorted({i["properties"].get("platform") for i in items} - {None})
+    return {
+        "type": "Collection",
+        "stac_version": STAC_VERSION,
+        "stac_extensions": [],
+        "id": config.collection_id,
+        "title": "Maps of kelp canopy",
+        "description": "Masks of kelp canopy (0 = no kelp, 1 = kelp, 255 = not observed) and, "
+        "where there are any, probabilities. Areas of masks are upper bounds.",
+        "license": config.license,
+        "extent": {"spatial": {"bbox": [whole]}, "temporal": {"interval": [list(extent)]}},
+        **({"summaries": {"platform": platforms}} if platforms else {}),
+        "links": [
+            {"rel": "root", "href": "./collection.json", "type": "application/json"},
+            *({"rel": "item", "href": f"./{name}", "type": _GEOJSON} for name in names),
+        ],
+    }
+
+
+def _read_spec(path: Path) -> dict[str, Any]:
+    try:
+        spec = json.loads(path.read_text(encoding="utf-8"))
+        spec["architecture"], spec["encoder"], spec["bands"], spec["image_size"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BundleError(f"{path}: not a readable bundle; fetch it again") from error
+    found: dict[str, Any] = spec
+    return found
+
+
+def _model(path: Path, folder: Path, collection: str, extent: tuple[str, str]) -> dict[str, Any]:
+    """A bundle as an item of the mlm extension. Its time is that of the maps."""
+    spec = _read_spec(path)
+    side, bands = spec["image_size"], list(spec["bands"])
+    order = ["batch", "bands", "height", "width"]
+    kept = (
+        "threshold", "temperature", "tile_size", "image_size", "resize_strategy", "interpolation",
+        "normalization_strategy", "spectral_indices", "index_input",
+    )  # fmt: skip
+    assets = {}
+    for name, file, kind in (
+        ("weights", "weights.safetensors", "safetensors"),
+        ("onnx", "network.onnx", "onnx"),
+    ):
+        if (path.parent / file).is_file():
+            asset = _file(path.parent / file, folder, f"Weights ({kind})", ["mlm:model"])
+            asset |= {"type": "application/octet-stream", "mlm:artifact_type": kind}
+            assets[name] = {**asset, "bands": [{"name": band} for band in bands]}
+    if not assets:
+        raise BundleError(f"{path.parent}: holds no weights; fetch the bundle again")
+    card = path.parent / "README.md"
+    if card.is_file():
+        assets["card"] = _file(card, folder, "Model card", ["metadata"])
+        assets["card"]["type"] = "text/markdown"
+    links = [
+        {"rel": rel, "href": "./collection.json", "type": "application/json"}
+        for rel in ("root", "parent", "collection")
+    ]
+    return {
+        "type": "Feature",
+        "stac_version": STAC_VERSION,
+        "stac_extensions": [MLM, FILE, CLASSIFICATION],
+        "id": f"model-{str(spec.get('weights_sha256'))[:12]}",
+        "collection": collection,
+        "geometry": None,
+        "properties": {
+            "datetime": None,
+            "start_datetime": extent[0],
+            "end_datetime": extent[1],
+            "description": "The network that made the maps; start and end are those of the maps.",
+            "mlm:name": f"kelp-{spec['architecture']}-{spec['encoder']}".replace("+", "plus"),
+            "mlm:architecture": spec["architecture"],
+            "mlm:framework": "PyTorch",
+            "mlm:tasks": ["semantic-segmentation"],
+            "mlm:input": [{
+                "name": "scene", "bands": bands,
+                "input": {"shape": [-1, len(bands), side, side], "dim_order": order,
+                          "data_type": "float32"},
+                "description": "Raw numbers of the sensor; normalising is part of the network.",
+            }],
+            "mlm:output": [{
+                "name": "kelp", "tasks": ["semantic-segmentation"],
+                "result": {"shape": [-1, side, side], "dim_order": ["batch", "height", "width"],
+                           "data_type": "float32"},
+                "description": "Probability of kelp.", "classification:classes": _CLASSES[:2],
+            }],
+            "mlm:hyperparameters": {name: spec[name] for name in kept if name in spec},
+        },
+        "links": links,
+        "assets": assets,
+    }  # fmt: skip
