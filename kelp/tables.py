@@ -12,6 +12,7 @@ import pyarrow
 from kelp.errors import TableError
 from kelp.io.files import atomic
 from kelp.io.location import Url
+from kelp.sensors import scene_name
 
 IMAGE_SUFFIX: Final = "_satellite.tif"
 MASK_SUFFIX: Final = "_kelp.tif"
@@ -49,7 +50,7 @@ TILE_KEY: Final = ("tile_id", "x", "y")
 
 def output_name(path: Path | Url, suffix: str = MASK_SUFFIX) -> str:
     """Name of the product of a scene: X_satellite.tif gives X_kelp.tif, name.tif name_kelp.tif."""
-    return (_without(path.name, IMAGE_SUFFIX) or path.stem) + suffix
+    return scene_name(path) + suffix
 
 
 def tile_id_of(path: Path) -> str:

@@ -66,6 +66,10 @@ COMMANDS: Final = {
         "kelp.nn.comparison.tune:tune",
         "Threshold and calibration of a network, fitted on scenes it was not trained on.",
     ),
+    "search": Command(
+        "kelp.sensors.stac:search",
+        "A list of scenes from a STAC service or catalogue.",
+    ),
     "predict": Command(
         "kelp.inference.predict:predict_scenes",
         "Masks and probabilities of scenes, in slices or whole.",

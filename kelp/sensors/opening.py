@@ -26,6 +26,8 @@ log = logging.getLogger("kelp")
 RASTERS: Final = (".tif", ".tiff", ".vrt")
 _PRODUCTS: Final = ("_kelp.tif", "_kelp_prob.tif", "_kelp_spread.tif")
 """Ends of the names of kelp's own maps."""
+_IMAGE: Final = "_satellite"
+"""End of the names of competition scenes, which their products do not keep."""
 _WANTED: Final = (
     "rasters (.tif, .vrt), Landsat Collection 2 Level 2 or HLS folders, Landsat .tar, Sentinel-2 "
     ".SAFE"
@@ -33,18 +35,29 @@ _WANTED: Final = (
 
 
 def scene_name(location: Path | Url) -> str:
-    """The name of a scene, from which the names of its maps are made; no file is opened."""
+    """The name of a scene, from which the names of its maps are made; no file is opened.
+
+    `X.tif` and `X_satellite.tif` give `X`, folders and archives the name of their product, items of
+    STAC services the last part of their address.
+    """
     name = location.name if isinstance(location, Url) else location.resolve().name
-    name = name.partition("?")[0]
+    name = name.partition("?")[0] if isinstance(location, Url) else name
     lower = name.lower()
-    for suffix in (*RASTERS, ".tar", ".safe", ".json", ".geojson"):
-        if lower.endswith(suffix):
-            name = name[: -len(suffix)]
-            break
-    if lower.endswith((".json", ".geojson")) or isinstance(location, Url):
-        for suffix in ("_stac", "_SR"):  # of USGS's items
-            name = name.removesuffix(suffix)
+    known = (*RASTERS, ".tar", ".safe", ".json", ".geojson")
+    suffix = next((suffix for suffix in known if lower.endswith(suffix)), "")
+    if not suffix and isinstance(location, Path) and not location.is_dir():
+        suffix = location.suffix
+    name = _without(name[: len(name) - len(suffix)], _IMAGE)
+    if suffix.lower() in (".json", ".geojson") or (isinstance(location, Url) and not suffix):
+        for end in ("_stac", "_SR"):  # of USGS's items
+            name = name.removesuffix(end)
     return name
+
+
+def _without(name: str, suffix: str) -> str:
+    return (
+        name[: -len(suffix)] if len(name) > len(suffix) and name.lower().endswith(suffix) else name
+    )
 
 
 def find_scenes(data: Path | Url) -> list[Path | Url]:

@@ -153,6 +153,13 @@ class SensorScene(Scene):
             out[bands.DEM] = self._elevation.read(window)
         return out
 
+    def read_elevation(self, tile: Tile) -> NDArray[np.float32]:
+        """The elevation of a window: metres, NaN = unknown, shape `(height, width)`."""
+        if self._elevation is not None:
+            return self._elevation.read(tile)
+        elevation: NDArray[np.float32] = super().read(tile)[bands.DEM]
+        return elevation
+
     def read_stored(self) -> Stored:
         """The whole scene as stored and as a canonical array; of a product both are the latter."""
         if self._files is None and self._elevation is None and self._cloud_mask is None:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from kelp.raster.bands import BANDS, DEM, reflected
 from kelp.raster.validity import observed
 from kelp.raster.window import Blend, Shape, Tile
+from kelp.tiling.grid import TileGrid
 
 Pixels = NDArray[np.float32]
 
@@ -24,6 +25,17 @@ class Source(Protocol):
 
     def read(self, tile: Tile, /) -> Pixels:
         """A window inside the scene as a canonical array `(7, height, width)`."""
+
+
+class Area(Protocol):
+    """The part of a scene that is wanted, as its `area` (a source without one is wanted whole).
+
+    Only tiles that touch it are read and run, and what lies outside is not observed. Inside, the
+    map is that of the whole scene: a tile sees its own pixels, also those outside.
+    """
+
+    def mask(self, tile: Tile, /) -> NDArray[np.bool_]:
+        """Where a window is wanted: bool, shape `(height, width)`."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +83,14 @@ class Strip:
         self._seen = np.empty((rows, width), dtype=np.bool_)
         self._top = self._bottom = self._fetched(top)
         self._told = top
+        self._area: Area | None = getattr(source, "area", None)
+        self._grid = TileGrid(source.shape, slicing.tile, slicing.overlap)
+        self._inside = np.empty((rows if self._area else 0, width), dtype=np.bool_)
+        self._wanted: dict[int, NDArray[np.bool_]] = {}
+        """By first row of a row of tiles: which of its tiles touch the area."""
         self._view: Pixels = self._pixels
         self._seen_before = self._water_before = np.zeros(0, dtype=np.int64)
+        self._inside_before = self._seen_before
 
     def advance(self, y: int) -> NDArray[np.bool_]:
         """Go to the tiles that begin at row `y`; observed planes of rows not told of before."""
@@ -84,15 +102,19 @@ class Strip:
         end = min(end, height)
         kept = self._bottom - top
         if top > self._top:
-            for plane in (*self._pixels, self._seen):  # one at a time: copied aside, they overlap
+            planes = (*self._pixels, self._seen, *([self._inside] if self._area else []))
+            for plane in planes:  # one at a time: copied aside, they overlap
                 plane[:kept] = plane[top - self._top : self._bottom - self._top].copy()
         for first in range(self._bottom, end, self._stride):  # read at once is held twice
             rows = min(self._stride, end - first)
             new = slice(first - top, first - top + rows)
-            self._pixels[:, new] = self._source.read(Tile(first, 0, rows, width))
+            self._read(Tile(first, 0, rows, width), self._pixels[:, new])
             self._seen[new] = observed(self._pixels[:, new], self._qa_as_nodata)
+            if self._area:
+                self._inside[new] = self._area.mask(Tile(first, 0, rows, width)) & self._seen[new]
         self._top, self._bottom = top, end
-        untold = self._seen[max(self._told, top) - top : end - top].copy()
+        shown = self._inside if self._area else self._seen
+        untold = shown[max(self._told, top) - top : end - top].copy()
         self._told = max(self._told, end)
         self._survey(y)
         return untold
@@ -102,7 +124,9 @@ class Strip:
         return self._view[:, :, tile.x : tile.right]
 
     def validity(self, tile: Tile) -> float:
-        """The share of a tile's pixels that are observed."""
+        """The share of a tile's pixels that are observed; 0 where none of them is wanted."""
+        if self._area and self._inside_before[tile.right] == self._inside_before[tile.x]:
+            return 0.0
         seen = self._seen_before[tile.right] - self._seen_before[tile.x]
         return float(seen) / (tile.height * tile.width)
 
@@ -111,6 +135,35 @@ class Strip:
         left = max(0, tile.x - self._margin)
         right = min(tile.right + self._margin, self._source.shape[1])
         return bool(self._water_before[right] == self._water_before[left])
+
+    def _read(self, rows: Tile, out: Pixels) -> None:
+        """Read whole rows of the scene; of an area only the columns of tiles that touch it."""
+        if not self._area:
+            out[...] = self._source.read(rows)
+            return
+        needed = np.zeros(rows.width + 1, dtype=np.int64)  # +1 where needed columns begin, -1 after
+        tile, margin = self._tile, self._margin
+        for y in self._grid.rows:
+            if y - margin < rows.bottom and y + tile[0] + margin > rows.y:
+                columns = np.array(self._grid.columns)[self._touching(y)]
+                np.add.at(needed, np.maximum(columns - margin, 0), 1)
+                np.add.at(needed, np.minimum(columns + tile[1] + margin, rows.width), -1)
+        edges = np.flatnonzero(np.diff(np.cumsum(needed) > 0, prepend=False)).tolist()
+        out[...] = np.nan
+        for left, right in zip(edges[::2], edges[1::2], strict=True):
+            part = Tile(rows.y, left, rows.height, right - left)
+            out[:, :, left:right] = self._source.read(part)
+
+    def _touching(self, y: int) -> NDArray[np.bool_]:
+        """Which tiles of the row that begins at `y` touch the area."""
+        if y not in self._wanted and self._area:
+            height, width = self._source.shape
+            mask = self._area.mask(Tile(y, 0, min(self._tile[0], height - y), width))
+            before = _running(mask)
+            columns = np.array(self._grid.columns)
+            right = np.minimum(columns + self._tile[1], width)
+            self._wanted[y] = before[right] > before[columns]
+        return self._wanted[y]
 
     def _fetched(self, y: int) -> int:
         """The first row that tiles beginning at row `y` need."""
@@ -127,6 +180,8 @@ class Strip:
         around = slice(0, min(rows.stop + self._margin, held))
         self._view = reflected(self._pixels[:, rows], *self._tile)
         self._seen_before = _running(reflected(self._seen[rows], *self._tile))
+        if self._area:
+            self._inside_before = _running(reflected(self._inside[rows], *self._tile))
         if self._skip_land:
             self._water_before = _running(~(self._pixels[DEM, around] > 0))
 

@@ -175,7 +175,7 @@ def test_a_dem_beside_the_scene_is_refused(tmp_path, folder):
     empty.mkdir()
     with pytest.raises(InputError, match="holds no raster"):
         read_dem(folder, dem=empty)
-    with pytest.raises(InputError, match="goes with --dem"):
+    with pytest.raises(InputError, match="goes with"):
         read_dem(folder, dem_sea_where_absent=True)
     bare = write_layer(tmp_path / "bare.tif", np.zeros((4, 4), np.int16), crs=None)
     with pytest.raises(InputError, match="has no CRS"):
