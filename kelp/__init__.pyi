@@ -21,6 +21,7 @@ from .nn.training.folds import train_folds as train_folds
 from .plotting.reports.run import make_report as make_report
 from .products.areas import areas as areas
 from .products.beds import beds as beds
+from .products.cube import to_xarray as to_xarray
 from .products.series import series as series
 from .products.stac import stac as stac
 from .products.submission import submit as submit

@@ -32,6 +32,7 @@ from kelp.raster.masks import (
     read_probability,
 )
 from kelp.raster.window import Shape, Tile
+from kelp.sensors.opening import facts_of_name
 from kelp.sensors.record import MapRecord, read_record, record_path
 from kelp.tables import MASK_SUFFIX, PROBABILITY_SUFFIX, SPREAD_SUFFIX, tile_id_of
 
@@ -40,7 +41,6 @@ log = logging.getLogger("kelp")
 STRIP_ROWS: Final = 512
 """Rows read at a time: the height of a block of a Cloud Optimized GeoTIFF."""
 
-_LANDSAT: Final = re.compile(r"L[COTEM]0?(\d)_\w{4}_\d{6}_(\d{8})(?!\d)")
 _HLS: Final = re.compile(r"HLS\.([LS])30\.T\w{5}\.(\d{7})T(\d{6})")
 _DATE: Final = re.compile(r"(?<!\d)((?:19|20)\d\d)([-_]?)(\d\d)\2(\d\d)(?!\d)")
 
@@ -258,8 +258,9 @@ def _beside(mask: Path, suffix: str) -> Path | None:
 def _named(name: str) -> tuple[str | None, datetime | date | None]:
     """Sensor and date that a file's name tells."""
     try:
-        if found := _LANDSAT.search(name):
-            return f"landsat-{found[1]}", datetime.strptime(found[2], "%Y%m%d").date()
+        facts = facts_of_name(name)
+        if facts.acquired:
+            return facts.sensor, facts.acquired
         if found := _HLS.search(name):
             moment = datetime.strptime(found[2] + found[3], "%Y%j%H%M%S")
             return f"hls-{found[1].lower()}30", moment.replace(tzinfo=UTC)

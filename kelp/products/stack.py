@@ -99,35 +99,27 @@ class Stack:
                 f"{undated[0].mask}{more}: no date; a series needs one, in the map's record or "
                 "its name (…_2023-01-15_kelp.tif)"
             )
-        places = _places(maps)
-        top, left = (min(offset[k] for offset in places) for k in (0, 1))
-        bottom, right = (
-            max(o[k] + m.shape[k] for o, m in zip(places, maps, strict=True)) for k in (0, 1)
-        )
-        origin = maps[0].georeference
-        assert origin.transform is not None
-        moved = origin.transform @ Affine.translation(left, top)
-        shape = bottom - top, right - left
+        place, shape, offsets = lattice_of(maps)
         by_look: dict[tuple[date, str], list[tuple[Map, tuple[int, int]]]] = defaultdict(list)
-        for entry, (row, column) in sorted(
-            zip(maps, places, strict=True), key=lambda pair: pair[0].scene_id
+        for entry, offset in sorted(
+            zip(maps, offsets, strict=True), key=lambda pair: pair[0].scene_id
         ):
             assert entry.day is not None
-            by_look[entry.day, entry.sensor or ""].append((entry, (row - top, column - left)))
+            by_look[entry.day, entry.sensor or ""].append((entry, offset))
         looks = tuple(
             Look(day, sensor or None, *map(tuple, zip(*found, strict=True)))
             for (day, sensor), found in sorted(by_look.items(), key=lambda pair: pair[0])
         )
         first, last = looks[0].day.year, looks[-1].day
         return cls(
-            Georeference(origin.crs, moved),
+            place,
             shape,
             looks,
             first,
             (last.year - first) * 4 + (last.month - 1) // 3 + 1,
             tuple(regions),
             all(entry.no_expected_area is None for entry in maps),
-            GroundArea.of(Georeference(origin.crs, moved), shape),
+            GroundArea.of(place, shape),
         )
 
     def quarter_of(self, day: date) -> int:
@@ -176,6 +168,26 @@ class Stack:
                     )
                 values[here][new] = p[new]
         return (mask, values) if reached else None
+
+
+def lattice_of(
+    maps: Sequence[Map],
+) -> tuple[Georeference, Shape, list[tuple[int, int]]]:
+    """Where the lattice that covers all maps lies, its shape, and each map's first row and column.
+
+    Raises:
+        InputError: a map has no CRS, or its pixels are not those of the others.
+    """
+    places = _places(maps)
+    top, left = (min(offset[k] for offset in places) for k in (0, 1))
+    bottom, right = (
+        max(o[k] + m.shape[k] for o, m in zip(places, maps, strict=True)) for k in (0, 1)
+    )
+    origin = maps[0].georeference
+    assert origin.transform is not None
+    moved = Georeference(origin.crs, origin.transform @ Affine.translation(left, top))
+    offsets = [(row - top, column - left) for row, column in places]
+    return moved, (bottom - top, right - left), offsets
 
 
 def _places(maps: Sequence[Map]) -> list[tuple[int, int]]:
