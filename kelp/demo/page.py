@@ -13,7 +13,8 @@ from kelp import tables
 from kelp.config import DemoConfig
 from kelp.evaluation.scoring import Scores
 from kelp.io.location import local
-from kelp.plotting.html import Report, curves
+from kelp.plotting.charts import curves
+from kelp.plotting.html import Report
 from kelp.plotting.preview import picture_of
 from kelp.raster.masks import read_mask
 

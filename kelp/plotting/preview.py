@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +13,9 @@ from numpy.typing import NDArray
 from kelp.config.predict import PreviewConfig
 from kelp.errors import InputError
 from kelp.io.files import atomic, input_folder, output_folder
-from kelp.plotting import rendering
-from kelp.plotting.rendering import Color, Picture
+from kelp.plotting import rendering, style
+from kelp.plotting.rendering import Picture
+from kelp.plotting.style import Color
 from kelp.progress import Progress, silent
 from kelp.raster.bands import MASK_NODATA
 from kelp.raster.masks import raster_shape, read_mask
@@ -37,7 +37,6 @@ _LEAST_DPI: Final = 125
 # Inches: a panel's width, its caption, and what stands above and below all panels.
 _PANEL_INCHES, _CAPTION, _HEADING, _LEGEND = 3.9, 0.4, 0.4, 0.5
 _MARGIN: Final = 0.012  # of the picture's width
-_INK, _QUIET_INK, _RULE = "#1c2733", "#5b6875", "#c5ccd3"
 
 
 @dataclass(frozen=True)
@@ -242,12 +241,10 @@ def _draw(
     if step > 1:
         note = f"1 pixel for {step} x {step}; kelp where any of them is"
     middle = 1 - 0.25 / size[1]
-    figure.text(_MARGIN, middle, title, size=15, weight="bold", color=_INK, va="center")
-    figure.text(1 - _MARGIN, middle, note, size=9.5, color=_QUIET_INK, va="center", ha="right")
+    figure.text(_MARGIN, middle, title, size=15, weight="bold", color=style.INK, va="center")
+    figure.text(1 - _MARGIN, middle, note, size=9.5, color=style.QUIET_INK, va="center", ha="right")
     _legend(figure, truth is not None, prediction is not None, _LEGEND / size[1])
-    png = io.BytesIO()
-    figure.savefig(png, format="png", metadata={"Software": None})
-    return png.getvalue()
+    return style.png(figure)
 
 
 def _layout(panels: int) -> tuple[list[tuple[slice, slice]], int, int]:
@@ -268,31 +265,31 @@ def _place(axes: Axes, panel: _Panel) -> None:
     axes.set_xticks([])
     axes.set_yticks([])
     for spine in axes.spines.values():
-        spine.set(color=_RULE, linewidth=0.4)  # thin: it covers the outermost pixels
-    axes.set_title(panel.title, loc="left", size=11.5, weight="bold", color=_INK, pad=5)
+        spine.set(color=style.RULE, linewidth=0.4)  # thin: it covers the outermost pixels
+    axes.set_title(panel.title, loc="left", size=11.5, weight="bold", color=style.INK, pad=5)
     height, width = panel.picture.shape[:2]
     if width > 0.9 * height:  # a narrow panel has no room for two titles
-        axes.set_title(panel.note, loc="right", size=9, color=_QUIET_INK, pad=5)
+        axes.set_title(panel.note, loc="right", size=9, color=style.QUIET_INK, pad=5)
 
 
 def _legend(figure: Figure, truth: bool, prediction: bool, top: float) -> None:
     from matplotlib.patches import Patch
 
     def patch(color: Color, words: str, hatch: str = "") -> Patch:
-        edge = rendering.web_color(rendering.HATCH_DARK) if hatch else _RULE
+        edge = style.web_color(style.HATCH_DARK) if hatch else style.RULE
         return Patch(
-            facecolor=rendering.web_color(color), edgecolor=edge, hatch=hatch, label=words, lw=0.6
+            facecolor=style.web_color(color), edgecolor=edge, hatch=hatch, label=words, lw=0.6
         )
 
     entries = []
     if truth or prediction:
         entries += [
-            patch(rendering.KELP, "kelp (found)" if truth and prediction else "kelp"),
-            patch(rendering.NO_KELP, "no kelp"),
+            patch(style.KELP, "kelp (found)" if truth and prediction else "kelp"),
+            patch(style.NO_KELP, "no kelp"),
         ]
     if truth and prediction:
-        entries += [patch(rendering.MISSED, "missed"), patch(rendering.FALSE, "false alarm")]
-    entries.append(patch(rendering.HATCH_LIGHT, "not observed", "////"))
+        entries += [patch(style.MISSED, "missed"), patch(style.FALSE, "false alarm")]
+    entries.append(patch(style.HATCH_LIGHT, "not observed", "////"))
     figure.legend(
         handles=entries,
         loc="center left",
@@ -300,7 +297,7 @@ def _legend(figure: Figure, truth: bool, prediction: bool, top: float) -> None:
         ncols=len(entries),
         frameon=False,
         fontsize=10,
-        labelcolor=_INK,
+        labelcolor=style.INK,
         handlelength=1.6,
         handleheight=1.1,
         columnspacing=1.8,

@@ -13,43 +13,20 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from kelp.plotting.style import FALSE, HATCH_DARK, HATCH_LIGHT, KELP, MISSED, NO_KELP, Color
 from kelp.raster import bands, validity
 from kelp.raster.bands import MASK_NODATA
-from kelp.raster.writer import MASK_COLORS
 
 Picture = NDArray[np.uint8]
 Mask = NDArray[np.uint8]
-Color = tuple[int, int, int]
-
-
-def _opaque(value: int) -> Color:
-    red, green, blue, _ = MASK_COLORS[value]
-    return red, green, blue
-
-
-NO_KELP: Final = _opaque(0)
-KELP: Final = _opaque(1)
-MISSED: Final[Color] = (225, 29, 116)
-"""Kelp that the prediction lacks; this and `FALSE` stay apart from `KELP` for colour-blind eyes."""
-FALSE: Final[Color] = (64, 224, 255)
-"""Predicted kelp that is none."""
-HATCH_LIGHT: Final[Color] = (214, 217, 220)
-HATCH_DARK: Final[Color] = (160, 165, 171)
-
 _PERCENTILES: Final = (1.0, 99.0)
 _SMALLEST_RANGE: Final = 0.04  # reflectance; calm water alone must not become coloured noise
 _GAMMA: Final = 0.75  # lifts dark water, where kelp grows, without burning the land
 _STRIPES: Final = 55  # of the hatch along the longer side
-_NDVI_LIMITS: Final = (-0.4, 0.8)
 _NDVI_COLORS: Final = np.array(
     [(24, 48, 96), (92, 138, 176), (238, 234, 216), (140, 186, 96), (18, 92, 48)], dtype=np.float64
 )
 _NDVI_STOPS: Final = np.array([-0.4, -0.1, 0.05, 0.35, 0.8])
-
-
-def web_color(color: Color) -> str:
-    """A colour as `#rrggbb`."""
-    return "#{:02x}{:02x}{:02x}".format(*color)
 
 
 def stretch(plane: NDArray[np.float32], observed: NDArray[np.bool_]) -> NDArray[np.float32]:

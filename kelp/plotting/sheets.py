@@ -13,9 +13,10 @@ from typing import Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from kelp.plotting import rendering
-from kelp.plotting.canvas import INK, QUIET_INK, Canvas
+from kelp.plotting import rendering, style
+from kelp.plotting.canvas import Canvas
 from kelp.plotting.rendering import Picture, ramp
+from kelp.plotting.style import INK, QUIET_INK
 from kelp.raster.bands import BANDS, MASK_NODATA, OPTICAL, to_reflectance
 from kelp.raster.indices import IndexSettings, index_planes
 from kelp.raster.streaming import ChannelStats
@@ -28,6 +29,7 @@ _RGB, _CIR, _SWIR = ("R", "G", "B"), ("NIR", "R", "G"), ("SWIR", "NIR", "R")
 _MARGIN, _GAP, _LABEL, _HEADING, _LINE, _FOOTER, _NARROWEST = 16, 6, 132, 46, 17, 44, 760
 _ROWS: Final = 16  # of an input sheet; more go on beside them
 _PHOTO_COLORS: Final = 40  # of the sheets of which there are many
+_INPUT_COLORS: Final = 96  # with the ramps and letters, a palette is full
 _GAMMA: Final = 0.6  # of bands: lifts the dark water, where kelp grows
 _LETTERS: Final = 18  # of a name beside pictures
 
@@ -72,7 +74,9 @@ class SheetTile:
         return (_short(self.name), self.place) if self.place else (_short(self.name),)
 
 
-class _Row(NamedTuple):
+class Row(NamedTuple):
+    """Pictures side by side, and what is written before them."""
+
     label: Sequence[str]
     """Lines; the first is the name."""
     pictures: Sequence[Picture]
@@ -80,7 +84,7 @@ class _Row(NamedTuple):
     """How many of them, from the first, have any number of colours."""
 
 
-def judged_sheet(
+def error_sheet(
     tiles: Sequence[SheetTile],
     probabilities: Sequence[Plane],
     threshold: float,
@@ -101,7 +105,7 @@ def judged_sheet(
     """
     scale = _Scale.of(tiles, largest=192, wanted=216)
     rows = [
-        _judged_row(tile, p, threshold, scale.step)
+        _error_row(tile, p, threshold, scale.step)
         for tile, p in zip(tiles, probabilities, strict=True)
     ]
     titles = [("True colour",), ("Colour-infrared",), ("Truth",), ("Probability",), ("Errors",)]
@@ -109,10 +113,10 @@ def judged_sheet(
     _head(canvas, heading, note, scale.note)
     x, y = _MARGIN, canvas.height - _FOOTER // 2
     for color, words in (
-        (rendering.KELP, "hit"),
-        (rendering.FALSE, "false alarm"),
-        (rendering.MISSED, "miss"),
-        (rendering.NO_KELP, "no kelp"),
+        (style.KELP, "hit"),
+        (style.FALSE, "false alarm"),
+        (style.MISSED, "miss"),
+        (style.NO_KELP, "no kelp"),
         (None, "not observed"),
     ):
         x = canvas.swatch(color, words, y, x)
@@ -120,7 +124,7 @@ def judged_sheet(
     return canvas.png(_PHOTO_COLORS)
 
 
-def _judged_row(tile: SheetTile, probability: Plane, threshold: float, step: int) -> _Row:
+def _error_row(tile: SheetTile, probability: Plane, threshold: float, step: int) -> Row:
     seen = np.where(tile.observed, probability, np.nan).astype(np.float32)
     truth = np.where(tile.observed, tile.truth, np.uint8(MASK_NODATA))
     found = to_mask(seen, threshold)
@@ -140,7 +144,7 @@ def _judged_row(tile: SheetTile, probability: Plane, threshold: float, step: int
         rendering.shaded(highest, (0, 1), ramp("viridis")),
         rendering.error_picture(*masks),
     )
-    return _Row((*tile.title, "", *facts), pictures, photos=2)
+    return Row((*tile.title, "", *facts), pictures, photos=2)
 
 
 def input_sheet(
@@ -163,7 +167,7 @@ def input_sheet(
         heading: printed above.
     """
     scale = _Scale.of(tiles, largest=128, wanted=128)
-    rows = _input_rows(tiles, channels, statistics, settings, scale.step)
+    rows = input_rows(tiles, channels, statistics, settings, scale.step)
     length = -(-len(rows) // -(-len(rows) // _ROWS))
     blocks = [rows[k : k + length] for k in range(0, len(rows), length)]
     canvas = _page(blocks, [tile.title for tile in tiles], scale.times)
@@ -173,24 +177,25 @@ def input_sheet(
     x = canvas.bar(ramp("viridis"), "indices, DEM", "", y, x)
     for color, words in (
         (None, "missing or masked"),
-        (rendering.KELP, "kelp"),
-        (rendering.NO_KELP, "no kelp"),
+        (style.KELP, "kelp"),
+        (style.NO_KELP, "no kelp"),
     ):
         x = canvas.swatch(color, words, y, x)
-    return canvas.png()
+    return canvas.png(_INPUT_COLORS)
 
 
-def _input_rows(
+def input_rows(
     tiles: Sequence[SheetTile],
     channels: Sequence[str],
     statistics: Mapping[str, ChannelStats],
     settings: IndexSettings,
-    step: int,
-) -> list[_Row]:
+    step: int = 1,
+) -> list[Row]:
+    """The rows of an input sheet; see `input_sheet`. Blocks of `step` pixels are shown as one."""
     small = [rendering.shrink_pixels(tile.pixels, step) for tile in tiles]
     named = (("True colour", _RGB), ("Colour-infrared", _CIR), ("SWIR composite", _SWIR))
     rows = [
-        _Row((name, ", ".join(bands)), [rendering.composite(x, bands) for x in small], len(tiles))
+        Row((name, ", ".join(bands)), [rendering.composite(x, bands) for x in small], len(tiles))
         for name, bands in named
     ]
     planes = [_planes(tile.pixels, channels, settings) for tile in tiles]
@@ -198,7 +203,7 @@ def _input_rows(
         shrunk = [rendering.shrink_plane(each[name], step) for each in planes]
         rows.append(_channel_row(name, shrunk, statistics[name]))
     truths = [rendering.shrink_mask(tile.truth, step) for tile in tiles]
-    rows.append(_Row(("Truth",), [rendering.mask_picture(truth) for truth in truths]))
+    rows.append(Row(("Truth",), [rendering.mask_picture(truth) for truth in truths]))
     return rows
 
 
@@ -213,21 +218,21 @@ def _planes(
     return planes | dict(zip(indices, made, strict=True))
 
 
-def _channel_row(name: str, planes: Sequence[Plane], stats: ChannelStats) -> _Row:
+def _channel_row(name: str, planes: Sequence[Plane], stats: ChannelStats) -> Row:
     limits = stats.q01, stats.q99
     colors = ramp("gray", gamma=_GAMMA) if name in (*OPTICAL, "QA") else ramp("viridis")
     pictures = [rendering.shaded(plane, limits, colors) for plane in planes]
     if name == "QA":
-        return _Row((name, "white: cloud or bad"), pictures)
+        return Row((name, "white: cloud or bad"), pictures)
     if name in OPTICAL:
         low, high = to_reflectance(np.array(limits, dtype=np.float32)).round(3) + 0.0  # no -0
-        return _Row((name, f"{low:.3f} to {high:.3f}", "reflectance"), pictures)
+        return Row((name, f"{low:.3f} to {high:.3f}", "reflectance"), pictures)
     if name in ("DEM", "DEMWM"):
-        return _Row((name, f"{limits[0]:.0f} to {limits[1]:.0f} m"), pictures)
-    return _Row((name, f"{limits[0]:.3g} to {limits[1]:.3g}"), pictures)
+        return Row((name, f"{limits[0]:.0f} to {limits[1]:.0f} m"), pictures)
+    return Row((name, f"{limits[0]:.3g} to {limits[1]:.3g}"), pictures)
 
 
-def _page(blocks: Sequence[Sequence[_Row]], titles: Sequence[Sequence[str]], times: int) -> Canvas:
+def _page(blocks: Sequence[Sequence[Row]], titles: Sequence[Sequence[str]], times: int) -> Canvas:
     """Rows of pictures with their labels, below titles; blocks of rows lie side by side."""
     pictures = [picture for rows in blocks for row in rows for picture in row.pictures]
     height, width = (times * max(picture.shape[k] for picture in pictures) for k in range(2))

@@ -28,7 +28,7 @@ from kelp.config.products import ViewConfig
 from kelp.errors import ConfigError, InputError
 from kelp.io.files import output_folder, write_text
 from kelp.io.location import Url
-from kelp.plotting import rendering
+from kelp.plotting import rendering, style
 from kelp.products.areas import (
     Intervals,
     Measured,
@@ -128,9 +128,9 @@ def view(config: ViewConfig, progress: Progress = silent) -> View:
         "coverage": config.coverage,
         "quarters": quarters,
         "colors": {
-            "kelp": rendering.web_color(rendering.KELP),
-            "water": rendering.web_color(rendering.NO_KELP),
-            "ramp": [rendering.web_color(tuple(c)) for c in _ramp()[::8].tolist()],
+            "kelp": style.web_color(style.KELP),
+            "water": style.web_color(style.NO_KELP),
+            "ramp": [style.web_color(tuple(c)) for c in _ramp()[::8].tolist()],
         },
     }
     output_folder(config.output.parent)
@@ -182,16 +182,16 @@ def _draw(entry: Map, frame: _Frame, side: int, scene: Path | Url | None) -> dic
     step = -(-max(entry.shape) // side)
     tiles = list(entry.strips(step * max(1, 512 // step)))
     mask = np.concatenate([rendering.shrink_mask(entry.read(tile), step) for tile in tiles])
-    hatch = rendering.hatch(mask.shape)[..., 0] == rendering.HATCH_LIGHT[0]
+    hatch = rendering.hatch(mask.shape)[..., 0] == style.HATCH_LIGHT[0]
     unseen = np.where(hatch, 1, 0)
     pictures = {"mask": _png(
         np.where(mask == MASK_NODATA, unseen, np.where(mask == 1, 3, 2)),
-        [rendering.HATCH_DARK, rendering.HATCH_LIGHT, rendering.NO_KELP, rendering.KELP],
+        [style.HATCH_DARK, style.HATCH_LIGHT, style.NO_KELP, style.KELP],
     )}  # fmt: skip
     if entry.probability:
         p = np.concatenate([_shrunk(entry, tile, step) for tile in tiles])
         levels = np.rint(np.nan_to_num(p) * (_RAMP - 1)) + 2
-        colors = [rendering.HATCH_DARK, rendering.HATCH_LIGHT, *map(tuple, _ramp().tolist())]
+        colors = [style.HATCH_DARK, style.HATCH_LIGHT, *map(tuple, _ramp().tolist())]
         pictures["p"] = _png(np.where(np.isnan(p), unseen, levels), colors)
     if scene:
         with open_scene(scene) as source:

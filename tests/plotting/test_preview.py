@@ -18,7 +18,7 @@ from scipy import ndimage
 
 from kelp.config import PreviewConfig
 from kelp.errors import InputError
-from kelp.plotting import preview, rendering
+from kelp.plotting import preview, rendering, style
 from kelp.plotting.preview import panels, picture_of, write_previews
 from kelp.raster import bands
 from kelp.raster.bands import BANDS
@@ -26,7 +26,7 @@ from kelp.raster.scene import read_scene
 from kelp.raster.writer import MASK_COLORS, write_mask
 
 KELP, NO_KELP = MASK_COLORS[1][:3], MASK_COLORS[0][:3]
-HATCH = {rendering.HATCH_LIGHT, rendering.HATCH_DARK}
+HATCH = {style.HATCH_LIGHT, style.HATCH_DARK}
 
 
 def scene(height: int = 40, width: int = 60, seed: int = 0) -> np.ndarray:
@@ -146,8 +146,8 @@ def test_hits_misses_and_false_alarms_differ():
     truth = np.uint8([[1, 1, 0, 0, 1, 255]])
     prediction = np.uint8([[1, 0, 1, 0, 255, 1]])
     colors = rendering.agreement_picture(scene(1, 6), truth, prediction)[0]
-    assert [tuple(c) for c in colors[:3]] == [KELP, rendering.MISSED, rendering.FALSE]
-    assert tuple(colors[3]) not in {KELP, rendering.MISSED, rendering.FALSE, *HATCH}
+    assert [tuple(c) for c in colors[:3]] == [KELP, style.MISSED, style.FALSE]
+    assert tuple(colors[3]) not in {KELP, style.MISSED, style.FALSE, *HATCH}
     assert {tuple(c) for c in colors[4:].tolist()} <= HATCH
 
 
@@ -180,8 +180,8 @@ def test_every_panel_count_makes_a_picture_in_the_same_colours():
     assert area(nothing, KELP) == 0
     assert area(one, KELP) > 1000
     both = panels(pixels, mask, np.zeros_like(mask))
-    assert area(both, rendering.MISSED) > 1000
-    assert area(both, rendering.FALSE) == 0
+    assert area(both, style.MISSED) > 1000
+    assert area(both, style.FALSE) == 0
     # The same arrays give the same bytes; another title another picture.
     assert one == panels(pixels, prediction=mask, title="AB123456")
     assert one != panels(pixels, prediction=mask, title="AB123457")

@@ -9,7 +9,8 @@ import subprocess
 
 import pytest
 
-from kelp.plotting.html import Report, by_class, curves, lines
+from kelp.plotting.charts import by_class, curves, lines
+from kelp.plotting.html import Report
 
 BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None

@@ -9,13 +9,15 @@ import pytest
 from PIL import Image
 from world import coast
 
-from kelp.plotting import rendering, sheets
+from kelp.plotting import rendering, style
 from kelp.plotting.canvas import Canvas
-from kelp.plotting.sheets import SheetTile, input_sheet, judged_sheet
+from kelp.plotting.sheets import SheetTile, error_sheet, input_rows, input_sheet
 from kelp.raster import bands, validity
 from kelp.raster.bands import BANDS
 from kelp.raster.indices import INDICES, IndexSettings
 from kelp.raster.streaming import ChannelStats
+
+SETTINGS = IndexSettings("dn", mask_using_qa=True, mask_using_water_mask=True)
 
 
 def tile(side=32, seed=0, name="AB123456", place="x 0, y 32"):
@@ -51,7 +53,7 @@ def test_every_error_has_its_place_and_its_colour():
     found[(shown.truth == 1) & (np.arange(32) % 2 == 0)] = 0  # misses
     found[20:24, 20:24] = 1  # some of them false alarms
     p = np.where(found == 1, 0.9, 0.1).astype(np.float32)
-    page = image(judged_sheet([shown], [p], 0.5, "Epoch 1"))
+    page = image(error_sheet([shown], [p], 0.5, "Epoch 1"))
     times, gap, label, margin = 7, 6, 132, 16
     left = margin + label + 4 * (32 * times + gap)
     top = 46 + 2 * 17 + gap - 17  # a heading, one line of titles
@@ -60,15 +62,15 @@ def test_every_error_has_its_place_and_its_colour():
     np.testing.assert_array_equal(errors, small.repeat(times, 0).repeat(times, 1))  # whole pixels
     truth = np.where(shown.observed, shown.truth, 255)
     for is_kelp, is_found, color in (
-        (1, 1, rendering.KELP),
-        (1, 0, rendering.MISSED),
-        (0, 1, rendering.FALSE),
-        (0, 0, rendering.NO_KELP),
+        (1, 1, style.KELP),
+        (1, 0, style.MISSED),
+        (0, 1, style.FALSE),
+        (0, 0, style.NO_KELP),
     ):
         where = (truth == is_kelp) & (found == is_found)
         assert where.any()
         np.testing.assert_array_equal(near(small, color), where)
-    hatched = near(small, rendering.HATCH_DARK) | near(small, rendering.HATCH_LIGHT)
+    hatched = near(small, style.HATCH_DARK) | near(small, style.HATCH_LIGHT)
     np.testing.assert_array_equal(hatched, truth == 255)
 
 
@@ -76,10 +78,10 @@ def test_every_error_has_its_place_and_its_colour():
 def test_sheets_of_epochs_are_small_and_always_the_same(side):
     tiles = [tile(side, seed) for seed in range(6)]
     p = [np.random.default_rng(k).random((side, side), np.float32) for k in range(6)]
-    png = judged_sheet(tiles, p, 0.5, "Epoch 1", "val/dice 0.5")
-    assert png == judged_sheet(tiles, p, 0.5, "Epoch 1", "val/dice 0.5")
+    png = error_sheet(tiles, p, 0.5, "Epoch 1", "val/dice 0.5")
+    assert png == error_sheet(tiles, p, 0.5, "Epoch 1", "val/dice 0.5")
     # Noise, which no network draws so evenly, is the worst of pictures.
-    smooth = judged_sheet(tiles, [np.full_like(x, 0.3) for x in p], 0.5, "Epoch 1")
+    smooth = error_sheet(tiles, [np.full_like(x, 0.3) for x in p], 0.5, "Epoch 1")
     assert len(smooth) < 300_000
     height, width, _ = image(png).shape
     assert height < 1800
@@ -91,37 +93,34 @@ def test_thin_kelp_of_large_tiles_is_not_lost():
     truth = np.zeros((350, 350), np.uint8)
     truth[:, 101] = 1
     shown = SheetTile("a", "", shown.pixels, truth, np.ones((350, 350), bool))
-    page = image(judged_sheet([shown], [truth * np.float32(0.9)], 0.5, "Epoch 1"))
-    assert near(page[60:-60], rendering.KELP).sum() >= 2 * 160  # in the truth, and as hits
+    page = image(error_sheet([shown], [truth * np.float32(0.9)], 0.5, "Epoch 1"))
+    assert near(page[60:-60], style.KELP).sum() >= 2 * 160  # in the truth, and as hits
     bright = rendering.ramp("viridis")[0, int(0.9 * 48)]
     assert near(page[60:-60], bright).sum() >= 160
 
 
 @pytest.mark.parametrize("count", [0, 2, 20, 40])
-def test_input_sheets_show_every_channel_and_wrap(count, monkeypatch):
-    rows, page = [], sheets._page
-
-    def recording(blocks, titles, times):
-        rows.extend(blocks)
-        return page(blocks, titles, times)
-
-    monkeypatch.setattr(sheets, "_page", recording)
-    names = (*BANDS, *list(INDICES)[:count])
-    png = input_sheet([tile(), tile(seed=1)], names, statistics(names), IndexSettings(), "Input")
-    assert image(png).shape[0] < 16 * 150 + 120
-    labels = [row.label[0] for block in rows for row in block]
+def test_input_sheets_show_every_channel_and_wrap(count):
+    tiles, names = [tile(), tile(seed=1)], (*BANDS, *list(INDICES)[:count])
+    rows = input_rows(tiles, names, statistics(names), SETTINGS)
+    labels = [row.label[0] for row in rows]
     assert labels[:3] == ["True colour", "Colour-infrared", "SWIR composite"]
     assert labels[3:] == [*names, "Truth"]
-    assert max(len(block) for block in rows) <= 16
-    assert all(len(row.pictures) == 2 for block in rows for row in block)
+    assert all(len(row.pictures) == 2 for row in rows)
+    height, width, _ = image(input_sheet(tiles, names, statistics(names), SETTINGS, "In")).shape
+    blocks = -(-len(rows) // 16)
+    assert 134 * -(-len(rows) // blocks) < height < 16 * 150 + 120
+    assert width == max(16 + blocks * (132 + 2 * 134 + 16), 760)
 
 
 def test_input_sheets_show_what_the_network_gets():
     shown = tile()
-    (planes,) = (sheets._planes(shown.pixels, ("NIR", "NDVI"), IndexSettings()),)
-    assert np.isnan(planes["NDVI"][shown.pixels[bands.QA] == 1]).all()  # masked, as in training
-    row = sheets._channel_row("NIR", [planes["NIR"]], statistics(())["NIR"])
-    assert row.label == ("NIR", "-0.008 to 0.130", "reflectance")
+    rows = input_rows([shown], ("NIR", "NDVI"), statistics(("NDVI",)), SETTINGS)
+    by_name = {row.label[0]: row for row in rows}
+    assert by_name["NIR"].label == ("NIR", "-0.008 to 0.130", "reflectance")
+    masked = by_name["NDVI"].pictures[0][shown.pixels[bands.QA] == 1]  # as in training
+    assert masked.size
+    assert {tuple(c) for c in masked.tolist()} <= {style.HATCH_DARK, style.HATCH_LIGHT}
 
 
 def test_shades_and_their_ends():
@@ -131,7 +130,7 @@ def test_shades_and_their_ends():
     np.testing.assert_array_equal(colors[[0, 1]], gray[0, [0, 0]])
     np.testing.assert_array_equal(colors[[3, 4]], gray[0, [-1, -1]])
     np.testing.assert_array_equal(colors[2], gray[0, 24])
-    assert {tuple(c) for c in colors[5:].tolist()} <= {rendering.HATCH_DARK, rendering.HATCH_LIGHT}
+    assert {tuple(c) for c in colors[5:].tolist()} <= {style.HATCH_DARK, style.HATCH_LIGHT}
     assert rendering.shaded(plane, (2, 2), gray).shape == (1, 7, 3)  # nothing to divide by
 
 
@@ -146,20 +145,20 @@ def test_a_page_of_photographs_keeps_plain_colours():
     page = Canvas(40, 60)
     noise = np.random.default_rng(0).integers(0, 256, (30, 30, 3), dtype=np.uint8)
     page.paste(noise, 5, 0, photo=True)
-    page.paste(np.full((8, 8, 3), rendering.MISSED, np.uint8), 5, 40)
+    page.paste(np.full((8, 8, 3), style.MISSED, np.uint8), 5, 40)
     page.words("x $y_1$ {z}", 30, 58, side="right")  # no formula
-    pixels = image(page.png())
-    assert near(pixels[5:13, 40:48], rendering.MISSED).all()
+    pixels = image(page.png(40))
+    assert near(pixels[5:13, 40:48], style.MISSED).all()
     assert abs(pixels[5:35, :30].astype(int) - noise).mean() < 24
 
 
 def test_a_photograph_does_not_look_as_if_it_meant_something():
     """Colours near those of the legend come out as colours of photographs."""
     page = Canvas(40, 80)
-    photo = np.array([rendering.MISSED, rendering.KELP, (90, 90, 200)], np.uint8)
+    photo = np.array([style.MISSED, style.KELP, (90, 90, 200)], np.uint8)
     photo = np.clip(photo.astype(int) + 12, 0, 255).astype(np.uint8)[None].repeat(10, axis=0)
     page.paste(photo, 0, 0, photo=True)
-    page.paste(np.full((8, 8, 3), rendering.MISSED, np.uint8), 0, 40)
-    pixels = image(page.png())
-    assert not near(pixels[:10, :3], rendering.MISSED, most=0).any()
+    page.paste(np.full((8, 8, 3), style.MISSED, np.uint8), 0, 40)
+    pixels = image(page.png(40))
+    assert not near(pixels[:10, :3], style.MISSED, most=0).any()
     assert near(pixels[:10, :3], photo, most=4).all()

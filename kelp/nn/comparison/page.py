@@ -11,7 +11,8 @@ from kelp.config import CompareConfig
 from kelp.evaluation.confusion import PATCH_SIZES
 from kelp.nn.comparison.advice import Advice
 from kelp.nn.comparison.result import Comparison, Estimate, Judged
-from kelp.plotting.html import Report, by_class, intervals
+from kelp.plotting.charts import by_class, intervals
+from kelp.plotting.html import Report
 
 _SCORES: Final = (
     ("iou", "IoU"),

@@ -13,7 +13,8 @@ from scipy import special
 import kelp
 from kelp.config import TuneConfig
 from kelp.nn.comparison.counted import EDGES, THRESHOLDS, Tuned, dice
-from kelp.plotting.html import Report, lines
+from kelp.plotting.charts import lines
+from kelp.plotting.html import Report
 
 
 def write_page(path: Path, config: TuneConfig, tuned: Sequence[Tuned]) -> Path:

@@ -20,7 +20,7 @@ from kelp.nn.data.dataset import Sample, collate
 from kelp.nn.metrics import THRESHOLD, Confusion
 from kelp.nn.model import KelpNet
 from kelp.nn.training.chosen import SET_SIZE, choose
-from kelp.plotting import html, preview, sheets
+from kelp.plotting import charts, preview, sheets
 from kelp.plotting.sheets import SheetTile
 from kelp.tiling.merge import to_mask
 
@@ -106,7 +106,7 @@ class Album:
         else:  # validation is limited, or shared with others
             p = self._predict(net, samples)
         heading = f"Epoch {epoch} of {self.config.epochs}"
-        png = sheets.judged_sheet(self.tiles[:SET_SIZE], p, THRESHOLD, heading, words)
+        png = sheets.error_sheet(self.tiles[:SET_SIZE], p, THRESHOLD, heading, words)
         return [self._write(_sheet_name(epoch), png)]
 
     def draw_best(self, net: KelpNet, epoch: int, words: str) -> list[str]:
@@ -176,7 +176,7 @@ def draw_curves(folder: Path, history: Sequence[Mapping[str, float]], best: int)
         place: [(k, epoch[name]) for k, epoch in enumerate(history, 1)]
         for name, place in _PANELS.items()
     }
-    _write(folder / CURVES, html.curves(curves, best))
+    _write(folder / CURVES, charts.curves(curves, best))
 
 
 def write_confusions(folder: Path, epochs: Sequence[Confusion], best: int) -> None:
@@ -201,7 +201,7 @@ def write_confusion(
 
 def draw_confusion(folder: Path, confusion: Confusion) -> None:
     """Picture a confusion matrix."""
-    png = html.confusion(
+    png = charts.confusion(
         tp=confusion.true_positive,
         fp=confusion.false_positive,
         fn=confusion.false_negative,

@@ -17,7 +17,8 @@ from kelp.config import ReportConfig
 from kelp.errors import InputError
 from kelp.evaluation.confusion import PATCH_SIZES
 from kelp.nn.comparison.sums import BINS
-from kelp.plotting.html import Report, by_class, curves, lines
+from kelp.plotting.charts import by_class, curves, lines
+from kelp.plotting.html import Report
 from kelp.plotting.preview import picture_of
 from kelp.plotting.reports.judged import Judged, Sweep
 from kelp.raster.probability import CODES
@@ -313,7 +314,7 @@ def figures_json(judged: Judged) -> dict[str, Any]:
 
 
 def history_of(run_dir: Path) -> dict[str, list[tuple[float, float]]]:
-    """Metrics of a run by epoch, for `kelp.plotting.html.curves`; empty where it kept none."""
+    """Metrics of a run by epoch, for `kelp.plotting.charts.curves`; empty where it kept none."""
     path = run_dir / "artifacts" / "history.json"
     if not path.is_file():
         return {}

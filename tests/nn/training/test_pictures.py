@@ -29,7 +29,7 @@ from kelp.nn.training.fit import train
 from kelp.nn.training.pace import SPEED, WAITING, Pace
 from kelp.nn.training.pictures import Album
 from kelp.nn.training.tracking import quiet_libraries
-from kelp.plotting import html
+from kelp.plotting import charts
 
 EPOCHS = 3
 
@@ -350,7 +350,7 @@ def test_the_pace_by_hand():
 
 def test_the_best_epoch_is_marked():
     history = {"val/dice": [(1, 0.2), (2, 0.6), (3, 0.5)]}
-    plain, first, second = (html.curves(history, best) for best in (None, 1, 2))
+    plain, first, second = (charts.curves(history, best) for best in (None, 1, 2))
     assert len({plain, first, second}) == 3
 
 
