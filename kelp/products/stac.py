@@ -24,7 +24,7 @@ from kelp.config.products import StacConfig
 from kelp.errors import BundleError, InputError
 from kelp.evaluation.intervals import find_description
 from kelp.io.files import output_folder, write_json
-from kelp.plotting.rendering import KELP, NO_KELP
+from kelp.plotting.style import KELP, NO_KELP
 from kelp.products.maps import Map, find_maps
 from kelp.progress import Progress, silent
 from kelp.raster.masks import open_dataset
