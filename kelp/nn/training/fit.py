@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import signal
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,7 @@ import torch
 
 from kelp.config import TrainConfig
 from kelp.config.choices import Precision
+from kelp.errors import ConfigError, KelpError
 from kelp.inference.spec import BundleSpec, NetworkSpec
 from kelp.io.files import write_text
 from kelp.nn.bundle import save_bundle
@@ -48,9 +51,9 @@ from kelp.raster.statistics import StatsFile
 # Lightning takes seconds to import, and talks meanwhile: inside `quiet_libraries` only.
 if TYPE_CHECKING:
     from kelp.nn.data.datamodule import FoldData
-    from kelp.nn.training.epochs import EpochJudge
-    from kelp.nn.training.keeping import EpochKeeper, SaveBundle
-    from kelp.nn.training.team import Team
+    from kelp.nn.training.checkpoint import BundleCheckpoint, SaveBundle
+    from kelp.nn.training.history import EpochHistory
+    from kelp.nn.training.processes import Processes
 
 log = logging.getLogger("kelp")
 
@@ -60,7 +63,7 @@ class _Setup:
     """Everything that is known before the run is opened."""
 
     config: TrainConfig
-    team: Team
+    processes: Processes
     device: torch.device
     precision: Precision
     data: FoldData
@@ -68,7 +71,7 @@ class _Setup:
     """Known to the first process only, until they meet."""
     net: KelpNet
     checkpoint: Path | None
-    """Where a resumed run goes on."""
+    """Where a resumed run starts from."""
     first_epoch: int
     """Epochs that it has done."""
     validates_every: int
@@ -81,7 +84,7 @@ def train(
     """Train a network on a fold of a table of images or tiles.
 
     On a CPU the result follows from the configuration and the data alone. A run that was stopped
-    goes on with `resume_from`, and ends as if it had never been stopped.
+    is resumed with `resume_from`, and ends as if it had never been stopped.
 
     Args:
         config: the options.
@@ -95,23 +98,26 @@ def train(
     """
     started = time.monotonic()
     with quiet_libraries():
-        from kelp.nn.training.team import form_team
+        from kelp.nn.training.launch import launch
+        from kelp.nn.training.processes import find_processes
 
         config = effective(config)
         device = resolve_device(config.device)
-        team = form_team(config, device)
-        with _silent_unless(team.leads):
-            setup = _prepare(config, team, device, progress if team.leads else silent)
-            if not team.leads:
+        processes = find_processes(config, device)
+        if processes.must_launch:
+            return launch(config, processes.world_size, progress, part)
+        with _silent_unless(processes.is_first):
+            setup = _prepare(config, processes, device, progress if processes.is_first else silent)
+            if not processes.is_first:
                 return _take_part(setup, started)
         tracking = _open(setup.config, part)
         try:
             if part:
                 part.begin(tracking.run_id)
-            keeper = _run(setup, tracking, progress, part)
+            epochs = _run(setup, tracking, progress, part)
         except KeyboardInterrupt:
             tracking.finish("KILLED")
-            log.info("stopped; go on with --resume_from %s", tracking.run_dir)
+            log.info("stopped; resume with --resume_from %s", tracking.run_dir)
             raise
         except Pruned as reason:
             tracking.prune(str(reason))
@@ -120,46 +126,26 @@ def train(
             tracking.finish("FAILED")
             raise
         tracking.finish("FINISHED")
-    return result_of(keeper, tracking.run_dir, started)
-
-
-def follow(
-    config: TrainConfig, rank: int, count: int, port: int, ready: Callable[[], None]
-) -> None:
-    """Take part in a run that another process of this machine leads.
-
-    Args:
-        config: the options, as the first process runs them.
-        rank: number of this process.
-        count: processes of the run.
-        port: where they meet.
-        ready: called before they do.
-
-    Raises:
-        KelpError: as in `train`.
-    """
-    with quiet_libraries(track=False):
-        from kelp.nn.training.team import Team, open_store
-
-        team = Team(rank, count, ddp=True)
-        setup = _prepare(config, team, resolve_device(config.device), silent)
-        ready()
-        team.store = open_store(count, port)
-        _take_part(setup, time.monotonic())
+    return result_of(epochs, tracking.run_dir, started)
 
 
 @contextmanager
-def _silent_unless(leads: bool) -> Iterator[None]:
-    """Of several processes only the first speaks."""
-    before = log.disabled
-    log.disabled = before or not leads
+def _silent_unless(is_first: bool) -> Iterator[None]:
+    """Of several processes only the first writes messages."""
+
+    def passes(record: logging.LogRecord) -> bool:
+        return is_first
+
+    log.addFilter(passes)
     try:
         yield
     finally:
-        log.disabled = before
+        log.removeFilter(passes)
 
 
-def _prepare(config: TrainConfig, team: Team, device: torch.device, progress: Progress) -> _Setup:
+def _prepare(
+    config: TrainConfig, processes: Processes, device: torch.device, progress: Progress
+) -> _Setup:
     """Check everything that can be checked, and build the network; what takes long comes last.
 
     Only the first process does what takes long: the network's weights and numbers are brought to
@@ -170,21 +156,21 @@ def _prepare(config: TrainConfig, team: Team, device: torch.device, progress: Pr
 
     precision = resolve_precision(config.precision, device)
     fold = read_fold(config)
-    if team.leads:
+    if processes.is_first:
         require_bands(fold, config)
     checkpoint, first_epoch = _resume_point(config)
-    data = FoldData(fold, config, first_epoch, device.type == "cuda", team.share)
+    data = FoldData(fold, config, first_epoch, device.type == "cuda", processes.share)
     every = validation_interval(config, data.batches)
     spec = network_spec(config, data.shape)
-    net = _build_network(spec, config, loads=team.leads and checkpoint is None)
+    net = _build_network(spec, config, loads=processes.is_first and checkpoint is None)
     net.body.to(weights_dtype(precision))
     statistics = None
-    if team.leads:
+    if processes.is_first:
         statistics = run_statistics(config, fold.train_sources, progress)
         _normalise(net, statistics.file)
     data.reader = pack(fold.train_sources + fold.val_sources, config, progress)
     return _Setup(
-        config, team, device, precision, data, statistics, net, checkpoint, first_epoch, every
+        config, processes, device, precision, data, statistics, net, checkpoint, first_epoch, every
     )
 
 
@@ -206,8 +192,8 @@ def _normalise(net: KelpNet, statistics: StatsFile) -> None:
 
 
 def _resume_point(config: TrainConfig) -> tuple[Path | None, int]:
-    """The checkpoint to go on from, if there is one, and the epochs done until then."""
-    from kelp.nn.training.epochs import read_checkpoint
+    """The checkpoint to resume from, if there is one, and the epochs done until then."""
+    from kelp.nn.training.history import read_checkpoint
 
     if config.resume_from is None:
         return None, 0
@@ -220,13 +206,15 @@ def _open(config: TrainConfig, part: Part | None) -> Tracking:
     return reopen_run(run_folder(config.resume_from), config)
 
 
-def _run(setup: _Setup, tracking: Tracking, progress: Progress, part: Part | None) -> EpochKeeper:
+def _run(
+    setup: _Setup, tracking: Tracking, progress: Progress, part: Part | None
+) -> BundleCheckpoint:
     """Write down what the run is, then train, with the others where there are any."""
-    from kelp.nn.training.helpers import together
-    from kelp.nn.training.keeping import EpochKeeper
+    from kelp.nn.training.checkpoint import BundleCheckpoint
     from kelp.nn.training.pictures import Album
+    from kelp.nn.training.processes import broadcast, connection
 
-    config, team = setup.config, setup.team
+    config = setup.config
     recorded = config.model_copy(update={"resume_from": None})
     assert setup.statistics is not None
     stats_file = setup.statistics.write(tracking.artifacts)
@@ -238,19 +226,17 @@ def _run(setup: _Setup, tracking: Tracking, progress: Progress, part: Part | Non
     album = Album(config, setup.data, tracking.artifacts)
     tracking.log_files(*album.draw_inputs(setup.net.spec))
     save = _saver(setup, recorded, stats_file)
-    keeper = EpochKeeper(config, tracking, save, progress, album, part)
-    if setup.first_epoch < config.epochs:
-        with together(config, team, setup.device, tracking.run_dir):
-            _fit(setup, keeper, tracking.run_dir)
-            keeper.finish_progress()
-            keeper.finish(setup.device)
-            team.agree(str(tracking.run_dir))
-    else:
-        assert setup.checkpoint is not None
-        keeper.restore(setup.checkpoint)
-        keeper.finish_progress()
-        keeper.finish(setup.device)
-    return keeper
+    epochs = BundleCheckpoint(config, tracking, save, progress, album, part)
+    with connection(setup.processes, tracking.run_dir):
+        if setup.first_epoch < config.epochs:
+            _fit(setup, epochs, tracking.run_dir)
+        else:
+            assert setup.checkpoint is not None
+            epochs.restore(setup.checkpoint)
+        epochs.finish_progress()
+        epochs.finish(setup.device)
+        broadcast(str(tracking.run_dir))
+    return epochs
 
 
 def _saver(setup: _Setup, recorded: TrainConfig, stats_file: Path) -> SaveBundle:
@@ -273,40 +259,80 @@ def _saver(setup: _Setup, recorded: TrainConfig, stats_file: Path) -> SaveBundle
 
 def _take_part(setup: _Setup, started: float) -> TrainResult:
     """Train with the others, and write nothing; the run's folder is known in the end."""
-    from kelp.nn.training.epochs import EpochJudge
-    from kelp.nn.training.helpers import together
+    from kelp.nn.training.history import EpochHistory
+    from kelp.nn.training.processes import broadcast, connection
 
     config = setup.config
-    judge = EpochJudge(config)
+    epochs = EpochHistory(config)
     if setup.first_epoch < config.epochs:
-        with together(config, setup.team, setup.device):
-            _fit(setup, judge, None)
-            run_dir = Path(setup.team.agree(""))
+        with connection(setup.processes, None):
+            _fit(setup, epochs, None)
+            run_dir = Path(broadcast(""))
     else:
         assert setup.checkpoint is not None
         assert config.resume_from is not None
-        judge.restore(setup.checkpoint)
+        epochs.restore(setup.checkpoint)
         run_dir = run_folder(config.resume_from)
-    return result_of(judge, run_dir, started, leads=False)
+    return result_of(epochs, run_dir, started, writes=False)
 
 
-def _fit(setup: _Setup, judge: EpochJudge, run_dir: Path | None) -> None:
-    from kelp.nn.training.loop import build_trainer, has_idle_parameters, plain_errors
+def _fit(setup: _Setup, epochs: EpochHistory, run_dir: Path | None) -> None:
+    """Lightning's loop, without anything of its own on the screen or on the disk."""
+    from lightning import Trainer
+
+    from kelp.nn.training.processes import PlainSignals, has_idle_parameters
     from kelp.nn.training.task import KelpTask
 
-    config = setup.config
-    trainer = build_trainer(
-        config,
-        setup.device,
-        setup.precision,
-        setup.team,
-        judge,
-        setup.validates_every,
-        run_dir,
-        has_idle_parameters(setup.net) if setup.team.ddp else False,
+    config, processes, device = setup.config, setup.processes, setup.device
+    idle = processes.ddp and has_idle_parameters(setup.net)
+    is_mixed = setup.precision.endswith("-mixed")
+    trainer = Trainer(
+        accelerator="gpu" if device.type == "cuda" else "cpu",
+        devices=processes.local,
+        num_nodes=processes.nodes,
+        strategy=processes.strategy(device, idle),
+        plugins=None if processes.ddp else processes.environment,
+        use_distributed_sampler=False,  # the loaders bring this process's share
+        # In `*-true` Lightning would also round the raw numbers; KelpNet rounds after them.
+        precision=setup.precision if is_mixed else "32-true",
+        max_epochs=config.epochs,
+        accumulate_grad_batches=config.accumulate_grad_batches,
+        limit_train_batches=config.limit_train_batches,
+        limit_val_batches=config.limit_val_batches,
+        val_check_interval=setup.validates_every,
+        num_sanity_val_steps=0,
+        callbacks=[epochs, *([PlainSignals()] if processes.world_size > 1 else [])],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=run_dir,
+        benchmark=device.type == "cuda",  # nearly all batches have one shape
     )
     task = KelpTask(setup.net, config)
     if config.compile:
-        compile_network(setup.net.body, config.compile_mode, setup.device)
-    with plain_errors(config):
+        compile_network(setup.net.body, config.compile_mode, device)
+    with _plain_errors(config):
         trainer.fit(task, setup.data, ckpt_path=setup.checkpoint, weights_only=True)
+
+
+@contextmanager
+def _plain_errors(config: TrainConfig) -> Iterator[None]:
+    """What Lightning and torch make of Ctrl-C, SIGTERM and errors of workers, undone."""
+    from kelp.nn.data.dataset import as_raised
+
+    on_main_thread = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit:  # Lightning's answer to both signals
+        raise KeyboardInterrupt from None
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"--batch_size {config.batch_size}: the GPU's memory is too small for it; lower it, "
+            "and raise --accumulate_grad_batches as much"
+        ) from error
+    except KelpError as error:
+        raise as_raised(error) from error
+    finally:
+        if on_main_thread:
+            signal.signal(signal.SIGINT, handler)

@@ -108,7 +108,7 @@ def effective(config: TrainConfig) -> TrainConfig:
     if config.limit_test_batches is not None:
         log.info("--limit_test_batches changes nothing: training has no test pass")
     if config.devices == "auto":  # a run is resumed with as many, on whatever machine
-        from kelp.nn.training.team import count_devices
+        from kelp.nn.training.processes import count_devices
 
         number = count_devices(config, resolve_device(config.device))
         config = config.model_copy(update={"devices": number})

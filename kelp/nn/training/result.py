@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from kelp.nn.training.tracking import ARTIFACTS
 
 if TYPE_CHECKING:
-    from kelp.nn.training.epochs import EpochJudge
+    from kelp.nn.training.history import EpochHistory
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,12 @@ class TrainResult:
     """Epochs done."""
     seconds: float
     """Wall time, of this session only where the run was resumed."""
-    leads: bool = True
+    writes: bool = True
     """Whether this process wrote the run; False for the others that torchrun or srun started."""
 
     def summary(self) -> str:
         """One line for the terminal; nothing where another process says it."""
-        if not self.leads:
+        if not self.writes:
             return ""
         return (
             f"trained {self.epochs} epochs in {self.seconds:.0f} s; best: epoch {self.epoch}, "
@@ -48,13 +48,15 @@ class TrainResult:
         )
 
 
-def result_of(judge: EpochJudge, run_dir: Path, started: float, leads: bool = True) -> TrainResult:
+def result_of(
+    epochs: EpochHistory, run_dir: Path, started: float, writes: bool = True
+) -> TrainResult:
     """The result of a run that began at `started`, by the monotonic clock."""
-    from kelp.nn.training.keeping import BEST
+    from kelp.nn.training.checkpoint import BEST
 
-    best = judge.ranking[0]
-    scores = judge.history[best - 1]
-    metric = judge.config.monitor_metric
+    best = epochs.ranking[0]
+    scores = epochs.history[best - 1]
+    metric = epochs.config.monitor_metric
     return TrainResult(
         run_id=run_dir.name,
         run_dir=run_dir,
@@ -63,7 +65,7 @@ def result_of(judge: EpochJudge, run_dir: Path, started: float, leads: bool = Tr
         score=scores[metric],
         scores=scores,
         epoch=best,
-        epochs=len(judge.history),
+        epochs=len(epochs.history),
         seconds=time.monotonic() - started,
-        leads=leads,
+        writes=writes,
     )

@@ -60,9 +60,9 @@ def _go_on(epoch: int, metrics: Mapping[str, float]) -> None:
 class Part:
     """What a run is part of, and what the whole wants to hear of it."""
 
-    parent: str
-    """Id of the run that it is part of, as one of its folds or trials."""
-    name: str
+    parent: str | None
+    """Id of the run that it is part of, as one of its folds or trials; none: it stands alone."""
+    name: str | None
     """Of the part."""
     begin: Callable[[str], None]
     """Told the id of the run when it is opened."""
@@ -177,7 +177,7 @@ def start_run(config: FoldConfig, part: Part | None = None, name: str | None = N
         with locked(output_dir / _LOCK, wait=True):
             client = _client(output_dir)
             experiment = _experiment(client, config.experiment, output_dir)
-        tags = {"mlflow.parentRunId": part.parent} if part else {}
+        tags = {"mlflow.parentRunId": part.parent} if part and part.parent else {}
         run = client.create_run(experiment, tags=tags, run_name=part.name if part else name)
         _log_parameters(client, run.info.run_id, config)
     except MlflowException as error:

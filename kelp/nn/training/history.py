@@ -1,4 +1,4 @@
-"""What every process of a run knows of its epochs, and the checkpoint that it comes back from."""
+"""The epochs of a run, as all of its processes know them, and the checkpoint it resumes from."""
 
 from __future__ import annotations
 
@@ -22,10 +22,14 @@ from kelp.nn.training.task import TRAIN_LOSS, KelpTask
 CHECKPOINTS: Final = "checkpoints"
 LAST: Final = "last.ckpt"
 _STATE: Final = "EpochKeeper"
+"""Its key in checkpoints, also in those of kelp 0.1."""
 
 
-class EpochJudge(Checkpoint):
-    """What every process of a run knows of its epochs, so that all stop at the same one.
+class EpochHistory(Checkpoint):
+    """Scores of each epoch, and early stopping: the same in every process of a run.
+
+    Lightning's `EarlyStopping` and `ModelCheckpoint` decide after the checkpoint is written; a
+    resumed run would decide otherwise.
 
     Epochs are counted from 1.
     """
@@ -96,7 +100,7 @@ class EpochJudge(Checkpoint):
         trainer.should_stop = self.exhausted
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Rank the epoch, keep it, and decide whether to go on."""
+        """Rank the epoch, save it, and decide whether to stop."""
         epoch = trainer.current_epoch + 1
         if epoch <= len(self.history):
             return  # a resumed run passes the end of its last finished epoch again
@@ -112,13 +116,13 @@ class EpochJudge(Checkpoint):
         self.history.append(metrics)
         self.confusions.append(pl_module.scores.confusion())
         self.found.append(pl_module.scores.found())
-        self._keep(pl_module.scored, epoch, metrics)
+        self._save(pl_module.scored, epoch, metrics)
         trainer.should_stop = self.exhausted
         self._draw(trainer, pl_module.scored, epoch)
         pl_module.end_epoch(metrics)
         self._save_checkpoint(trainer)
 
-    def _keep(self, net: KelpNet, epoch: int, metrics: Mapping[str, float]) -> None:
+    def _save(self, net: KelpNet, epoch: int, metrics: Mapping[str, float]) -> None:
         """Only the first process writes anything."""
 
     def _draw(self, trainer: Trainer, net: KelpNet, epoch: int) -> None:
@@ -140,7 +144,7 @@ def read_checkpoint(artifacts: Path) -> tuple[Path | None, int]:
 
 
 def _read_state(path: Path) -> dict[str, Any]:
-    """The keeper's part of a checkpoint, read without unpickling anything."""
+    """The callback's part of a checkpoint, read without unpickling anything."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         state: dict[str, Any] = content["callbacks"][_STATE]

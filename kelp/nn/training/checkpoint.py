@@ -1,4 +1,4 @@
-"""What is kept at the end of each epoch: curves, pictures, bundles, a checkpoint to resume from."""
+"""What is saved at the end of each epoch: curves, pictures, bundles, and the checkpoint."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -17,8 +18,7 @@ from kelp.config import TrainConfig
 from kelp.io.files import atomic, atomic_folder, write_json
 from kelp.nn.bundle import load_network, read_spec
 from kelp.nn.model import KelpNet
-from kelp.nn.training.epochs import CHECKPOINTS, LAST, EpochJudge
-from kelp.nn.training.pace import Pace
+from kelp.nn.training.history import CHECKPOINTS, LAST, EpochHistory
 from kelp.nn.training.pictures import (
     CURVES,
     MATRIX,
@@ -34,6 +34,8 @@ from kelp.progress import Progress
 log = logging.getLogger("kelp")
 
 HISTORY: Final = "history.json"
+SPEED: Final = "train/samples_per_second"
+WAITING: Final = "train/waiting_for_data"
 BEST: Final = "bundle"
 LATEST: Final = "bundle-latest"
 
@@ -41,8 +43,8 @@ SaveBundle = Callable[[Path, KelpNet, int, Mapping[str, float]], object]
 """`save(folder, net, epoch, scores)`: write the network as it is now as a bundle."""
 
 
-class EpochKeeper(EpochJudge):
-    """Ends each epoch: ranks it, saves what may be needed, stops when nothing improves.
+class BundleCheckpoint(EpochHistory):
+    """Saves each epoch: bundles, curves, pictures, and the checkpoint to resume from.
 
     The order of writing makes a kill harmless at any moment: the bundles first, the checkpoint
     last; an epoch that is not in the checkpoint is done again.
@@ -60,7 +62,6 @@ class EpochKeeper(EpochJudge):
         super().__init__(config)
         self.album = album
         self.part = part
-        self.pace = Pace()
         self.tracking = tracking
         self.save = save
         self.progress = progress
@@ -69,17 +70,20 @@ class EpochKeeper(EpochJudge):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The first batch is waited for."""
-        self.pace.begin_epoch()
+        self.waiting = self.working = 0.0
+        self.samples = 0
+        self.since = time.monotonic()
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """The batch has come."""
-        self.pace.begin_step()
+        now = time.monotonic()
+        self.waiting += now - self.since
+        self.since = now
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Validation is no training."""
-        self.pace.pause()
+        """Predictions of the last validation are no longer of use."""
         self.album.forget()
 
     def on_validation_batch_end(
@@ -103,14 +107,17 @@ class EpochKeeper(EpochJudge):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Tell how far the run is, and how it does."""
+        """Report progress, and the curves by steps."""
         batches = int(trainer.num_training_batches)
         if batch_idx + 1 == batches and pl_module.device.type == "cuda":
             torch.cuda.synchronize(pl_module.device)  # it may be steps behind
-        self.pace.end_step(len(batch.raw))
+        now = time.monotonic()
+        self.working += now - self.since
+        self.since = now
+        self.samples += len(batch.raw)
         self.steps = self.config.epochs * batches
         done = trainer.current_epoch * batches + batch_idx + 1
-        # The end is told later: validation and the bundle still follow the last batch.
+        # The end is reported later: validation and the bundle still follow the last batch.
         self.progress("training", min(done, self.steps - 1), self.steps)
 
         self._log_step(trainer, outputs)
@@ -127,13 +134,13 @@ class EpochKeeper(EpochJudge):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Curves of validations within epochs, by steps."""
-        self.pace.go_on()
+        self.since = time.monotonic()  # validation is neither work nor waiting
         if self.config.val_check_interval < 1:
             metrics = trainer.callback_metrics.items()
             scores = {f"{name}_step": float(v) for name, v in metrics if name.startswith("val/")}
             self.tracking.log_point(trainer.global_step, scores)
 
-    def _keep(self, net: KelpNet, epoch: int, metrics: Mapping[str, float]) -> None:
+    def _save(self, net: KelpNet, epoch: int, metrics: Mapping[str, float]) -> None:
         self._save_bundles(net, epoch, metrics)
         write_json(self.tracking.artifacts / HISTORY, _finite(self.history))
         write_confusions(self.tracking.artifacts, self.confusions, self.ranking[0])
@@ -141,7 +148,9 @@ class EpochKeeper(EpochJudge):
 
     def _draw(self, trainer: Trainer, net: KelpNet, epoch: int) -> None:
         # Not in the history: that says the same whatever the machine.
-        self.tracking.log_point(epoch, self.pace.metrics(trainer.world_size))
+        if spent := self.waiting + self.working:
+            speed = trainer.world_size * self.samples / spent
+            self.tracking.log_point(epoch, {SPEED: speed, WAITING: self.waiting / spent})
         is_last = epoch == self.config.epochs or trainer.should_stop
         if self.album.draws(epoch, is_last):
             with trainer.precision_plugin.forward_context():
@@ -158,7 +167,7 @@ class EpochKeeper(EpochJudge):
     def _save_checkpoint(self, trainer: Trainer) -> None:
         with atomic(self.tracking.artifacts / CHECKPOINTS / LAST) as partial:
             trainer.save_checkpoint(partial)
-        self._tell(len(self.history), self.history[-1])
+        self._log_epoch(len(self.history), self.history[-1])
         if self.part:
             self.part.end_epoch(len(self.history), self.history[-1])
 
@@ -196,7 +205,7 @@ class EpochKeeper(EpochJudge):
         return self._folder(self.ranking[0])
 
     def finish_progress(self) -> None:
-        """Tell that training is over, be it early."""
+        """Report that training is over, be it early."""
         self.progress("training", self.steps, self.steps)
 
     def _save_bundles(self, net: KelpNet, epoch: int, metrics: Mapping[str, float]) -> None:
@@ -215,7 +224,7 @@ class EpochKeeper(EpochJudge):
     def _folder(self, epoch: int) -> Path:
         return self.tracking.artifacts / CHECKPOINTS / f"epoch-{epoch:04d}"
 
-    def _tell(self, epoch: int, metrics: Mapping[str, float]) -> None:
+    def _log_epoch(self, epoch: int, metrics: Mapping[str, float]) -> None:
         monitored = self.config.monitor_metric
         log.info(
             "epoch %d of %d: %s %.4f, %s %.4f%s",
