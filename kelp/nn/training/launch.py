@@ -192,7 +192,7 @@ def _worker(
         log.propagate = False
         report("result", train(config, progress, Part(*names, begin, end_epoch)))
     except KelpError as error:
-        report("error", error)
+        report("error", type(error)(error.message))  # without its causes, which may not be pickled
         sys.exit(2)
 
 

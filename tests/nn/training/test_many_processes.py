@@ -74,7 +74,7 @@ def options(tmp_path_factory):
         "image_size": 64,
         "precision": "32-true",
         "random_crops": False,
-        "encoder": "tu-resnet18",
+        "encoder": "tu-test_resnet",
         "decoder_channels": (16, 8, 8, 4),
         "pretrained": False,
         "epochs": 2,
@@ -201,8 +201,9 @@ def test_only_the_first_writes_and_speaks(whole):
     assert len(client.get_metric_history(run.info.run_id, "val/dice")) == config.epochs
 
 
-def test_one_is_killed_and_the_run_goes_on(whole, options, new_store, tmp_path):
+def test_one_is_killed_and_the_run_is_resumed(whole, options, new_store, tmp_path, caplog):
     """It ends with the weights of the run above, whoever started its processes, with pictures."""
+    caplog.set_level("INFO", "kelp")
     store = new_store(tmp_path / "runs")
     options = options | {"plot_n_batches": 1}
     config = TrainConfig(**options, output_dir=store)
@@ -226,6 +227,8 @@ def test_one_is_killed_and_the_run_goes_on(whole, options, new_store, tmp_path):
     resumed = train(TrainConfig(**options, output_dir=store, resume_from=run_dir))
     assert not children()
     assert resumed.scores == whole[1]["scores"]
+    told = [line for line in caplog.messages if line.startswith("epoch ")]
+    assert [line.split(":")[0] for line in told] == ["epoch 1 of 2", "epoch 2 of 2"]
     a, b = (
         load_file(Path(folder) / "artifacts" / "bundle-latest" / "weights.safetensors")
         for folder in (whole[1]["run_dir"], run_dir)
