@@ -105,7 +105,7 @@ def train(
         device = resolve_device(config.device)
         processes = find_processes(config, device)
         if processes.must_launch:
-            return launch(config, processes.world_size, progress, part)
+            return launch(train, config, processes.world_size, progress, part)
         with _silent_unless(processes.is_first):
             setup = _prepare(config, processes, device, progress if processes.is_first else silent)
             if not processes.is_first:

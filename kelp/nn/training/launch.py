@@ -39,10 +39,13 @@ _LOOK: Final = 0.1  # seconds between looks at the processes
 Report = tuple[str, tuple[Any, ...]]
 
 
+Train = Callable[[TrainConfig, Progress, Part | None], TrainResult]
+
+
 def launch(
-    config: TrainConfig, count: int, progress: Progress = silent, part: Part | None = None
+    train: Train, config: TrainConfig, count: int, progress: Progress, part: Part | None
 ) -> TrainResult:
-    """Train with `count` processes of this machine; the arguments are those of `train`.
+    """Call `train`, a function of a module, in `count` processes of this machine.
 
     A script that calls this needs `if __name__ == "__main__":`, as with all of multiprocessing.
 
@@ -54,7 +57,7 @@ def launch(
     reports = multiprocessing.get_context("spawn").Queue()
     outcome = _Outcome(config, progress, part)
     names = (part.parent, part.name) if part else (None, None)
-    arguments = (config, count, store.port, names, log.getEffectiveLevel(), reports)
+    arguments = (train, config, count, store.port, names, log.getEffectiveLevel(), reports)
     with _interruptible():
         workers = start_processes(_worker, arguments, count, join=False)  # type: ignore[no-untyped-call]
         try:
@@ -145,6 +148,7 @@ class _Outcome:
 
 def _worker(
     rank: int,
+    train: Train,
     config: TrainConfig,
     count: int,
     port: int,
@@ -153,8 +157,6 @@ def _worker(
     reports: Any,
 ) -> None:
     """One process of a run; Lightning and torch see the environment that torchrun makes."""
-    from kelp.nn.training.fit import train
-
     os.environ |= {
         "TORCHELASTIC_RUN_ID": "kelp",
         "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is the parent's
@@ -185,7 +187,7 @@ def _worker(
 
     try:
         if rank:
-            train(config)
+            train(config, silent, None)
             return
         log.addHandler(_Forward(reports))
         log.setLevel(level)
