@@ -44,7 +44,7 @@ def options(tmp_path_factory):
         "batch_size": 2,
         "image_size": 64,
         "precision": "32-true",
-        "encoder": "tu-resnet18",
+        "encoder": "tu-test_resnet",
         "decoder_channels": [16, 8, 8, 4],
         "pretrained": False,
         "epochs": 1,

@@ -40,7 +40,7 @@ def runs(tmp_path_factory):
         "batch_size": 8,
         "image_size": 64,
         "precision": "32-true",
-        "encoder": "tu-resnet18",
+        "encoder": "tu-test_resnet",
         "decoder_channels": (16, 8, 8, 4),
         "pretrained": False,
         "epochs": 1,

@@ -24,9 +24,9 @@ from kelp.nn.bundle import load_bundle
 from kelp.nn.card import model_card
 from kelp.nn.metrics import Confusion
 from kelp.nn.training import chosen, keeping
+from kelp.nn.training.checkpoint import SPEED, WAITING
 from kelp.nn.training.chosen import choose
 from kelp.nn.training.fit import train
-from kelp.nn.training.pace import SPEED, WAITING, Pace
 from kelp.nn.training.pictures import Album
 from kelp.nn.training.tracking import quiet_libraries
 from kelp.plotting import charts
@@ -59,7 +59,7 @@ def options(world, tmp_path_factory):
         "batch_size": 4,
         "image_size": 64,
         "precision": "32-true",
-        "encoder": "tu-resnet18",
+        "encoder": "tu-test_resnet",
         "architecture": "fpn",
         "pretrained": False,
         "use_weighted_sampler": True,
@@ -189,7 +189,7 @@ def test_counts_of_every_epoch(run):
         assert {name: content[name] for name in numbers} == numbers or counts["epoch"] != run.epoch
 
 
-def test_the_pace_is_in_mlflow_and_not_in_the_history(run):
+def test_the_speed_is_in_mlflow_and_not_in_the_history(run):
     mlflow = client(run.run_dir.parent.parent)
     for name, most in ((SPEED, 1e6), (WAITING, 1)):
         curve = mlflow.get_metric_history(run.run_id, name)
@@ -329,23 +329,6 @@ def test_another_store_gets_the_pictures_in_their_folder(options, new_store, tmp
         for path in (store / "files").rglob("*.png")
     }
     assert copy == pictures(result.run_dir)
-
-
-# --- the pace
-
-
-def test_the_pace_by_hand():
-    time = iter([0.0, 1.0, 3.0, 4.0, 6.0, 10.0, 26.0, 10.0 + 16.0])
-    pace = Pace(lambda: next(time))  # begins at 0
-    assert pace.metrics(1) == {}
-    pace.begin_step()  # at 1
-    pace.end_step(8)  # at 3
-    pace.begin_step()  # at 4
-    pace.end_step(4)  # at 6
-    assert pace.metrics(1) == {SPEED: 12 / 6, WAITING: 2 / 6}
-    pace.pause()  # from 10
-    pace.go_on()  # to 26: as if it had not been
-    assert pace.metrics(2) == {SPEED: 24 / 6, WAITING: 2 / 6}
 
 
 def test_the_best_epoch_is_marked():
