@@ -69,8 +69,8 @@ def test_recipes_run(tmp_path, name):
     arguments = (
         "--fast_dev_run True --pretrained False --quiet "
         # Smaller than the recipe, but in nothing that it is about.
-        "--encoder tu-test_resnet --image_size 96 --batch_size 2 --num_workers 0 --plot_n_batches 0 "
-        "--precision 32-true"
+        "--encoder tu-test_resnet --image_size 96 --batch_size 2 --num_workers 0 "
+        "--plot_n_batches 0 --precision 32-true"
     )
     given = [f"--{option}={path}" for option, path in paths.items()]  # paths may have spaces
     assert main(["train", *given, *arguments.split()]) == 0
