@@ -32,9 +32,10 @@ from numpy.typing import NDArray
 
 from kelp.config import ExportConfig
 from kelp.data_prep.stats import channel_statistics
-from kelp.inference.network import Network
+from kelp.inference.bundle import load_bundle
+from kelp.inference.predictor import Predictor
 from kelp.inference.spec import BundleSpec
-from kelp.nn.bundle import load_bundle, save_bundle
+from kelp.nn.bundle import save_bundle
 from kelp.nn.device import has_bf16
 from kelp.nn.export import export
 from kelp.nn.model import KelpNet
@@ -174,11 +175,11 @@ def main() -> None:
         bundle_path, file = make_files(Path(folder), options.encoder, pixels)
         bundle = load_bundle(bundle_path)
         backends: dict[str, Predict] = {
-            "torch float32": Network([bundle], CPU, "32-true"),
-            "ONNX Runtime float32": Network([load_bundle(file)], CPU, "32-true"),
+            "torch float32": Predictor(bundle, device="cpu", precision="32-true"),
+            "ONNX Runtime float32": Predictor(load_bundle(file), device="cpu", precision="32-true"),
         }
         if has_bf16(CPU):
-            backends["torch bfloat16"] = Network([bundle], CPU, "bf16-mixed")
+            backends["torch bfloat16"] = Predictor(bundle, device="cpu", precision="bf16-mixed")
         if installed("openvino"):
             backends["OpenVINO float32"] = with_openvino(file, options.threads, "f32")
             if has_bf16(CPU):

@@ -44,13 +44,13 @@ from measuring import Row
 import kelp
 from kelp.config import PredictConfig
 from kelp.data_prep.stats import channel_statistics
+from kelp.inference.bundle import load_bundles
+from kelp.inference.cluster import Setting, perform_there
 from kelp.inference.inputs import find_scenes, survey
 from kelp.inference.predict import PredictResult
-from kelp.inference.processor import Processor
-from kelp.inference.remote import Setting, perform_there
-from kelp.inference.run import Run, loaded
+from kelp.inference.predictor import Predictor
 from kelp.inference.spec import BundleSpec
-from kelp.inference.work import Work
+from kelp.inference.work import Runner, WorkQueue
 from kelp.io.executors import gather
 from kelp.nn.bundle import save_bundle
 from kelp.nn.model import KelpNet
@@ -227,14 +227,14 @@ def tasks(folder: Path, bundle: Path) -> str:
             data_dir=folder / kind, run_dir=bundle, output_dir=folder / "out", device="cpu"
         )
         (folder / "out").mkdir(exist_ok=True)
-        bundles = loaded(config.run_dir, config.use_checkpoint)
+        bundles = load_bundles(config.run_dir)
         outputs = {path: folder / "out" / path.name for path in find_scenes(config.data_dir)}
         found, _ = survey(outputs, (), [one.spec for one in bundles])
-        processor = Processor.here(config)
-        work = Work(Run(config, bundles, processor), found, lambda: 2)
-        setting = Setting(config.model_dump_json(), "0" * 64, processor)
-        while unit := work.draw():
-            sizes.append(len(cloudpickle.dumps((partial(perform_there, setting), unit))))
+        predictor = Predictor.of(config, bundles)
+        queue = WorkQueue(Runner(config, predictor), found, lambda: 2)
+        setting = Setting(config.model_dump_json(), "0" * 64, predictor.processor)
+        while item := queue.next():
+            sizes.append(len(cloudpickle.dumps((partial(perform_there, setting), item))))
     return (
         f"{len(sizes)} tasks of {statistics.median(sizes):,.0f} bytes, most {max(sizes):,} "
         "(target: under 20 kB)"
@@ -257,12 +257,12 @@ def constants(folder: Path, bundle: Path, count: int = 1000) -> list[str]:
         config = PredictConfig(
             data_dir=data, run_dir=bundle, output_dir=folder / "out", device="cpu"
         )
-        bundles = loaded(config.run_dir, config.use_checkpoint)
+        bundles = load_bundles(config.run_dir)
         outputs = {path: folder / "out" / path.name for path in find_scenes(data)}
         began = time.perf_counter()
         found, _ = survey(outputs, (), [one.spec for one in bundles])
         looked = time.perf_counter()
-        Work(Run(config, bundles, Processor.here(config)), found, lambda: 2)
+        WorkQueue(Runner(config, Predictor.of(config, bundles)), found, lambda: 2)
         planned = time.perf_counter()
         lines.append(
             f"a {kind} scene costs a worker {1e3 * (looked - began) / len(found):.1f} ms to look "

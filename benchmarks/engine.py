@@ -41,8 +41,7 @@ from kelp.nn.resize import to_network, to_scene
 from kelp.raster.bands import BANDS
 from kelp.raster.masks import decoding
 from kelp.raster.scene import Scene
-from kelp.tiling.engine import Engine
-from kelp.tiling.jobs import Job
+from kelp.tiling.engine import Engine, Job
 from kelp.tiling.strip import Slicing
 
 Pixels = NDArray[np.float32]

@@ -39,15 +39,18 @@ from kelp.config import PredictConfig
 from kelp.config.train import Precision
 from kelp.data_prep.stats import channel_statistics
 from kelp.inference import predict
-from kelp.inference.network import Network
+from kelp.inference.backends import Processor
+from kelp.inference.bundle import Bundle, load_bundle
+from kelp.inference.predictor import Predictor
 from kelp.inference.spec import BundleSpec
-from kelp.nn.bundle import Bundle, load_bundle, load_network, save_bundle
+from kelp.nn.backend import TorchBackend, TorchNet
+from kelp.nn.bundle import load_network, save_bundle
 from kelp.nn.device import autocast, resolve_device, resolve_precision
 from kelp.nn.model import KelpNet
 from kelp.raster.bands import BANDS, DEM
 from kelp.raster.indices import IndexSettings
 from kelp.raster.scene import read_scene
-from kelp.tiling.jobs import Counts
+from kelp.tiling.engine import Counts
 
 TILE, OVERLAP, CROP, SIDE = 128, 64, 320, 350
 CROPS = 25
@@ -149,7 +152,7 @@ class Kelp:
                 "overwrite": True,
             }
         )
-        with mock.patch.object(predict, "load_bundle", return_value=self.bundle):
+        with mock.patch.object(predict, "load_bundles", return_value=[self.bundle]):
             return predict.predict_scenes(config).counts
 
 
@@ -161,8 +164,9 @@ def network_alone(
     batch: int,
 ) -> None:
     """The network that kelp runs, on crops that are preprocessed and resized already."""
-    net = bundle.on(device, precision)
-    assert isinstance(net, KelpNet)
+    backend = bundle.on(Processor(device.type, precision, torch.get_num_threads()))
+    assert isinstance(backend, TorchBackend)
+    net = backend.module
     x = torch.rand(batch, len(BANDS), CROP, CROP, device=device)
     x = x.to(memory_format=torch.channels_last)
     with torch.inference_mode(), autocast(precision, device):
@@ -172,7 +176,7 @@ def network_alone(
         torch.cuda.synchronize()
 
 
-def peers_way(peer: peers.Peer, scene: Pixels, network: Network) -> None:
+def peers_way(peer: peers.Peer, scene: Pixels, network: Predictor) -> None:
     peer.run(peer.prepare(scene), lambda x: torch.from_numpy(network(x.contiguous().numpy())))
 
 
@@ -226,8 +230,8 @@ def main() -> None:
         folder = write_images(Path(temporary) / "images", turned(stored, count))
         coast = write_images(Path(temporary) / "coast", coastal(stored, count, options.land_share))
         bundle = make_bundle(Path(temporary) / "bundle", options.encoder, scene)
-        assert isinstance(bundle.net, KelpNet)
-        bundle.net.to(device)
+        assert isinstance(bundle.net, TorchNet)
+        bundle.net.module.to(device)
         kelp = Kelp(bundle, Path(temporary) / "out", options.device)
         plain = load_network(bundle.path, bundle.spec)
         plain.to(device, memory_format=torch.contiguous_format)
@@ -243,7 +247,7 @@ def main() -> None:
                 ways[f"network alone, {kind}, batch {batch}"] = partial(
                     network_alone, bundle, device, precision, CROPS * count, batch
                 )
-        network = Network([bundle], device, "32-true")
+        network = Predictor(bundle, device=options.device, precision="32-true")
         for peer in peers.installed(TILE, OVERLAP, (8,)):
             if "buffered" not in peer.name:
                 ways[peer.name] = partial(peers_way, peer, scene, network)

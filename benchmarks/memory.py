@@ -32,8 +32,7 @@ from kelp.inference.plan import make_plan
 from kelp.raster.bands import BANDS
 from kelp.raster.masks import decoding
 from kelp.raster.scene import Scene
-from kelp.tiling.engine import Engine
-from kelp.tiling.jobs import Job
+from kelp.tiling.engine import Engine, Job
 from kelp.tiling.strip import Slicing
 
 NIR = BANDS.index("NIR")

@@ -7,10 +7,10 @@ from .data_prep.stats import compute_stats as compute_stats
 from .errors import KelpError as KelpError
 from .evaluation.ensembling import ensemble as ensemble
 from .evaluation.scoring import evaluate as evaluate
-from .inference.arrays import predict as predict
-from .inference.arrays import predict_array as predict_array
+from .inference.bundle import load_bundle as load_bundle
 from .inference.predict import predict_scenes as predict_scenes
-from .nn.bundle import load_bundle as load_bundle
+from .inference.predictor import predict as predict
+from .inference.predictor import predict_array as predict_array
 from .nn.comparison.compare import compare as compare
 from .nn.comparison.tune import tune as tune
 from .nn.export import export as export

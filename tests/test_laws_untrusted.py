@@ -14,7 +14,8 @@ from laws import biased_bundle
 from kelp.config import PredictConfig
 from kelp.data_prep.stats import StatsFile
 from kelp.errors import BundleError, ConfigError, InputError, KelpError, StatsError, WeightsError
-from kelp.nn.bundle import load_bundle, save_bundle
+from kelp.inference.bundle import load_bundle
+from kelp.nn.bundle import save_bundle
 from kelp.nn.model import KelpNet
 from kelp.nn.pretrained import load_pretrained
 from kelp.nn.training.epochs import read_checkpoint

@@ -15,18 +15,8 @@ LISTED = re.search(r"^## Packages$.*?^```$\n(.*?)^```$", PAGE, re.DOTALL | re.MU
 PACKAGES = [line.split()[0] for line in LISTED.splitlines()]
 GROUND = ("_version", "errors", "progress")
 """Need the standard library only."""
-WITHOUT_TORCH = PACKAGES[: PACKAGES.index("inference")]
+WITHOUT_TORCH = PACKAGES[: PACKAGES.index("nn")]
 NOT_YET = {
-    ("kelp.inference.arrays", "kelp.nn.bundle"),
-    ("kelp.inference.arrays", "kelp.nn.device"),
-    ("kelp.inference.backends.trees", "kelp.nn.preprocess"),
-    ("kelp.inference.crew", "kelp.nn.bundle"),
-    ("kelp.inference.network", "kelp.nn.bundle"),
-    ("kelp.inference.network", "kelp.nn.device"),
-    ("kelp.inference.network", "kelp.nn.symmetry"),
-    ("kelp.inference.processor", "kelp.nn.device"),
-    ("kelp.inference.remote", "kelp.nn.bundle"),
-    ("kelp.inference.run", "kelp.nn.bundle"),
     ("kelp.plotting.reports.judged", "kelp.nn.comparison.sums"),
     ("kelp.plotting.reports.page", "kelp.nn.comparison.sums"),
 }
@@ -122,7 +112,7 @@ def test_only_networks_know_torch(heavy):
 def test_training_and_prediction_do_not_know_each_other():
     for module, tree in MODULES.items():
         if module.startswith("kelp.nn.training"):
-            assert not any(name.startswith("kelp.inference.run") for name in imports(tree))
+            assert not any(name.startswith("kelp.inference.predict") for name in imports(tree))
 
 
 def test_no_module_hides_a_public_function():

@@ -61,6 +61,10 @@ class PredictConfig(
     blend: Blend = option(
         "hann", help="Window of a tile's vote: Hann, or uniform, which leaves seams"
     )
+    backend: Literal["auto", "torch", "onnx"] = option(
+        "auto",
+        help="What computes the network; auto: torch where it is installed, else ONNX Runtime",
+    )
     tta: bool = option(False, help="Average the 8 symmetries of the square (8 times the cost)")
     tta_merge_mode: MergeMode = option("mean", help="How --tta merges probabilities")
     save_probabilities: bool = option(

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kelp.data_prep.stats import StatsFile
 from kelp.errors import BundleError, InputError
 from kelp.inference.spec import BundleSpec
 from kelp.raster import indices
 from kelp.raster.bands import BANDS, OPTICAL
-from kelp.raster.scene import Scene
 from kelp.raster.validity import observed
+from kelp.raster.window import Tile
+from kelp.tiling.strip import Source
 
 log = logging.getLogger("kelp")
 
@@ -52,30 +55,63 @@ def check_statistics(spec: BundleSpec, folder: Path) -> None:
             )
 
 
-def check_scale(scene: Scene, spec: BundleSpec) -> None:
-    """Raise `InputError` where a scene's optical values are on another scale than the bundle's.
+def check_scale(source: Source, specs: Sequence[BundleSpec], name: str) -> None:
+    """Raise `InputError` where a scene's optical values are on another scale than the bundles'.
 
     Compared are the medians of observed pixels with the bundle's q01-q99, give or take.
+
+    Args:
+        source: the scene; a sample of it is read.
+        specs: of the bundles.
+        name: what messages call it.
     """
-    sample = scene.sample(_SAMPLE_SIDE)
+    sample = _sample(source, _SAMPLE_SIDE)
     sample = sample[:, observed(sample)]
     if not sample.size:
         return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # a band that is missing everywhere
         medians = dict(zip(BANDS, np.nanmedian(sample, axis=1).tolist(), strict=True))
-    odd = []
-    for name in (name for name in OPTICAL if name in spec.statistics):
-        stats, median = spec.statistics[name], medians[name]
-        width = stats.q99 - stats.q01
-        low, high = stats.q01 - _SLACK_BELOW * width, stats.q99 + _SLACK_ABOVE * width
-        if np.isfinite(median) and not low <= median <= high:
-            odd.append(
-                f"{name} has median {median:.4g}, trained on {stats.q01:.6g}-{stats.q99:.6g}"
+    for spec in specs:
+        odd = []
+        for band in (band for band in OPTICAL if band in spec.statistics):
+            stats, median = spec.statistics[band], medians[band]
+            width = stats.q99 - stats.q01
+            low, high = stats.q01 - _SLACK_BELOW * width, stats.q99 + _SLACK_ABOVE * width
+            if np.isfinite(median) and not low <= median <= high:
+                odd.append(
+                    f"{band} has median {median:.4g}, trained on {stats.q01:.6g}-{stats.q99:.6g}"
+                )
+        if odd:
+            found = _name_scale([medians[band] for band in OPTICAL if np.isfinite(medians[band])])
+            raise InputError(f"{name}: {found} ({'; '.join(odd)})")
+
+
+def _sample(source: Source, side: int) -> NDArray[np.float32]:
+    """At most `side` x `side` pixels spread over a scene, as a canonical array.
+
+    Small windows on a regular grid: a large file is not decoded as a whole for them.
+    """
+    rows, columns = (_spread(length, side) for length in source.shape)
+    return np.concatenate(
+        [
+            np.concatenate(
+                [source.read(Tile(y, x, bottom - y, right - x)) for x, right in columns], axis=2
             )
-    if odd:
-        found = _name_scale([medians[name] for name in OPTICAL if np.isfinite(medians[name])])
-        raise InputError(f"{scene.path}: {found} ({'; '.join(odd)})")
+            for y, bottom in rows
+        ],
+        axis=1,
+    )
+
+
+def _spread(length: int, count: int) -> list[tuple[int, int]]:
+    """Begins and ends of pieces with `count` pixels in all, spread over an axis; or all of it."""
+    if length <= count:
+        return [(0, length)]
+    pieces = min(8, count)
+    piece = count // pieces
+    starts = np.linspace(0, length - piece, pieces).astype(int).tolist()
+    return [(start, start + piece) for start in starts]
 
 
 def _name_scale(medians: list[float]) -> str:

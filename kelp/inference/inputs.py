@@ -16,7 +16,7 @@ from kelp.inference.spec import BundleSpec
 from kelp.io import remote
 from kelp.io.files import check_name, input_folder
 from kelp.io.location import Url, locate
-from kelp.raster.masks import decoding
+from kelp.raster.masks import Georeference, decoding
 from kelp.raster.scene import SUFFIXES, Scene, SceneSize
 
 
@@ -28,6 +28,7 @@ class Task:
     output: Path | Url
     """Its mask."""
     size: SceneSize
+    georeference: Georeference
     reading: dict[str, object]
     """How its stored values are understood."""
     digest: str
@@ -108,13 +109,13 @@ def survey_one(
         with decoding(SMALLEST_CACHE), Scene(path, band_order) as scene:
             for spec in specs:
                 scene.require(needed_bands(spec))
-                if isinstance(path, Path):
-                    check_scale(scene, spec)
-            size, reading = scene.size, scene.reading
+            if isinstance(path, Path):
+                check_scale(scene, specs, str(path))
+            size, place, reading = scene.size, scene.georeference, scene.reading
         digest = digest_of(remote.look(path) if isinstance(path, Url) else path)
     except KelpError as error:
         return error.message
-    return Task(path, output, size, reading, digest)
+    return Task(path, output, size, place, reading, digest)
 
 
 def sorted_out(

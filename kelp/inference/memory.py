@@ -8,12 +8,12 @@ tell them apart (not Linux), they count as well.
 from __future__ import annotations
 
 import ctypes
-import resource
-import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
+
+import psutil
 
 _PROC: Final = Path("/proc/self")
 _M_MMAP_THRESHOLD: Final = -3  # malloc.h of glibc
@@ -21,21 +21,23 @@ _highest = 0
 
 
 def resident() -> int:
-    """Bytes that the process fills now; where the system does not tell, the most it ever did."""
+    """Bytes that the process fills now."""
     try:
         return _status("RssAnon") + _status("RssShmem")
     except OSError:
-        return peak()
+        return int(psutil.Process().memory_info().rss)
 
 
 def peak() -> int:
-    """The most bytes that the process ever filled."""
+    """The most bytes that the process ever filled; where no system tells, that was seen here."""
+    global _highest
     try:
         now = _status("VmHWM") - _status("RssFile")
     except OSError:
-        unit = 1 if sys.platform == "darwin" else 1024
-        now = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return max(_highest, now)
+        info = psutil.Process().memory_info()
+        now = int(getattr(info, "peak_wset", info.rss))  # of Windows
+    _highest = max(_highest, now)
+    return _highest
 
 
 def growth(work: Callable[[], object]) -> int:
@@ -44,13 +46,11 @@ def growth(work: Callable[[], object]) -> int:
     What the C library has kept of freed arrays is given back before: `work` would use it again,
     and seem to need nothing.
     """
-    global _highest
     give_back()
-    _highest = peak()
+    before = peak()
     try:
-        (_PROC / "clear_refs").write_text("5")  # Linux: the peak begins anew, from here
+        (_PROC / "clear_refs").write_text("5")  # Linux: the peak starts again from here
     except OSError:
-        before = _highest
         work()
         return peak() - before
     before = resident()
@@ -64,7 +64,7 @@ def give_back() -> None:
     glibc keeps what is freed below a threshold that it raises as a program runs: with several
     threads hundreds of megabytes that nobody uses.
     """
-    with suppress(OSError, AttributeError):
+    with suppress(OSError, AttributeError, TypeError):
         library = ctypes.CDLL(None)
         library.mallopt(_M_MMAP_THRESHOLD, 1 << 20)
         library.malloc_trim(0)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar, cast
+from typing import Final, Literal, Self, TypeVar, cast
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kelp.inference.journal import JournalFile, journal_path
-from kelp.io.files import LONGEST_NAME, hidden
+from kelp.io.files import LONGEST_NAME, atomic, hidden
 from kelp.io.location import Url
 from kelp.raster.bands import MASK_NODATA
 from kelp.raster.masks import Georeference
@@ -21,12 +25,14 @@ from kelp.raster.probability import CODES, quantise
 from kelp.raster.window import Shape
 from kelp.raster.writer import COG_SIDE, RasterWriter, remove_rows
 from kelp.tables import MASK_SUFFIX, PROBABILITY_SUFFIX, SPREAD_SUFFIX
-from kelp.tiling.jobs import WriteRows
+from kelp.tiling.engine import WriteRows
 from kelp.tiling.merge import MergerState, to_mask
 
 log = logging.getLogger("kelp")
 
 ProbabilityType = Literal["float32", "uint8"]
+
+_SHARE: Final = 0.05  # of the time may go into saving
 
 P = TypeVar("P", bound=Path | Url)
 
@@ -50,17 +56,17 @@ class Outputs:
     """Sink of one scene: its mask and, on request, its probabilities and the spread of tiles.
 
     A large scene with a fingerprint keeps a journal: what a killed process left of the same
-    inputs and settings is gone on with.
+    inputs and settings is resumed by `open`. Until then nothing is touched.
 
     Args:
         shape: `(height, width)` of the scene.
-        place: its georeference.
+        georeference: where it lies.
         mask: the file of the mask.
         threshold: kelp where p is at least this.
         tags: metadata of the files.
         probabilities: type of the probabilities to write beside the mask; None = none.
-        fingerprint: stands for inputs and settings.
-        resume: whether what an earlier process left is gone on with.
+        fingerprint: of inputs and settings, to the last bit; None = no journal.
+        resume: whether what an earlier process left is resumed.
         spread: whether `write_spread` is wanted.
         deliver: called with the finished files, the mask first.
     """
@@ -68,7 +74,7 @@ class Outputs:
     def __init__(
         self,
         shape: Shape,
-        place: Georeference,
+        georeference: Georeference,
         mask: Path,
         threshold: float,
         tags: Mapping[str, str],
@@ -80,7 +86,7 @@ class Outputs:
     ) -> None:
         def writer(path: Path, kind: str, scale: float | None = None) -> RasterWriter:
             nodata = MASK_NODATA if kind == "uint8" else np.nan
-            return RasterWriter(path, shape, kind, place, nodata, tags, scale)
+            return RasterWriter(path, shape, kind, georeference, nodata, tags, scale)
 
         self.threshold = threshold
         self._mask = writer(mask, "uint8")
@@ -96,12 +102,24 @@ class Outputs:
         self._deliver = deliver
         self._journal: JournalFile | None = None
         self.start: MergerState | None = None
+        """What `open` found to resume from."""
+        self._height = shape[0]
+        self._resume = resume
         if fingerprint and max(shape) > COG_SIDE:
             self._journal = JournalFile(mask, fingerprint)
-            self.start = self._recover(self._journal, shape[0], resume)
 
-    def _recover(self, journal: JournalFile, height: int, resume: bool) -> MergerState | None:
-        """Take over what an earlier process left, if it is wished and fits to the last bit."""
+    def open(self) -> Self:
+        """Take over what an earlier process left, before the first row is written.
+
+        Raises:
+            BusyError: another process is writing the files.
+        """
+        if self._journal and self._journal.exists:
+            self.start = self._recover(self._journal)
+        return self
+
+    def _recover(self, journal: JournalFile) -> MergerState | None:
+        """What an earlier process left, if it is wanted and fits to the last bit."""
         entry = journal.load()
         if entry is None:
             return None
@@ -109,10 +127,10 @@ class Outputs:
         reason = "what an earlier run left of it is damaged"
         if entry.fingerprint != journal.fingerprint:
             reason = "an earlier run began it with other inputs or settings"
-        elif not resume:
+        elif not self._resume:
             reason = "an earlier run was stopped in it"
         elif entry.checksums == tuple(writer.checksum for writer in self._writers):
-            log.info("%s: going on from row %d of %d", self._mask.path, entry.state.top, height)
+            log.info("%s: resumed at row %d of %d", self._mask.path, entry.state.top, self._height)
             return entry.state
         log.info("%s: %s; starting over", self._mask.path, reason)
         journal.discard()
@@ -176,12 +194,87 @@ class Outputs:
             self._end(keep=self._journal is not None and self._journal.exists)
 
 
+@dataclass(frozen=True)
+class Entry:
+    """A point of a scene's prediction from which it can be resumed."""
+
+    fingerprint: str
+    """Stands for the inputs and settings."""
+    checksums: tuple[int, ...]
+    """CRC-32 of the rows above `state.top`, one for each file."""
+    state: MergerState
+
+
+def journal_path(output: Path) -> Path:
+    """The journal of an output."""
+    return hidden(output, ".journal")
+
+
+class JournalFile:
+    """A hidden file beside an output; each `save` replaces it in one step.
+
+    Sums are exact and the network is deterministic, so a resumed scene ends with the same bytes.
+    Plain numpy arrays and JSON: nothing in it is unpickled.
+    """
+
+    def __init__(self, output: Path, fingerprint: str) -> None:
+        self.fingerprint = fingerprint
+        self._path = journal_path(output)
+        self._due = 0.0
+
+    @property
+    def exists(self) -> bool:
+        """Whether there may be something to resume."""
+        return self._path.is_file()
+
+    def load(self) -> Entry | None:
+        """The last entry; None where there is none, or none that can be read."""
+        try:
+            with self._path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
+                header = json.loads(file["header"].tobytes())
+                state = MergerState(header["top"], file["sums"], file["weights"], file["left_out"])
+                return Entry(header["fingerprint"], tuple(header["checksums"]), state)
+        # What zip and numpy raise for damaged files.
+        except (OSError, ValueError, LookupError, TypeError, EOFError, RuntimeError, BadZipFile):
+            return None
+
+    @property
+    def is_due(self) -> bool:
+        """Whether saving now would still take a small share of the time only."""
+        return time.monotonic() >= self._due
+
+    def save(self, state: MergerState, sync: Callable[[], Sequence[int]]) -> None:
+        """Save an entry. `sync` secures the rows first and gives their checksums."""
+        began = time.monotonic()
+        header = {
+            "fingerprint": self.fingerprint,
+            "top": state.top,
+            "checksums": list(sync()),
+        }
+        with atomic(self._path) as partial, partial.open("wb") as file:
+            text = np.frombuffer(json.dumps(header).encode(), dtype=np.uint8)
+            np.savez(
+                file,
+                header=text,
+                sums=state.sums,
+                weights=state.weights,
+                left_out=state.left_out,
+            )
+        now = time.monotonic()
+        self._due = now + (now - began) * (1 / _SHARE - 1)
+
+    def discard(self) -> None:
+        """Remove it."""
+        with suppress(OSError):
+            self._path.unlink(missing_ok=True)
+
+
 def sections_folder(mask: Path) -> Path:
     """Where finished sections of a scene wait for the others."""
     return hidden(mask, ".sections")
 
 
-def forget(mask: Path) -> None:
+def clean_up(mask: Path) -> None:
     """Remove what was needed to make a scene that is finished now."""
     shutil.rmtree(sections_folder(mask), ignore_errors=True)
     free = [remove_rows(path) for path in products(mask)]

@@ -72,7 +72,7 @@ def make_plan(
         network_pixels: what all networks and symmetries see of a tile, in their own pixels.
         pixel_bytes: of the outputs, for each pixel.
     """
-    tiles = sum(len(TileGrid(scene.shape, slicing.tile, slicing.overlap)) for scene in scenes)
+    tiles = sum(len(slicing.grid(scene.shape)) for scene in scenes)
     areas = [scene.shape[0] * scene.shape[1] for scene in scenes]
     return Plan(
         scenes=len(scenes),
@@ -182,7 +182,7 @@ def _buffers(slicing: Slicing) -> int:
 def _scene_bytes(scene: SceneSize, slicing: Slicing, spread: bool) -> int:
     """Bytes of a scene under way: its strip, rows being read, merged and written."""
     height, width = scene.shape
-    tile, stride = slicing.tile[0], slicing.tile[0] - slicing.overlap[0]
+    tile, stride = slicing.tile[0], slicing.stride[0]
     strip = min(strip_rows(slicing), height) * (_CANONICAL + 1)
     reading = min(stride, height) * (scene.stored + 2 * _CANONICAL)
     # Rows of tiles that are read but not yet merged: batches under way, and one to be filled.
@@ -197,7 +197,7 @@ def _scene_bytes(scene: SceneSize, slicing: Slicing, spread: bool) -> int:
 
 def _cache(scenes: Sequence[SceneSize], slicing: Slicing) -> int:
     """Bytes of decoded blocks to keep so that none is decoded twice."""
-    stride = slicing.tile[0] - slicing.overlap[0]
+    stride = slicing.stride[0]
     needs = [SMALLEST_CACHE]
     for scene in scenes:
         if scene.block[0] > 1:  # of single rows none is needed again

@@ -15,17 +15,13 @@ from kelp import tables
 from kelp.config import PredictConfig
 from kelp.errors import ConfigError, InputError
 from kelp.inference import memory
+from kelp.inference.bundle import load_bundles
 from kelp.inference.checks import check_statistics
-from kelp.inference.crew import Crew, Share, gather_crew
+from kelp.inference.cluster import Executor, Share, open_executor
 from kelp.inference.inputs import Task, find_scenes
-from kelp.inference.outputs import forget, probability_path, spread_path
-from kelp.inference.plan import (
-    NetworkMemory,
-    check_disk,
-    fit_memory,
-    make_plan,
-)
-from kelp.inference.run import Run, loaded
+from kelp.inference.outputs import clean_up, probability_path, spread_path
+from kelp.inference.plan import NetworkMemory, check_disk, fit_memory, make_plan
+from kelp.inference.work import Runner
 from kelp.io import remote
 from kelp.io.files import amount, discard_partials, json_text, output_folder
 from kelp.io.location import Url, local
@@ -33,7 +29,7 @@ from kelp.plotting.preview import write_previews
 from kelp.products.submission import ARCHIVE, write_submission
 from kelp.progress import Progress, silent
 from kelp.raster.scene import SceneSize
-from kelp.tiling.jobs import Counts
+from kelp.tiling.engine import Counts
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -98,80 +94,78 @@ def predict_scenes(
     config = config.absolute() if shared else config
     scenes = find_scenes(config.data_dir)
     _refuse_extras(config, scenes)
-    bundles = loaded(config.run_dir, config.use_checkpoint)
+    bundles = load_bundles(config.run_dir, config.use_checkpoint, config.backend)
     if config.dataset_stats_dir:
         for bundle in bundles:
             check_statistics(bundle.spec, config.dataset_stats_dir)
-    outputs = {path: config.output_dir / tables.output_name(path) for path in scenes}
-    with gather_crew(config, bundles, client) as crew:
+    masks = {path: config.output_dir / tables.output_name(path) for path in scenes}
+    with open_executor(config, bundles, client) as executor:
         if isinstance(config.output_dir, Path):
             discard_partials(output_folder(config.output_dir))
-            crew.require_shared(config.output_dir)
-        tasks, failures = crew.survey(outputs)
-        run = Run(config, bundles, crew.processor)
-        _plan(run, [task.size for task in tasks], shared)
-        todo = _unfinished(run, tasks)
+            executor.require_shared(config.output_dir)
+        tasks, failures = executor.survey(masks)
+        runner = Runner(config, executor.predictor)
+        _plan(runner, [task.size for task in tasks], shared)
+        todo = _unfinished(runner, tasks)
         if todo and isinstance(config.output_dir, Url):
-            _record(run, {})  # a store that takes nothing is found out before hours of work
-        counts, wrong = _predict(crew, run, todo, progress)
+            _record(runner, {})  # a store that takes nothing is found out before hours of work
+        counts, wrong = _predict(executor, runner, todo, progress)
     failures |= wrong
-    _record(run, crew.shares if shared else {})
+    _record(runner, executor.shares if shared else {})
     if failures:
         named = "; ".join(failures.values())
         rest = ", the rest is done" if len(failures) < len(scenes) else ""
         raise InputError(f"{len(failures)} of {len(scenes)} scenes failed{rest}: {named}")
-    masks = tuple(outputs.values())
-    submission, previews = _submit(config, scenes, masks, progress)
-    peaks = [share.peak_memory for share in crew.shares.values()]
+    made = tuple(masks.values())
+    submission, previews = _submit(config, scenes, made, progress)
+    peaks = [share.peak_memory for share in executor.shares.values()]
     return PredictResult(
-        masks=masks,
-        probabilities=tuple(map(probability_path, masks)) if config.save_probabilities else (),
-        spreads=tuple(map(spread_path, masks)) if config.save_spread else (),
+        masks=made,
+        probabilities=tuple(map(probability_path, made)) if config.save_probabilities else (),
+        spreads=tuple(map(spread_path, made)) if config.save_spread else (),
         submission=submission,
         previews=tuple(previews),
         made=len(todo),
         skipped=len(scenes) - len(todo),
         counts=counts,
         peak_memory=max(peaks, default=memory.peak()),
-        workers=crew.shares if shared else {},
+        workers=executor.shares if shared else {},
     )
 
 
-def _plan(run: Run, sizes: Sequence[SceneSize], shared: bool) -> None:
+def _plan(runner: Runner, sizes: Sequence[SceneSize], shared: bool) -> None:
     """Say in one line what the prediction takes, and fit it to the memory that is allowed."""
-    config, tile = run.config, run.slicing.tile
-    pixel_bytes = run.pixel_bytes
+    config, predictor = runner.config, runner.predictor
+    pixel_bytes = runner.pixel_bytes
     if shared:  # sections of large scenes wait in files
         pixel_bytes += 4 + 4 * config.save_spread
-    shapes = [bundle.spec.network_shape(tile) for bundle in run.bundles]
-    pixels = run.passes * sum(height * width for height, width in shapes)
-    plan = make_plan(sizes, run.slicing, pixels, pixel_bytes)
+    slicing = predictor.slicing
+    plan = make_plan(sizes, slicing, predictor.network_pixels, pixel_bytes)
     if config.max_memory is not None and sizes:
         memory.give_back()
-        measured = _measured(run, config.max_memory)
-        plan = fit_memory(plan, config.max_memory, sizes, run.slicing, measured, config.save_spread)
+        measured = _measured(runner, config.max_memory)
+        plan = fit_memory(plan, config.max_memory, sizes, slicing, measured, config.save_spread)
     if isinstance(config.output_dir, Path):
         check_disk(plan, config.output_dir)
     if sizes:
         log.info("%s", plan)
-    run.planned(plan.batch_size, plan.cache)
+    predictor.plan(plan.batch_size, plan.cache)
 
 
-def _measured(run: Run, budget: int) -> NetworkMemory:
+def _measured(runner: Runner, budget: int) -> NetworkMemory:
     """The network's memory, measured once for an output folder.
 
-    It varies a little from run to run: measured again, a killed run might go on with
+    It varies a little from run to run: measured again, a killed run might be resumed with
     another batch size, and so with other last bits.
     """
-    path = run.config.output_dir / "kelp-memory.json"
-    settings = json.dumps([run.settings(), budget], sort_keys=True)
+    path = runner.config.output_dir / "kelp-memory.json"
+    settings = json.dumps([runner.predictor.exact_settings(), budget], sort_keys=True)
     key = hashlib.sha256(settings.encode()).hexdigest()
     with suppress(InputError, OSError, ValueError, TypeError, KeyError, AttributeError):
         known = json.loads(remote.read_text(path))
         if known.pop("settings") == key:
             return NetworkMemory(**known)
-    with run.processor.in_use():
-        measured = NetworkMemory.measure(run.network, run.slicing.tile, budget)
+    measured = NetworkMemory.measure(runner.predictor, runner.predictor.slicing.tile, budget)
     remote.write_text(path, json_text({"settings": key, **asdict(measured)}))
     return measured
 
@@ -190,32 +184,33 @@ def _refuse_extras(config: PredictConfig, scenes: Sequence[Path | Url]) -> None:
         )
 
 
-def _unfinished(run: Run, tasks: Sequence[Task]) -> list[Task]:
+def _unfinished(runner: Runner, tasks: Sequence[Task]) -> list[Task]:
     """The scenes that need work."""
-    if run.config.overwrite:
+    if runner.config.overwrite:
         return list(tasks)
-    if isinstance(run.config.output_dir, Url):  # one question in place of thousands
-        there = remote.names_in(run.config.output_dir)
-        return [task for task in tasks if task.output.name not in there or not _finished(run, task)]
-    return [task for task in tasks if not _finished(run, task)]
+    if isinstance(runner.config.output_dir, Url):  # one question in place of thousands
+        there = remote.names_in(runner.config.output_dir)
+    else:
+        there = {task.output.name for task in tasks}
+    return [task for task in tasks if task.output.name not in there or not _finished(runner, task)]
 
 
-def _finished(run: Run, task: Task) -> bool:
-    """Whether a scene needs no work; what lies there of other inputs is spoken of."""
-    finished = run.finished(task)
+def _finished(runner: Runner, task: Task) -> bool:
+    """Whether a scene needs no work; what lies there of other inputs is reported."""
+    finished = runner.finished(task)
     if finished and isinstance(task.output, Path):
-        forget(task.output)
+        clean_up(task.output)
     if finished is None:
-        log.info("%s: made with other inputs or settings; making it anew", task.output)
+        log.info("%s: made with other inputs or settings; making it again", task.output)
     return bool(finished)
 
 
 def _predict(
-    crew: Crew, run: Run, todo: Sequence[Task], progress: Progress
+    executor: Executor, runner: Runner, todo: Sequence[Task], progress: Progress
 ) -> tuple[Counts, dict[Path | Url, str]]:
     """Predict scenes; what was done, and the error of each scene that failed."""
     counts, failures = Counts(), dict[Path | Url, str]()
-    total, done = sum(len(run.grid(task)) for task in todo), 0
+    total, done = sum(len(runner.grid(task)) for task in todo), 0
 
     def advance(tiles: int) -> None:
         nonlocal done
@@ -223,26 +218,27 @@ def _predict(
         progress("predicting", done, total)
 
     if todo:
-        for outcome in crew.perform(run, todo, advance):
-            counts.add(outcome.counts)
-            failures |= outcome.failures
+        for result in executor.run(runner, todo, advance):
+            counts += result.counts
+            failures |= result.failures
     return counts, failures
 
 
-def _record(run: Run, workers: Mapping[str, Share]) -> None:
+def _record(runner: Runner, workers: Mapping[str, Share]) -> None:
     """Write down the settings of the run, what was left to kelp resolved, and who did what."""
+    processor = runner.predictor.processor
     resolved: dict[str, Any] = {
-        "decision_threshold": run.threshold,
-        "precision": run.processor.precision,
-        "device": run.processor.device,
-        "threads": run.processor.threads,
+        "decision_threshold": runner.predictor.threshold,
+        "precision": processor.precision,
+        "device": processor.device,
+        "threads": processor.threads,
     }
-    tile, overlap = run.slicing.tile, run.slicing.overlap
-    recipe = any(bundle.spec.prediction_tile for bundle in run.bundles)
-    # Not a recipe's tile: given as a wish it would be shown at another scale.
-    if tile[0] == tile[1] and (run.config.sahi_tile_size is not None or not recipe):
+    tile, overlap = runner.predictor.slicing.tile, runner.predictor.slicing.overlap
+    recipe = any(bundle.spec.prediction_tile for bundle in runner.predictor.bundles)
+    # Not a recipe's tile: given as an option it would be shown at another scale.
+    if tile[0] == tile[1] and (runner.config.sahi_tile_size is not None or not recipe):
         resolved |= {"sahi_tile_size": tile[0], "sahi_overlap": overlap[0]}
-    record, folder = run.config.model_copy(update=resolved), run.config.output_dir
+    record, folder = runner.config.model_copy(update=resolved), runner.config.output_dir
     remote.write_text(folder / record.record_name, record.to_record())
     if workers:
         shares = {name: asdict(share) for name, share in sorted(workers.items())}

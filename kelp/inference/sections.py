@@ -24,9 +24,8 @@ from kelp.errors import InputError
 from kelp.inference.outputs import sections_folder
 from kelp.io.files import atomic
 from kelp.raster.window import Blend, Shape
-from kelp.tiling.engine import finish
+from kelp.tiling.engine import Edge, Section, Sink, WriteRows, finish
 from kelp.tiling.grid import TileGrid
-from kelp.tiling.jobs import Edge, Section, Sink, WriteRows
 from kelp.tiling.merge import MergerState, StripMerger
 from kelp.tiling.strip import Pixels
 
@@ -204,14 +203,14 @@ class _Abandoned(Exception):
 
 
 @dataclass(frozen=True)
-class Seam:
-    """How sections of a scene are put together."""
+class Stitching:
+    """How sections of a scene are stitched."""
 
     shape: Shape
     blend: Blend
     spread: bool
 
-    def assemble(
+    def stitch(
         self,
         files: Sequence[SectionFile],
         begun: MergerState | None,

@@ -98,6 +98,12 @@ class NetworkSpec(BaseModel):
             }
         )
 
+    def of_one_tile(self) -> Self:
+        """The same network for the tiles that prediction cuts, as its own size."""
+        if not self.prediction_tile:
+            return self
+        return self.at_scale(self.prediction_tile).model_copy(update={"prediction_tile": None})
+
     @property
     def channels(self) -> tuple[str, ...]:
         """The network's input channels: bands, then indices."""
@@ -106,6 +112,10 @@ class NetworkSpec(BaseModel):
 
 class BundleSpec(NetworkSpec):
     """`bundle.json`: the network and where it comes from."""
+
+    def network(self) -> dict[str, Any]:
+        """What the answers of the network depend on, beside its weights, as JSON."""
+        return self.model_dump(mode="json", include=set(NetworkSpec.model_fields))
 
     schema_version: Literal[1] = SCHEMA_VERSION
     threshold: float = Field(0.5, ge=0, le=1)

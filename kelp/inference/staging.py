@@ -55,7 +55,8 @@ class Staging:
         waiting: deque[tuple[Task, Callable[[], Task]]] = deque()
         for task in tasks:
             waiting.append((task, self._begin(task)))
-            while len(waiting) > task.staged:
+            allowed = 1 if task.staged else 0
+            while len(waiting) > allowed:
                 yield waiting.popleft()
         yield from waiting
 
@@ -83,9 +84,9 @@ class Staging:
 
         return deliver
 
-    def named(self, task: Task, error: KelpError) -> KelpError:
+    def named(self, task: Task, error: Exception) -> Exception:
         """An error by the names that the user knows."""
-        if not task.staged:
+        if not task.staged or not isinstance(error, KelpError):
             return error
         text = error.message
         if isinstance(task.path, Url):

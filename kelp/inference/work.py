@@ -1,140 +1,404 @@
-"""What is still to be predicted, handed out in units: to this process, or to those of a cluster."""
+"""What is still to be predicted, handed out in items, and a process that works on them."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
+import traceback
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Final
 
+import numpy as np
+
+import kelp
+from kelp.config import PredictConfig
+from kelp.errors import BusyError, InputError, KelpError
+from kelp.inference import memory
 from kelp.inference.inputs import Task
-from kelp.inference.outputs import sections_folder
-from kelp.inference.run import Run
-from kelp.inference.sections import sections_of
-from kelp.inference.units import Outcome, Unit
+from kelp.inference.outputs import (
+    JournalFile,
+    Outputs,
+    clean_up,
+    probability_path,
+    sections_folder,
+    spread_path,
+)
+from kelp.inference.predictor import Predictor
+from kelp.inference.sections import SectionFile, SectionSink, Stitching, sections_of
+from kelp.inference.staging import Staging
+from kelp.io import remote
 from kelp.io.location import Url, local
+from kelp.raster.masks import decoding, read_tags
 from kelp.raster.scene import Scene
-from kelp.tiling.jobs import Section
+from kelp.tiling.engine import Counts, Engine, Job, Section
+from kelp.tiling.grid import TileGrid
+
+FINGERPRINT: Final = "KELP_FINGERPRINT"
 
 _FULL_BATCHES: Final = 4
-"""In a unit of sections at least: the last batch of a unit is filled up with nothing."""
+"""In an item of sections at least: the last batch of an item is filled up with nothing."""
 _MOST_BATCHES: Final = 16
-"""In a unit of scenes at most: what is told of a unit is told when it is done."""
+"""In an item of scenes at most: progress is reported when an item is done."""
+
+
+@dataclass(frozen=True)
+class WorkItem:
+    """What one process does in one go; small, as it travels to workers.
+
+    Whole scenes; or sections of one scene; or all sections of one, to be stitched.
+    """
+
+    tasks: tuple[Task, ...]
+    sections: tuple[Section, ...] = ()
+    stitch: bool = False
+    """The sections are finished: make the scene's outputs of them."""
 
 
 @dataclass
-class _Cut:
+class WorkResult:
+    """What a process made of an item."""
+
+    item: WorkItem
+    counts: Counts = field(default_factory=Counts)
+    failures: dict[Path | Url, str] = field(default_factory=dict)
+    """The error of each scene that failed."""
+    tracebacks: dict[Path | Url, str] = field(default_factory=dict)
+    """Of those among them that met a bug."""
+    busy: tuple[Task, ...] = ()
+    """Scenes, among those that failed, that another process is writing."""
+    peak_memory: int = 0
+
+    def note(self, task: Task, error: Exception) -> None:
+        """A scene failed: by its user's mistake, or by a bug."""
+        if isinstance(error, KelpError):
+            self.failures[task.path] = error.message
+        else:
+            text = " ".join(f"{type(error).__name__}: {error}".split())
+            self.failures[task.path] = f"{task.path}: a bug ({text})"
+            self.tracebacks[task.path] = "".join(traceback.format_exception(error))
+        if isinstance(error, BusyError):
+            self.busy += (task,)
+
+
+class Runner:
+    """Scenes to files with one predictor, the same bytes in every process.
+
+    Args:
+        config: the options.
+        predictor: the networks.
+    """
+
+    def __init__(self, config: PredictConfig, predictor: Predictor) -> None:
+        self.config = config
+        self.predictor = predictor
+
+    @property
+    def pixel_bytes(self) -> int:
+        """Bytes of all outputs, for each pixel, before they are compressed."""
+        stored = 1 + 4 * self.config.save_spread
+        if self.config.save_probabilities:
+            stored += np.dtype(self.config.probability_dtype).itemsize
+        return stored
+
+    @cached_property
+    def _digests(self) -> tuple[str, str]:
+        """Of all settings, by pixels and to the last bit."""
+        products = {
+            "threshold": self.predictor.threshold,
+            "probabilities": self.config.save_probabilities and self.config.probability_dtype,
+            "spread": self.config.save_spread,
+        }
+        pixels = json.dumps(self.predictor.settings() | products, sort_keys=True)
+        bits = json.dumps(self.predictor.exact_settings() | products, sort_keys=True)
+        return _digest(pixels), _digest(bits)
+
+    def fingerprint(self, task: Task, exact: bool = False) -> str:
+        """Stands for everything that changes a pixel of a scene's outputs.
+
+        Args:
+            task: the scene.
+            exact: for what changes a bit of a probability.
+        """
+        return _digest(self._digests[exact], json.dumps(task.reading, sort_keys=True), task.digest)
+
+    def grid(self, task: Task) -> TileGrid:
+        """The tiles of a scene."""
+        return self.predictor.slicing.grid(task.size.shape)
+
+    def finished(self, task: Task) -> bool | None:
+        """Whether its outputs are there as they would be made; None = made otherwise."""
+        wanted = [task.output]
+        if self.config.save_probabilities:
+            wanted.append(probability_path(task.output))
+        if self.config.save_spread:
+            wanted.append(spread_path(task.output))
+        if not remote.exists(task.output):
+            return False
+        fingerprint = self.fingerprint(task)
+        return all(read_tags(file).get(FINGERPRINT) == fingerprint for file in wanted) or None
+
+    def outputs(
+        self, task: Task, deliver: Callable[[Sequence[Path]], None] | None = None
+    ) -> Outputs:
+        """Where a scene's probabilities go; `deliver` takes the files to where they belong."""
+        return Outputs(
+            task.size.shape,
+            task.georeference,
+            local(task.output),
+            self.predictor.threshold,
+            {FINGERPRINT: self.fingerprint(task), "KELP_VERSION": kelp.__version__},
+            self.config.probability_dtype if self.config.save_probabilities else None,
+            # No other process could resume a scratch file.
+            None if deliver else self.fingerprint(task, exact=True),
+            resume=not self.config.overwrite,
+            spread=self.config.save_spread,
+            deliver=deliver,
+        )
+
+    def section_file(self, task: Task, section: Section) -> SectionFile:
+        """Where a section of a scene is kept."""
+        return SectionFile(local(task.output), section, self.fingerprint(task, exact=True))
+
+    def perform(
+        self, item: WorkItem, tiles_done: Callable[[int], None] | None = None
+    ) -> WorkResult:
+        """Work on an item. What is finished already is left as it is."""
+        result = WorkResult(item)
+        with decoding(self.predictor.cache):
+            if item.stitch:
+                self._stitch(item, result)
+            elif item.sections:
+                self._sections(item, result)
+            else:
+                self._scenes(item, result, tiles_done)
+        result.peak_memory = memory.peak()
+        return result
+
+    def _scenes(
+        self, item: WorkItem, result: WorkResult, tiles_done: Callable[[int], None] | None
+    ) -> None:
+        engine = self.predictor.engine(tiles_done)
+        sinks: dict[int, tuple[Outputs, Task]] = {}
+
+        def jobs() -> Iterator[Job]:
+            for task, staged in staging.ahead(self._unfinished(item, result, engine)):
+                try:
+                    here = staged()
+                    with self._opened(here) as scene:
+                        if isinstance(task.path, Url):  # so far only its header was seen
+                            self.predictor.check_scale(scene, str(scene.path))
+                        sink = self.outputs(here, staging.delivery(task)).open()
+                        sinks[id(sink)] = sink, task
+                        yield Job(scene, sink, sink, sink.write_spread)
+                except Exception as error:  # noqa: BLE001  # also a bug ends its scene only
+                    result.note(task, staging.named(task, error))
+                finally:
+                    staging.drop(task)
+
+        with Staging(self.pixel_bytes) as staging:
+            try:
+                engine.run(jobs())
+            finally:
+                # Whatever ended this: a failed scene, Ctrl-C, a bug. Closed outputs stay.
+                for sink, _ in sinks.values():
+                    sink.abandon()
+            for failed, error in engine.failures:
+                task = sinks[id(failed)][1]
+                result.note(task, staging.named(task, error))
+        result.counts = engine.counts
+
+    @contextmanager
+    def _opened(self, task: Task) -> Iterator[Scene]:
+        with Scene(task.path, self.config.band_order) as scene:
+            if scene.shape != task.size.shape:
+                raise InputError(f"{task.path}: changed since the run began; run it again")
+            yield scene
+
+    def _unfinished(self, item: WorkItem, result: WorkResult, engine: Engine) -> Iterator[Task]:
+        for task in item.tasks:
+            try:
+                if self.config.overwrite or not self.finished(task):
+                    yield task
+                    continue
+            except KelpError as error:  # the store does not answer
+                result.note(task, error)
+                continue
+            engine.skip(len(self.grid(task)))  # done by a worker that was presumed dead
+
+    def _sections(self, item: WorkItem, result: WorkResult) -> None:
+        (task,) = item.tasks
+        engine = self.predictor.engine()
+        sinks: list[SectionSink] = []
+
+        def jobs() -> Iterator[Job]:
+            try:
+                with self._opened(task) as scene:
+                    for section in item.sections:
+                        file = self.section_file(task, section)
+                        if file.exists:
+                            rows = section.end - section.first
+                            engine.skip(rows * len(self.grid(task).columns))
+                            continue
+                        sink = file.sink(self.config.save_spread)
+                        sinks.append(sink)
+                        yield Job(scene, sink, None, sink.write_spread, section, sink.edge)
+            except Exception as error:  # noqa: BLE001
+                result.note(task, error)
+
+        try:
+            engine.run(jobs())
+        finally:
+            for sink in sinks:
+                sink.abandon()
+        for _, error in engine.failures:
+            result.note(task, error)
+        result.counts = engine.counts
+
+    def _stitch(self, item: WorkItem, result: WorkResult) -> None:
+        (task,) = item.tasks
+        files = [self.section_file(task, section) for section in item.sections]
+        stitching = Stitching(task.size.shape, self.config.blend, self.config.save_spread)
+        sink = self.outputs(task)
+        try:
+            if not all(file.exists for file in files) and self.finished(task):
+                return  # by a worker that was presumed dead
+            sink.open()
+            begun = self.grid(task).rows.index(sink.start.top) if sink.start else 0
+            if item.sections[0].first != begun:
+                raise InputError(f"{task.output}: another process worked on it; run again")
+            stitching.stitch(files, sink.start, sink, sink.write_spread)
+            clean_up(local(task.output))
+        except OSError as error:
+            words = f"{task.path}: a section of it cannot be read ({error}); run again"
+            result.note(task, InputError(words))
+        except Exception as error:  # noqa: BLE001
+            result.note(task, error)
+        finally:
+            sink.abandon()
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+@dataclass
+class _Split:
     """A scene in sections."""
 
     task: Task
-    all: tuple[Section, ...]
+    sections: tuple[Section, ...]
     waiting: deque[Section]
-    left: set[int] = field(default_factory=set)
+    left: set[int]
     """First rows of the sections that are not finished."""
+    failed: bool = False
 
 
-class Work:
-    """Units of what is to be predicted, in the order of scenes.
+class WorkQueue:
+    """Items of what is to be predicted, in the order of scenes.
 
     One process takes whole scenes all at once, and in sections only what another run has left in
-    sections. For a cluster scenes are grouped and large ones cut, but for those from or for a
-    store: sections need a disk that all workers share. Units shrink as less is left, so that
+    sections. For a cluster scenes are grouped and large ones split, but for those from or for a
+    store: sections need a disk that all workers share. Items shrink as less is left, so that
     workers end together (guided self-scheduling, Polychronopoulos & Kuck 1987, IEEE
     Transactions on Computers C-36(12)).
 
     Args:
-        run: as the scenes will be predicted.
+        runner: as the scenes will be predicted.
         tasks: the scenes.
         workers: how many processes share the work now; None = this one does it all.
     """
 
     def __init__(
-        self, run: Run, tasks: Sequence[Task], workers: Callable[[], int] | None = None
+        self, runner: Runner, tasks: Sequence[Task], workers: Callable[[], int] | None = None
     ) -> None:
-        self.failures: dict[Path | Url, str] = {}
-        self._run = run
+        self._runner = runner
         self._workers = workers
         self._whole: deque[Task] = deque()
-        self._cut: dict[Path | Url, _Cut] = {}
-        self._ready: deque[Unit] = deque()
+        self._split: dict[Path | Url, _Split] = {}
+        self._ready: deque[WorkItem] = deque()
         """Scenes whose sections are all finished."""
+        self._batch = runner.predictor.slicing.batch_size
         for task in tasks:
-            cut = self._cut_up(task)
-            if cut:
-                self._cut[task.path] = cut
+            if split := self._in_sections(task):
+                self._split[task.path] = split
             else:
                 self._whole.append(task)
-        self._tiles = sum(len(run.grid(task)) for task in tasks)
+        self._tiles = sum(len(runner.grid(task)) for task in tasks)
         """Not handed out yet."""
 
-    def draw(self) -> Unit | None:
-        """The next unit; None = none now."""
+    def next(self) -> WorkItem | None:
+        """The next item; None = none now."""
         if self._ready:
             return self._ready.popleft()
-        for cut in self._cut.values():
-            if cut.waiting:
-                return self._of_sections(cut)
+        for split in self._split.values():
+            if split.waiting:
+                return self._of_sections(split)
         return self._of_scenes() if self._whole else None
 
-    def took(self, outcome: Outcome) -> None:
-        """Note what became of a unit."""
-        unit = outcome.unit
-        self.failures |= outcome.failures
-        cut = self._cut.get(unit.tasks[0].path)
-        if cut is None or unit.together:
+    def done(self, result: WorkResult) -> None:
+        """Note what became of an item."""
+        item = result.item
+        split = self._split.get(item.tasks[0].path)
+        if split is None or item.stitch:
             return
-        cut.left -= {section.first for section in unit.sections}
-        if cut.task.path in self.failures:
-            cut.waiting.clear()
-        elif not cut.left:
-            self._ready.append(Unit((cut.task,), cut.all, together=True))
+        split.left -= {section.first for section in item.sections}
+        if split.task.path in result.failures:
+            split.failed = True
+            split.waiting.clear()
+        elif not (split.left or split.failed):
+            self._ready.append(WorkItem((split.task,), split.sections, stitch=True))
 
-    def _cut_up(self, task: Task) -> _Cut | None:
+    def _in_sections(self, task: Task) -> _Split | None:
+        runner = self._runner
         if task.staged:
             return None
-        grid = self._run.grid(task)
-        folder = sections_folder(local(task.output))
-        if self._run.config.overwrite:
+        grid, mask = runner.grid(task), local(task.output)
+        folder = sections_folder(mask)
+        if runner.config.overwrite:
             shutil.rmtree(folder, ignore_errors=True)
         if len(grid.rows) == 1 or (self._workers is None and not folder.is_dir()):
             return None
-        with Scene(task.path, self._run.config.band_order) as scene:
-            outputs = self._run.outputs(task, scene, resume=not self._run.config.overwrite)
-            outputs.abandon()  # only to see what was begun in one go
-        begun = grid.rows.index(outputs.start.top) if outputs.start else 0
-        found = tuple(sections_of(grid, self._run.slicing.batch_size, begun))
-        finished = any(self._run.section_file(task, section).exists for section in found)
+        begun = 0
+        if JournalFile(mask, "").exists:  # it was begun in one go
+            outputs = runner.outputs(task).open()
+            begun = grid.rows.index(outputs.start.top) if outputs.start else 0
+            outputs.abandon()
+        found = tuple(sections_of(grid, self._batch, begun))
+        finished = any(runner.section_file(task, section).exists for section in found)
         if not finished:
             shutil.rmtree(folder, ignore_errors=True)  # of other inputs or settings
         if len(found) == 1 or (self._workers is None and not finished):
             return None
-        return _Cut(task, found, deque(found), {section.first for section in found})
+        return _Split(task, found, deque(found), {section.first for section in found})
 
     def _share(self) -> int:
         """Tiles that a worker should get of what is left; one process takes all."""
         return self._tiles // (2 * max(1, self._workers())) if self._workers else self._tiles
 
-    def _of_sections(self, cut: _Cut) -> Unit:
-        columns = len(self._run.grid(cut.task).columns)
-        wish = max(self._share(), _FULL_BATCHES * self._run.slicing.batch_size)
-        taken = [cut.waiting.popleft()]
-        while cut.waiting and (cut.waiting[0].end - taken[0].first) * columns <= wish:
-            taken.append(cut.waiting.popleft())
+    def _of_sections(self, split: _Split) -> WorkItem:
+        columns = len(self._runner.grid(split.task).columns)
+        most = max(self._share(), _FULL_BATCHES * self._batch)
+        taken = [split.waiting.popleft()]
+        while split.waiting and (split.waiting[0].end - taken[0].first) * columns <= most:
+            taken.append(split.waiting.popleft())
         self._tiles -= (taken[-1].end - taken[0].first) * columns
-        return Unit((cut.task,), tuple(taken))
+        return WorkItem((split.task,), tuple(taken))
 
-    def _of_scenes(self) -> Unit:
-        batch = self._run.slicing.batch_size
-        wish = self._tiles
+    def _of_scenes(self) -> WorkItem:
+        most = self._tiles
         if self._workers:
-            # Whole batches: the last of a unit is filled up with nothing.
-            wish = min(max(self._share() // batch, 1), _MOST_BATCHES) * batch
+            # Whole batches: the last of an item is filled up with nothing.
+            most = min(max(self._share() // self._batch, 1), _MOST_BATCHES) * self._batch
         taken: list[Task] = []
         tiles = 0
-        while self._whole and (not taken or tiles < wish):
+        while self._whole and (not taken or tiles < most):
             taken.append(self._whole.popleft())
-            tiles += len(self._run.grid(taken[-1]))
+            tiles += len(self._runner.grid(taken[-1]))
         self._tiles -= tiles
-        return Unit(tuple(taken))
+        return WorkItem(tuple(taken))

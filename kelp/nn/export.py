@@ -32,9 +32,10 @@ from kelp.inference.backends.onnx import (
     extra,
     weights_sha256,
 )
+from kelp.inference.bundle import find_bundle, read_spec
 from kelp.inference.spec import BundleSpec
 from kelp.io.files import atomic
-from kelp.nn.bundle import find_bundle, load_network, read_spec
+from kelp.nn.bundle import load_network
 from kelp.nn.model import KelpNet
 from kelp.progress import Progress, silent
 from kelp.raster.bands import BANDS, DEM, NODATA, OPTICAL, PIXEL_SIZE_M, QA
@@ -86,9 +87,8 @@ def export(config: ExportConfig, progress: Progress = silent) -> ExportResult:
     if spec.is_pixelwise:
         raise ConfigError(f"{folder}: boosted trees are not exported; name the run of a network")
     net = load_network(folder, spec)
-    if spec.prediction_tile:  # the file takes tiles of one size: those that prediction cuts
-        spec = spec.at_scale(spec.prediction_tile).model_copy(update={"prediction_tile": None})
-        net = net.described(spec)
+    spec = spec.of_one_tile()  # as the file takes: those that prediction cuts
+    net = net.described(spec)
     progress("exporting", 0, _STEPS)
     crops = parity_crops(spec)
     with torch.no_grad():
@@ -238,6 +238,7 @@ def parity_crops(spec: BundleSpec) -> tuple[Tensor, ...]:
 def largest_difference(net: OnnxNet, crops: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     """The largest difference of probabilities over batches; NaN where one is not a number."""
     differences = [
-        (net.probabilities(raw) - p).abs().amax() for raw, p in zip(crops, expected, strict=True)
+        (torch.from_numpy(net.run(raw.numpy())) - p).abs().amax()
+        for raw, p in zip(crops, expected, strict=True)
     ]
     return torch.stack(differences).amax().item()

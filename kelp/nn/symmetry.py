@@ -7,16 +7,11 @@ ones swap height and width. Pixels are only moved, never resampled.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final
 
 import torch
 from torch import Tensor
 
-SYMMETRIES: Final = tuple(range(8))
-"""All of them; 0 changes nothing."""
-
-SHAPE_KEEPING: Final = tuple(k for k in SYMMETRIES if k % 2 == 0)
-"""Those that leave height and width in place, for crops that are not square."""
+from kelp.inference.backends import SHAPE_KEEPING, SYMMETRIES
 
 
 def apply(x: Tensor, k: int) -> Tensor:

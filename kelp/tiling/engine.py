@@ -15,26 +15,112 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from time import perf_counter
-from typing import Final
+from typing import Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kelp.errors import KelpError
 from kelp.raster.bands import BANDS
 from kelp.raster.window import Tile
 from kelp.tiling.grid import TileGrid
-from kelp.tiling.jobs import Counts, Edge, Job, Section, Sink
 from kelp.tiling.merge import MergerState, StripMerger
-from kelp.tiling.strip import Pixels, Slicing, Strip
+from kelp.tiling.strip import Pixels, Slicing, Source, Strip
 
 Predict = Callable[[Pixels], Pixels]
 """Raw DN `(n, 7, h, w)` (canonical, NaN = missing) to probabilities `(n, h, w)`."""
 
 AHEAD: Final = 2
 """Batches that are read before the network wants them, and that wait to be merged."""
+
+
+WriteRows = Callable[[int, Pixels], None]
+"""Takes rows `(n, width)` from row `y` on, as `Sink.write` does."""
+
+
+class Sink(Protocol):
+    """Where a scene's probabilities go."""
+
+    def write(self, y: int, rows: Pixels) -> None:
+        """Take rows `(n, width)` from row `y` on: float32 in [0, 1], NaN = not observed."""
+
+    def close(self) -> None:
+        """The scene is complete."""
+
+
+class Journal(Protocol):
+    """What lets another process go on with a scene."""
+
+    @property
+    def start(self) -> MergerState | None:
+        """What an earlier process left, whose sink holds the rows above it; None = nothing."""
+
+    def commit(self, state: Callable[[], MergerState]) -> None:
+        """All rows above `state().top` were written; called after each row of tiles."""
+
+
+@dataclass(frozen=True)
+class Edge:
+    """Rows that the tiles of another section of the scene touch, too: sums, not yet a mean."""
+
+    state: MergerState
+    observed: NDArray[np.bool_]
+    """Shape `(rows, width)`."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """Rows of tiles of a scene that are predicted apart from the others."""
+
+    first: int
+    end: int
+    """The row of tiles after the last."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A scene to predict, or a section of one."""
+
+    source: Source
+    sink: Sink
+    journal: Journal | None = None
+    spread: WriteRows | None = None
+    """Takes the spread of tiles' probabilities (see `StripMerger`), after the sink its rows; NaN
+    = not observed. None: it is not worked out."""
+    section: Section | None = None
+    """None: all rows of tiles."""
+    edge: Callable[[Edge], None] | None = None
+    """Takes, from the top down, what a section shares with its neighbours; the sink gets the rest.
+    """
+
+
+@dataclass
+class Counts:
+    """What engines did."""
+
+    tiles: int = 0
+    """Tiles of all scenes."""
+    predicted: int = 0
+    """Tiles that the network saw."""
+    unobserved: int = 0
+    """Tiles without one observed pixel, not run."""
+    land: int = 0
+    """Tiles that are all land, not run on request."""
+    resumed: int = 0
+    """Tiles that an earlier process had finished."""
+    batches: int = 0
+    reading: float = 0.0
+    """Seconds of reading; they run beside those of the network and of writing."""
+    network: float = 0.0
+    """Seconds in the network."""
+    writing: float = 0.0
+    """Seconds of merging and writing."""
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(
+            *(getattr(self, one.name) + getattr(other, one.name) for one in fields(Counts))
+        )
 
 
 @dataclass(eq=False)
@@ -59,7 +145,7 @@ class _Scene:
 
     @classmethod
     def of(cls, job: Job, slicing: Slicing) -> _Scene:
-        grid = TileGrid(job.source.shape, slicing.tile, slicing.overlap)
+        grid = slicing.grid(job.source.shape)
         spread = job.spread is not None
         section = job.section or Section(0, len(grid.rows))
         row, head = section.first, 0
@@ -80,16 +166,16 @@ class _Scene:
             self.merger.add(tile, values, validity)
         self.merged += 1
         if self.merged == len(self.grid.columns):
-            self._finish_row()
+            self._flush_row()
 
-    def _finish_row(self) -> None:
+    def _flush_row(self) -> None:
         """Hand on the rows that no later tile touches."""
         self.merged = 0
         self.row += 1
         rows, tile = self.grid.rows, self.grid.tile[0]
         end = self.grid.shape[0] if self.row == len(rows) else rows[self.row]
         if self.merger.top < self.head:
-            self._cut(min(end, self.head))
+            self._hand_over(min(end, self.head))
         if self.merger.top < end:
             top = self.merger.top
             planes = self.merger.take_planes(end)
@@ -99,12 +185,12 @@ class _Scene:
                 self.job.spread(top, planes[1])
         if self.row == self.end:
             if self.row < len(rows):
-                self._cut(rows[self.row - 1] + tile)
+                self._hand_over(rows[self.row - 1] + tile)
             self.job.sink.close()
         elif self.job.journal:
             self.job.journal.commit(self.merger.state)
 
-    def _cut(self, end: int) -> None:
+    def _hand_over(self, end: int) -> None:
         """Hand on rows, up to `end`, to which a neighbouring section has tiles to add."""
         state = self.merger.cut(end)
         observed = np.array([self.seen.popleft() for _ in range(len(state.weights))])
@@ -190,15 +276,27 @@ class Engine:
         self._buffers = deque(make(shape) for _ in range(AHEAD + 1))
 
     def reset(self, tiles_done: Callable[[int], None] | None = None) -> None:
-        """Begin to count anew."""
-        self.counts = Counts()
-        self.failures: list[tuple[Sink, KelpError]] = []
+        """Start counting from zero."""
+        # One for each thread: nothing is counted by two.
+        self._read_counts, self._network_counts, self._merge_counts = Counts(), Counts(), Counts()
+        self.failures: list[tuple[Sink, Exception]] = []
         self._tiles_done = tiles_done
+
+    @property
+    def counts(self) -> Counts:
+        """What was done since the last `reset`."""
+        return self._read_counts + self._network_counts + self._merge_counts
+
+    def skip(self, tiles: int) -> None:
+        """Count tiles that were found finished; for what gives the jobs, in the reading thread."""
+        self._read_counts.tiles += tiles
+        self._read_counts.resumed += tiles
 
     def run(self, jobs: Iterable[Job]) -> None:
         """Predict scenes. `jobs` is drawn from in the reading thread, a scene at a time.
 
-        A scene that cannot be read or written ends up in `failures`; the others go on.
+        A scene whose reading, merging or writing raises ends up in `failures`; the others go on.
+        What the network raises ends the run: it would meet every scene.
         """
         with ExitStack() as stack:
             batches = stack.enter_context(closing(self._batches(jobs)))
@@ -220,26 +318,29 @@ class Engine:
     def _read(self, batches: Generator[_Batch, None, None]) -> _Batch | None:
         began = perf_counter()
         batch = next(batches, None)
-        self.counts.reading += perf_counter() - began
+        self._read_counts.reading += perf_counter() - began
         return batch
 
     def _batches(self, jobs: Iterable[Job]) -> Generator[_Batch, None, None]:
         """All tiles of all scenes, in batches; runs in the reading thread."""
         batch = self._new_batch()
         for job in jobs:
-            scene = _Scene.of(job, self._slicing)
+            try:
+                scene = _Scene.of(job, self._slicing)
+            except Exception as error:  # noqa: BLE001  # also a bug ends its scene only
+                self.failures.append((job.sink, error))
+                continue
             begun = job.section.first if job.section else 0
             resumed = (scene.row - begun) * len(scene.grid.columns)
             batch.resumed += resumed
-            self.counts.tiles += resumed
-            self.counts.resumed += resumed
+            self.skip(resumed)
             strip = Strip(job.source, self._slicing, scene.merger.top)
             for row, y in enumerate(scene.grid.rows[scene.row : scene.end], scene.row):
                 if scene.failed:
                     break
                 try:
                     scene.seen.extend(strip.advance(y))
-                except KelpError as error:
+                except Exception as error:  # noqa: BLE001
                     self._fail(scene, error)
                     break
                 for tile in scene.grid.row(y):
@@ -257,26 +358,26 @@ class Engine:
         return _Batch(self._buffers[0])
 
     def _take(self, scene: _Scene, strip: Strip, tile: Tile, batch: _Batch) -> None:
-        self.counts.tiles += 1
+        self._read_counts.tiles += 1
         validity = strip.validity(tile)
         land = validity > 0 and self._slicing.skip_land and strip.is_land(tile)
         if validity > 0 and not land:
             batch.add(scene, tile, validity, strip.pixels(tile))
         else:
             batch.leave_out(scene, tile)
-            self.counts.land += land
-            self.counts.unobserved += not land
+            self._read_counts.land += land
+            self._read_counts.unobserved += not land
 
     def _run_network(self, batch: _Batch) -> Pixels | None:
         if not batch.count:
             return None
         # One fixed shape: kernels, and so the last bits of a result, depend on it.
         batch.pixels[batch.count :] = batch.pixels[batch.count - 1]
-        self.counts.batches += 1
-        self.counts.predicted += batch.count
+        self._network_counts.batches += 1
+        self._network_counts.predicted += batch.count
         began = perf_counter()
         probabilities = self._predict(batch.pixels)
-        self.counts.network += perf_counter() - began
+        self._network_counts.network += perf_counter() - began
         return probabilities
 
     def _merge(self, batch: _Batch, probabilities: Pixels | None) -> int:
@@ -288,16 +389,16 @@ class Engine:
             values = None if slot is None or probabilities is None else probabilities[slot]
             try:
                 scene.merge(tile, validity, values)
-            except KelpError as error:
+            except Exception as error:  # noqa: BLE001
                 self._fail(scene, error)
-        self.counts.writing += perf_counter() - began
+        self._merge_counts.writing += perf_counter() - began
         return len(batch.entries) + batch.resumed
 
     def _advance(self, tiles: int) -> None:
         if self._tiles_done and tiles:
             self._tiles_done(tiles)
 
-    def _fail(self, scene: _Scene, error: KelpError) -> None:
+    def _fail(self, scene: _Scene, error: Exception) -> None:
         """Give a scene up; its tiles that are under way are dropped."""
         scene.failed = True
         self.failures.append((scene.job.sink, error))

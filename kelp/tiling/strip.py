@@ -8,6 +8,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from kelp.errors import ConfigError
 from kelp.raster.bands import BANDS, DEM, reflected
 from kelp.raster.validity import observed
 from kelp.raster.window import Blend, Shape, Tile
@@ -40,25 +41,49 @@ class Area(Protocol):
 
 @dataclass(frozen=True)
 class Slicing:
-    """How scenes are cut and merged."""
+    """How scenes are cut into tiles and merged.
+
+    Raises:
+        ConfigError: an overlap that is not below the tile, or nothing in a batch.
+    """
 
     tile: Shape
+    """Height and width of a tile, px."""
     overlap: Shape
+    """Pixels that neighbouring tiles share, vertically and horizontally."""
     blend: Blend = "mean"
     batch_size: int = 8
+    """Tiles that the network gets at a time."""
     qa_as_nodata: bool = True
     skip_land: bool = False
     """Do not run tiles that are all land (DEM > 0); their pixels are 0."""
     land_tolerance: int = 3
     """Only where all is land this many pixels around them too: DEMs are misaligned."""
 
+    def __post_init__(self) -> None:
+        for side, shared in zip(self.tile, self.overlap, strict=True):
+            if not 0 <= shared < side:
+                raise ConfigError(
+                    f"--sahi_overlap {shared}: must be 0 or more and smaller than the tile, {side} px"
+                )
+        if self.batch_size < 1:
+            raise ConfigError(f"batch_size={self.batch_size}: a batch holds at least 1 tile")
+
+    @property
+    def stride(self) -> Shape:
+        """From tile to tile, down and across, px."""
+        return self.tile[0] - self.overlap[0], self.tile[1] - self.overlap[1]
+
+    def grid(self, shape: Shape) -> TileGrid:
+        """The tiles of a scene."""
+        return TileGrid(shape, self.tile, self.overlap)
+
 
 def strip_rows(slicing: Slicing) -> int:
     """Rows that a strip holds at most."""
-    tile, overlap = slicing.tile[0], slicing.overlap[0]
     if not slicing.skip_land or not slicing.land_tolerance:
-        return tile
-    return tile + 2 * slicing.land_tolerance + (tile - overlap)
+        return slicing.tile[0]
+    return slicing.tile[0] + 2 * slicing.land_tolerance + slicing.stride[0]
 
 
 class Strip:
@@ -73,7 +98,7 @@ class Strip:
     def __init__(self, source: Source, slicing: Slicing, top: int = 0) -> None:
         self._source = source
         self._tile = slicing.tile
-        self._stride = slicing.tile[0] - slicing.overlap[0]
+        self._stride = slicing.stride[0]
         self._qa_as_nodata = slicing.qa_as_nodata
         self._skip_land = slicing.skip_land
         self._margin = slicing.land_tolerance if slicing.skip_land else 0
@@ -82,9 +107,9 @@ class Strip:
         self._pixels = np.empty((len(BANDS), rows, width), dtype=np.float32)
         self._seen = np.empty((rows, width), dtype=np.bool_)
         self._top = self._bottom = self._fetched(top)
-        self._told = top
+        self._reported = top
         self._area: Area | None = getattr(source, "area", None)
-        self._grid = TileGrid(source.shape, slicing.tile, slicing.overlap)
+        self._grid = slicing.grid(source.shape)
         self._inside = np.empty((rows if self._area else 0, width), dtype=np.bool_)
         self._wanted: dict[int, NDArray[np.bool_]] = {}
         """By first row of a row of tiles: which of its tiles touch the area."""
@@ -93,7 +118,7 @@ class Strip:
         self._inside_before = self._seen_before
 
     def advance(self, y: int) -> NDArray[np.bool_]:
-        """Go to the tiles that begin at row `y`; observed planes of rows not told of before."""
+        """Go to the tiles that begin at row `y`; observed planes of the rows that are new."""
         height, width = self._source.shape
         top = self._fetched(y)
         end = y + self._tile[0] + self._margin
@@ -114,10 +139,10 @@ class Strip:
                 self._inside[new] = self._area.mask(Tile(first, 0, rows, width)) & self._seen[new]
         self._top, self._bottom = top, end
         shown = self._inside if self._area else self._seen
-        untold = shown[max(self._told, top) - top : end - top].copy()
-        self._told = max(self._told, end)
+        unreported = shown[max(self._reported, top) - top : end - top].copy()
+        self._reported = max(self._reported, end)
         self._survey(y)
-        return untold
+        return unreported
 
     def pixels(self, tile: Tile) -> Pixels:
         """A tile of the present row of tiles, shape `(7, *tile)`, a view."""

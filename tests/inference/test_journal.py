@@ -20,15 +20,13 @@ from laws import LAWS
 from sliced import ArrayScene, ramp, random_scene
 
 from kelp.errors import InputError
-from kelp.inference.journal import JournalFile, journal_path
-from kelp.inference.outputs import Outputs, forget
+from kelp.inference.outputs import JournalFile, Outputs, clean_up, journal_path
 from kelp.io.files import discard_partials
 from kelp.raster.bands import DEM
 from kelp.raster.masks import Georeference
 from kelp.raster.writer import RasterWriter, rows_path
-from kelp.tiling.engine import AHEAD, Engine
+from kelp.tiling.engine import AHEAD, Engine, Job
 from kelp.tiling.grid import TileGrid
-from kelp.tiling.jobs import Job
 from kelp.tiling.merge import MergerState
 from kelp.tiling.strip import Slicing
 
@@ -58,13 +56,13 @@ def predict(folder, kind=None, fingerprint="f", network=ramp, pixels=PIXELS, sli
     mask = folder / "X_kelp.tif"
     discard_partials(folder)
     if mask.is_file():
-        forget(mask)
+        clean_up(mask)
         return None
     tags = {"KELP_FINGERPRINT": fingerprint}
     spread = kind == "spread"
     soft = "float32" if spread else kind
     shape = pixels.shape[1:]
-    sink = Outputs(shape, Georeference(), mask, 0.5, tags, soft, fingerprint, spread=spread)
+    sink = Outputs(shape, Georeference(), mask, 0.5, tags, soft, fingerprint, spread=spread).open()
     engine = Engine(network, slicing)
     try:
         engine.run([Job(ArrayScene(pixels), sink, sink, sink.write_spread)])
@@ -359,7 +357,7 @@ def test_going_on_is_said_in_one_line(half_done, undisturbed, caplog):
     counts = predict(half_done, "float32")
     row = TileGrid(SHAPE, 16, 8).rows[counts.resumed // COLUMNS]
     assert row > 0
-    assert _notices(caplog) == [f"{half_done / 'X_kelp.tif'}: going on from row {row} of 70"]
+    assert _notices(caplog) == [f"{half_done / 'X_kelp.tif'}: resumed at row {row} of 70"]
     assert counts.tiles == len(TileGrid(SHAPE, 16, 8))
     assert contents(half_done) == undisturbed["float32"][0]
 
@@ -526,14 +524,14 @@ def test_a_journal_of_another_make_is_no_entry(tmp_path, header):
 
 def test_forget_leaves_nothing_hidden(half_done):
     assert list(half_done.glob(".*"))
-    forget(half_done / "X_kelp.tif")
+    clean_up(half_done / "X_kelp.tif")
     assert not list(half_done.iterdir())
 
 
 def test_saving_takes_a_small_share_of_the_time(tmp_path, monkeypatch):
     """Due at once, then only after 19 times what saving took."""
     now = [100.0]
-    monkeypatch.setattr("kelp.inference.journal.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("kelp.inference.outputs.time.monotonic", lambda: now[0])
     journal = JournalFile(tmp_path / "X_kelp.tif", "f")
     state = MergerState(0, np.zeros((0, 3)), np.zeros((0, 3), np.float32), np.zeros((0, 3), bool))
     assert journal.is_due

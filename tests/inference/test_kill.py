@@ -15,7 +15,7 @@ from bundles import tiny_bundle
 from rasterio.crs import CRS
 from world import coast, write_tif
 
-from kelp.inference.journal import journal_path
+from kelp.inference.outputs import journal_path
 from kelp.raster.bands import BANDS
 from kelp.raster.writer import rows_path
 
@@ -105,7 +105,7 @@ def rasters(out):
 
 
 def gone_on_from(said):
-    found = re.search(r"going on from row (\d+) of 1100", said)
+    found = re.search(r"resumed at row (\d+) of 1100", said)
     return int(found[1]) if found else 0
 
 

@@ -21,8 +21,10 @@ from world import coast, read_tif
 
 import kelp
 from kelp.errors import ConfigError
-from kelp.inference.network import Network
-from kelp.nn.bundle import Bundle, load_bundle, save_bundle
+from kelp.inference.bundle import Bundle, load_bundle
+from kelp.inference.predictor import Predictor
+from kelp.nn.backend import TorchNet
+from kelp.nn.bundle import save_bundle
 from kelp.nn.model import KelpNet
 from kelp.raster.masks import read_mask
 from kelp.raster.validity import canonical
@@ -64,14 +66,15 @@ def test_views_and_bundles_are_averaged_as_probabilities(tmp_path, merge, shape,
         for bias in (-2.5, -0.5, 1.0)
     ]
     raw = canonical(coast(shape, np.random.default_rng(0))[0])
-    views = [symmetric_views(bundle.net, raw) for bundle in bundles]
+    views = [symmetric_views(bundle.net.module, raw) for bundle in bundles]
     assert {len(v) for v in views} == {symmetries}
     assert min(np.ptp(v, axis=0).max() for v in views) > 0.2  # they disagree
     parts = [v[0] if merge is None else MERGES[merge](v) for v in views]
     assert np.ptp(parts, axis=0).max() > 0.2
-    got = Network(bundles, CPU, "32-true", merge)(raw[None])
+    options = {"device": "cpu", "precision": "32-true", "tta": merge}
+    got = Predictor(bundles, **options)(raw[None])
     np.testing.assert_allclose(got[0], np.mean(parts, axis=0), atol=1e-6)
-    got = Network(bundles, CPU, "32-true", merge, (2, 0, 6))(raw[None])
+    got = Predictor(bundles, **options, weights=(2, 0, 6))(raw[None])
     np.testing.assert_allclose(got[0], np.average(parts, axis=0, weights=(2, 0, 6)), atol=1e-6)
 
 
@@ -133,7 +136,9 @@ def conv(tmp_path_factory):
     spec = tiny_spec(decoder_channels=(16, 8, 8, 4))
     net = KelpNet(spec)
     raw = canonical(read_tif(scenes[1]))
-    p = kelp.predict_array(Bundle(root, spec, net.eval()), raw, device="cpu", precision="32-true")
+    p = kelp.predict_array(
+        Bundle(root, spec, TorchNet(net.eval())), raw, device="cpu", precision="32-true"
+    )
     spec = spec.model_copy(update={"threshold": float(np.nanmedian(p))})
     return scenes, save_bundle(root / "bundle", net, spec)
 
@@ -181,11 +186,11 @@ from pathlib import Path
 import torch
 
 from kelp.config import PredictConfig
-from kelp.inference.network import Network
+from kelp.inference.predictor import Predictor
 from kelp.inference.predict import predict_scenes
 
 torch.set_num_threads(1)
-answer, batches = Network.__call__, 0
+answer, batches = Predictor.__call__, 0
 
 
 def dying(network, raw):
@@ -196,7 +201,7 @@ def dying(network, raw):
     return answer(network, raw)
 
 
-Network.__call__ = dying
+Predictor.__call__ = dying
 predict_scenes(PredictConfig.load(Path(sys.argv[1])))
 """
 
@@ -226,7 +231,7 @@ def test_a_killed_prediction_ends_with_the_same_bytes(conv, undisturbed, tmp_pat
 def test_wherever_it_stops_it_goes_on_to_the_same_bytes(conv, undisturbed, tmp_path):
     """Law 8 as well: under a final name lies a finished file or none."""
     scenes, bundle = conv
-    answer, whole = Network.__call__, rasters(undisturbed)
+    answer, whole = Predictor.__call__, rasters(undisturbed)
     for last in count():
         out, batches = tmp_path / str(last), iter(range(last))
 
@@ -236,7 +241,7 @@ def test_wherever_it_stops_it_goes_on_to_the_same_bytes(conv, undisturbed, tmp_p
             return answer(network, raw)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Network, "__call__", failing)
+            patch.setattr(Predictor, "__call__", failing)
             try:
                 predict(scenes[0].parent, bundle, out, **SLICES)
             except RuntimeError:

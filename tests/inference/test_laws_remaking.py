@@ -4,7 +4,6 @@ import shutil
 from dataclasses import replace
 
 import pytest
-import torch
 from bundles import STATISTICS
 from laws import biased_bundle, predict, rasters, use_ramp_network, write_scenes
 from world import read_tif, write_tif
@@ -54,7 +53,6 @@ SWAPPED = ("SWIR", "NIR", "G", "R", "B", "QA", "DEM")
         ({"sahi_tile_size": 40}, None),
         ({"sahi_overlap": 15}, None),
         ({"blend": "mean"}, None),
-        ({"batch_size": 7}, None),
         ({"qa_as_nodata": False}, None),
         ({"land": "skip"}, None),
         ({"decision_threshold": 0.41}, None),
@@ -70,21 +68,16 @@ SWAPPED = ("SWIR", "NIR", "G", "R", "B", "QA", "DEM")
         ({}, rebuilt(statistics={**STATISTICS, "G": replace(STATISTICS["G"], q99=20001)})),
         ({}, rebuilt(normalization_strategy="z-score")),
         ({}, other_pixels),
-        ({}, lambda w: torch.set_num_threads(torch.get_num_threads() + 1)),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, dict) else None,
 )
 def test_whatever_the_output_depends_on_makes_it_anew(work, options, change):
     assert work.predict() == 1
     assert work.predict() == 0
-    threads = torch.get_num_threads()
-    try:
-        if change:
-            change(work)
-        assert work.predict(**options) == 1
-        assert work.predict(**{**options, "overwrite": False}) == 0
-    finally:
-        torch.set_num_threads(threads)
+    if change:
+        change(work)
+    assert work.predict(**options) == 1
+    assert work.predict(**{**options, "overwrite": False}) == 0
 
 
 def test_the_way_of_merging_symmetries_and_every_bundle_count(work):
@@ -112,6 +105,18 @@ def test_what_the_output_does_not_depend_on_leaves_it(work, tmp_path):
     assert work.predict(tta_merge_mode="max") == 0  # without --tta
     assert work.predict(decision_threshold=0.4, sahi_tile_size=32) == 0  # as by default
     assert work.predict(use_checkpoint="latest") == 0  # it is a bundle itself
+    assert work.predict(batch_size=7) == 0  # law 5: the last bits of a probability at most
+    assert work.predict(threads=2) == 0
+    retuned = biased_bundle(
+        tmp_path / "retuned",
+        0.25,
+        threshold=0.41,
+        tuning={"threshold": 0.41},
+        scores={"val/dice": 0.7},
+        epoch=9,
+        training={"lr": 0.1},
+    )
+    assert work.predict(run_dir=retuned, decision_threshold=0.4) == 0
     assert rasters(work.out) == before
 
 

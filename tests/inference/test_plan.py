@@ -21,15 +21,15 @@ from kelp.config import PredictConfig
 from kelp.config.base import parse_bytes
 from kelp.errors import ConfigError, InputError
 from kelp.inference import memory
-from kelp.inference.arrays import fitting_batch
+from kelp.inference.bundle import Bundle
 from kelp.inference.plan import (
     NetworkMemory,
     check_disk,
     fit_memory,
     make_plan,
 )
+from kelp.inference.predictor import fitting_batch
 from kelp.io.files import amount
-from kelp.nn.bundle import Bundle
 from kelp.raster.scene import SceneSize
 from kelp.tiling.strip import Slicing
 

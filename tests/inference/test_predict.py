@@ -13,7 +13,7 @@ from world import coast, read_tif, write_tif
 
 import kelp
 from kelp.cli import main
-from kelp.inference import run as module
+from kelp.inference.predictor import Predictor
 from kelp.io.files import host
 from kelp.raster.bands import BANDS
 from kelp.raster.masks import Georeference, georeference_of, read_mask
@@ -109,7 +109,7 @@ def test_changed_settings_make_outputs_anew(scenes, bundle, tmp_path, capfd):
         str(out),
     ]
     assert main([*args, "--decision_threshold", "0.9", "--precision", "32-true"]) == 0
-    assert "other inputs or settings; making it anew" in capfd.readouterr().err
+    assert "other inputs or settings; making it again" in capfd.readouterr().err
     assert masks(out) != before
 
 
@@ -299,7 +299,7 @@ def test_submission_and_previews(tmp_path, bundle):
         ({"data_dir": "nowhere"}, "nowhere: no such folder"),
         ({"run_dir": "nowhere"}, "nowhere: no such folder"),
         ({"sahi_tile_size": "16", "sahi_overlap": "16"}, "must be smaller"),
-        ({"sahi_overlap": "40"}, "--sahi_overlap 40 px must be smaller"),
+        ({"sahi_overlap": "40"}, "--sahi_overlap 40: must be"),
         ({"decision_threshold": "1.5"}, "--decision_threshold"),
         ({"band_order": "R,G"}, "--band_order names 2"),
         ({"band_order": "SWIR,NIR,R,G,B,QA,XX"}, "unknown band 'XX'"),
@@ -345,7 +345,7 @@ def test_ctrl_c_leaves_finished_masks_only(scenes, bundle, tmp_path, monkeypatch
             raise KeyboardInterrupt
         return np.zeros((len(raw), *raw.shape[2:]), np.float32)
 
-    monkeypatch.setattr(module.Network, "__call__", interrupted)
+    monkeypatch.setattr(Predictor, "__call__", interrupted)
     out = tmp_path / "out"
     assert predict(scenes, bundle, out, "--batch_size", 4) == 130
     assert "stopped" in capfd.readouterr().err

@@ -9,17 +9,14 @@ from laws import LAWS, Memory, predict, rasters
 from world import coast, write_tif
 
 from kelp.config import PredictConfig
-from kelp.errors import InputError
+from kelp.inference.bundle import load_bundles
 from kelp.inference.inputs import survey
 from kelp.inference.outputs import sections_folder
-from kelp.inference.processor import Processor
-from kelp.inference.run import Run, loaded
-from kelp.inference.sections import Seam, SectionFile, sections_of
-from kelp.inference.units import Unit
-from kelp.inference.work import Work
-from kelp.tiling.engine import Engine
+from kelp.inference.predictor import Predictor
+from kelp.inference.sections import SectionFile, Stitching, sections_of
+from kelp.inference.work import Runner, WorkItem, WorkQueue
+from kelp.tiling.engine import Engine, Job, Section
 from kelp.tiling.grid import TileGrid
-from kelp.tiling.jobs import Job, Section
 from kelp.tiling.strip import Slicing
 
 
@@ -57,7 +54,7 @@ def in_sections(scene, network, slicing, sections, folder):
         Engine(network, slicing).run([job])
         assert file.exists
     mean, spread = Memory(scene), Memory(scene)
-    Seam(scene.shape[1:], slicing.blend, True).assemble(files, None, mean, spread.write)
+    Stitching(scene.shape[1:], slicing.blend, True).stitch(files, None, mean, spread.write)
     return mean.result, spread.result
 
 
@@ -122,16 +119,16 @@ def set_up(scene, out, **options):
         save_spread=True,
         **options,
     )
-    bundles = loaded(config.run_dir, config.use_checkpoint)
+    bundles = load_bundles(config.run_dir)
     tasks, failures = survey(
         {folder / "L_satellite.tif": out / "L_kelp.tif"}, (), [one.spec for one in bundles]
     )
     assert not failures
-    return Run(config, bundles, Processor.here(config), cache=1 << 24), tasks
+    return Runner(config, Predictor.of(config, bundles)), tasks
 
 
 def drawn(work):
-    while unit := work.draw():
+    while unit := work.next():
         yield unit
 
 
@@ -139,14 +136,14 @@ def test_units_of_a_cluster_make_the_files_of_one_process(scene, tmp_path):
     alone = tmp_path / "alone"
     predict(*scene, alone, save_probabilities=True, save_spread=True)
     run, tasks = set_up(scene, tmp_path / "shared")
-    work, units = Work(run, tasks, lambda: 3), []
+    work, units = WorkQueue(run, tasks, lambda: 3), []
     for unit in drawn(work):
         units.append(unit)
         outcome = run.perform(unit)
         assert not outcome.failures
-        work.took(outcome)
+        work.done(outcome)
     assert len(units) > 3
-    assert [unit.together for unit in units] == [False] * (len(units) - 1) + [True]
+    assert [unit.stitch for unit in units] == [False] * (len(units) - 1) + [True]
     assert rasters(tmp_path / "shared") == rasters(alone)
     assert not list((tmp_path / "shared").glob(".*"))
 
@@ -155,8 +152,8 @@ def test_finished_sections_are_kept_and_gone_on_with_by_one_process(scene, tmp_p
     alone, out = tmp_path / "alone", tmp_path / "stopped"
     predict(*scene, alone, save_probabilities=True, save_spread=True)
     run, tasks = set_up(scene, out)
-    work = Work(run, tasks, lambda: 3)
-    first = run.perform(work.draw())
+    work = WorkQueue(run, tasks, lambda: 3)
+    first = run.perform(work.next())
     assert first.counts.predicted
     assert sections_folder(out / "L_kelp.tif").is_dir()
     result = predict(*scene, out, save_probabilities=True, save_spread=True)
@@ -170,18 +167,16 @@ def test_sections_of_other_settings_are_not_used(scene, tmp_path):
     alone, out = tmp_path / "alone", tmp_path / "other"
     predict(*scene, alone, blend="mean")
     run, tasks = set_up(scene, out, blend="hann")
-    run.perform(Work(run, tasks, lambda: 3).draw())
+    run.perform(WorkQueue(run, tasks, lambda: 3).next())
     assert predict(*scene, out, blend="mean").counts.resumed == 0
     assert rasters(out) == rasters(alone)
     assert not list(out.glob(".*"))
 
 
 def test_a_scene_begun_in_one_go_is_finished_in_sections(scene, tmp_path, monkeypatch):
-    from kelp.inference import run as module
-
     alone, out = tmp_path / "alone", tmp_path / "begun"
     predict(*scene, alone, save_probabilities=True, save_spread=True)
-    calls, call = [], module.Network.__call__
+    calls, call = [], Predictor.__call__
 
     def stopped(self, raw):
         calls.append(1)
@@ -189,20 +184,20 @@ def test_a_scene_begun_in_one_go_is_finished_in_sections(scene, tmp_path, monkey
             raise KeyboardInterrupt
         return call(self, raw)
 
-    monkeypatch.setattr(module.Network, "__call__", stopped)
+    monkeypatch.setattr(Predictor, "__call__", stopped)
     with pytest.raises(KeyboardInterrupt):
         predict(*scene, out, save_probabilities=True, save_spread=True)
-    monkeypatch.setattr(module.Network, "__call__", call)
+    monkeypatch.setattr(Predictor, "__call__", call)
     run, tasks = set_up(scene, out)
-    work = Work(run, tasks, lambda: 3)
-    unit = work.draw()
+    work = WorkQueue(run, tasks, lambda: 3)
+    unit = work.next()
     assert unit.sections[0].first > 0  # what was done in one go is not done again
     outcome = run.perform(unit)
-    work.took(outcome)
+    work.done(outcome)
     for unit in drawn(work):
         outcome = run.perform(unit)
         assert not outcome.failures
-        work.took(outcome)
+        work.done(outcome)
     assert rasters(out) == rasters(alone)
     assert not list(out.glob(".*"))
 
@@ -211,9 +206,9 @@ def test_a_damaged_section_is_named_and_made_again(scene, tmp_path):
     alone, out = tmp_path / "alone", tmp_path / "damaged"
     predict(*scene, alone, save_probabilities=True, save_spread=True)
     run, tasks = set_up(scene, out)
-    work = Work(run, tasks, lambda: 3)
-    while not (unit := work.draw()).together:
-        work.took(run.perform(unit))
+    work = WorkQueue(run, tasks, lambda: 3)
+    while not (unit := work.next()).stitch:
+        work.done(run.perform(unit))
     rows = sorted(sections_folder(out / "L_kelp.tif").glob("*.rows"))[1]
     content = bytearray(rows.read_bytes())
     content[len(content) // 2] ^= 1
@@ -229,13 +224,13 @@ def test_a_unit_that_is_done_twice_is_harmless(scene, tmp_path):
     alone, out = tmp_path / "alone", tmp_path / "twice"
     predict(*scene, alone, save_probabilities=True, save_spread=True)
     run, tasks = set_up(scene, out)
-    work = Work(run, tasks, lambda: 3)
+    work = WorkQueue(run, tasks, lambda: 3)
     for unit in drawn(work):
         outcome = run.perform(unit)
         again = run.perform(unit)
         assert not again.failures
         assert again.counts.predicted == 0
-        work.took(outcome)
+        work.done(outcome)
     assert rasters(out) == rasters(alone)
 
 
@@ -255,31 +250,31 @@ def test_units_shrink_as_less_is_left(tmp_path, monkeypatch):
         precision="32-true",
         batch_size=4,
     )
-    bundles = loaded(config.run_dir, config.use_checkpoint)
+    bundles = load_bundles(config.run_dir)
     scenes = {path: out / path.name for path in sorted(folder.glob("*.tif"))}
     tasks, _ = survey(scenes, (), [one.spec for one in bundles])
-    run = Run(config, bundles, Processor.here(config))
+    run = Runner(config, Predictor.of(config, bundles))
     sizes = []
-    work = Work(run, tasks, lambda: 2)
+    work = WorkQueue(run, tasks, lambda: 2)
     for unit in drawn(work):
         sizes.append(len(unit.tasks))
-        work.took(run.perform(unit))
+        work.done(run.perform(unit))
     assert sum(sizes) == 60
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[0] > 2 * sizes[-1]
     # Also before the first is done: what is handed out is not left.
-    again = [len(unit.tasks) for unit in drawn(Work(run, tasks, lambda: 2))]
+    again = [len(unit.tasks) for unit in drawn(WorkQueue(run, tasks, lambda: 2))]
     assert again == sizes
 
 
 def test_a_failing_scene_drops_its_other_sections(scene, tmp_path):
     run, tasks = set_up(scene, tmp_path / "out")
-    work = Work(run, tasks, lambda: 3)
-    unit = work.draw()
+    work = WorkQueue(run, tasks, lambda: 3)
+    unit = work.next()
     tasks[0].path.write_bytes(tasks[0].path.read_bytes()[:2000])
     outcome = run.perform(unit)
     assert list(outcome.failures) == [tasks[0].path]
-    work.took(outcome)
-    assert work.draw() is None
-    assert isinstance(InputError(work.failures[tasks[0].path]), InputError)
-    assert Unit((tasks[0],)).sections == ()
+    work.done(outcome)
+    assert work.next() is None
+    assert "L_satellite.tif" in outcome.failures[tasks[0].path]
+    assert WorkItem((tasks[0],)).sections == ()

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import torch
 from affine import Affine
 from bundles import use_pixel_network
 from laws import biased_bundle, predict, rasters, use_ramp_network, write_scenes
@@ -13,8 +12,8 @@ from world import coast, opened, read_tif, write_tif
 import kelp
 from kelp.cli import main
 from kelp.inference import predict as module
-from kelp.inference.network import Network
 from kelp.inference.plan import NetworkMemory, fit_memory, make_plan
+from kelp.inference.predictor import Predictor
 from kelp.raster.bands import BANDS, reflected
 from kelp.raster.masks import Georeference, georeference_of
 from kelp.raster.scene import SceneSize, read_scene
@@ -45,7 +44,7 @@ def spread_of(out, scene):
 def by_definition(bundle, path, side=32, overlap=16):
     """Weighted standard deviation of the votes, each in a layer of its own, by numpy."""
     pixels = reflected(read_scene(path), side, side)
-    network = Network([kelp.load_bundle(bundle)], torch.device("cpu"), "32-true")
+    network = Predictor(kelp.load_bundle(bundle), device="cpu", precision="32-true")
     shape = read_scene(path).shape[1:]
     grid = TileGrid(shape, side, overlap)
     votes, weights = np.zeros((2, len(grid), *pixels.shape[1:]))

@@ -11,7 +11,7 @@ from laws import predict, rasters
 from world import coast, write_tif
 
 from kelp.errors import InputError
-from kelp.inference.journal import JournalFile, journal_path
+from kelp.inference.outputs import JournalFile, journal_path
 from kelp.raster.masks import Georeference, read_mask
 from kelp.raster.writer import RasterWriter, rows_path
 from kelp.tiling.merge import MergerState

@@ -21,7 +21,7 @@ import kelp
 from kelp.cli import main
 from kelp.config import PredictConfig
 from kelp.errors import ConfigError, KelpError
-from kelp.inference import remote
+from kelp.inference import cluster as workers_side
 from kelp.io.executors import gather
 
 distributed = pytest.importorskip("distributed")
@@ -238,13 +238,13 @@ def test_a_worker_without_the_bundle_is_refused_by_name(world, cluster, tmp_path
         config = PredictConfig(
             data_dir=world[0], run_dir=tmp_path / "elsewhere", output_dir=tmp_path, device="cpu"
         )
-        setting = remote.Setting(config.model_dump_json(), "0")
+        setting = workers_side.Setting(config.model_dump_json(), "0")
         with pytest.raises(KelpError, match=r"worker tcp://\S+: .*elsewhere: no such folder"):
-            workers.ask(remote.processor_of, setting, 1)
+            workers.ask(workers_side.processor_of, setting, 1)
         config = config.model_copy(update={"run_dir": (world[1],)})
-        setting = remote.Setting(config.model_dump_json(), "0")
+        setting = workers_side.Setting(config.model_dump_json(), "0")
         with pytest.raises(KelpError, match=r"worker tcp://\S+: .*another bundle"):
-            workers.ask(remote.processor_of, setting, 1)
+            workers.ask(workers_side.processor_of, setting, 1)
 
 
 def test_a_task_that_kills_workers_ends_in_one_line(tmp_path):
@@ -305,8 +305,8 @@ def test_a_task_is_small(world):
     cloudpickle = pytest.importorskip("cloudpickle")
     scenes, bundle, _ = world
     config = PredictConfig(data_dir=scenes, run_dir=bundle, output_dir=scenes)
-    setting = remote.Setting(config.model_dump_json(), "0" * 64)
-    assert len(cloudpickle.dumps(partial(remote.perform_there, setting))) < 5_000
+    setting = workers_side.Setting(config.model_dump_json(), "0" * 64)
+    assert len(cloudpickle.dumps(partial(workers_side.perform_there, setting))) < 5_000
 
 
 @pytest.mark.parametrize(

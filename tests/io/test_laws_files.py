@@ -27,8 +27,9 @@ from world import read_tif
 
 import kelp
 from kelp.errors import BundleError, InputError, KelpError
+from kelp.inference.bundle import load_bundle
 from kelp.io.files import atomic, atomic_folder, recover_folder
-from kelp.nn.bundle import load_bundle, save_bundle
+from kelp.nn.bundle import save_bundle
 from kelp.nn.model import KelpNet
 from kelp.raster.masks import Georeference
 from kelp.raster.writer import RasterWriter, write_mask

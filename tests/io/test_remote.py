@@ -23,7 +23,8 @@ from world import coast, opened, write_tif
 from kelp.cli import main
 from kelp.config import PredictConfig
 from kelp.errors import ConfigError, InputError
-from kelp.inference import plan, remote
+from kelp.inference import plan
+from kelp.inference.cluster import Setting, processor_of
 from kelp.io import remote as rooms
 from kelp.io.executors import gather
 from kelp.io.location import Url, is_url, local, locate
@@ -540,8 +541,8 @@ def test_workers_that_cannot_use_the_store_are_refused(
         with gather(1, str(cluster.file)) as workers:
             workers.client.wait_for_workers(2)
             config = PredictConfig(data_dir=data, output_dir=out, run_dir=network)
-            setting = remote.Setting(config.model_dump_json(), "0")
-            answers = workers.client.run(remote.processor_of, setting, 1, on_error="return")
+            setting = Setting(config.model_dump_json(), "0")
+            answers = workers.client.run(processor_of, setting, 1, on_error="return")
         assert on_cluster(data, network, out, cluster) == 2
     said = sorted(map(str, answers.values()))
     assert f"{data}: no credentials (Unable to locate credentials)" in said[0]

@@ -11,8 +11,9 @@ from lightning import Callback, Trainer
 from torch.utils.data import DataLoader
 
 from kelp.config import TrainConfig
+from kelp.inference.bundle import load_bundle, read_spec
 from kelp.inference.spec import BundleSpec
-from kelp.nn.bundle import load_bundle, load_network, read_spec, save_bundle
+from kelp.nn.bundle import load_network, save_bundle
 from kelp.nn.data.dataset import Sample
 from kelp.nn.device import resolve_precision, weights_dtype
 from kelp.nn.model import KelpNet
@@ -137,7 +138,7 @@ def test_it_learns_predicts_and_round_trips(name, value, tmp_path):
         assert ((p >= 0) & (p <= 1)).all()
         assert torch.equal(load_network(folder, read_spec(folder)).probabilities(batch.raw), p)
         torch.testing.assert_close(
-            load_bundle(folder).net.probabilities(batch.raw), p, atol=2e-4, rtol=0
+            load_bundle(folder).net.module.probabilities(batch.raw), p, atol=2e-4, rtol=0
         )
 
 

@@ -18,9 +18,9 @@ from torch import nn
 
 from kelp.config import TrainConfig
 from kelp.errors import BundleError, ConfigError, StatsError, WeightsError
-from kelp.inference.network import Network
+from kelp.inference.backends import Processor
+from kelp.inference.bundle import find_bundle, load_bundle
 from kelp.inference.spec import NetworkSpec
-from kelp.nn.bundle import find_bundle, load_bundle
 from kelp.nn.model import ARCHITECTURES, KelpNet, start_from_share
 from kelp.nn.preprocess import Preprocess
 from kelp.nn.pretrained import load_pretrained, packaged_weights
@@ -360,9 +360,9 @@ def test_a_bundle_is_the_same_network_anywhere(bundle, tmp_path):
     shutil.copytree(bundle, moved)
     one, two = load_bundle(bundle), load_bundle(moved)
     assert one.spec == two.spec
-    assert not one.net.training
+    assert not one.net.module.training
     x = raw((1, 7, 32, 32))
-    assert torch.equal(one.net.probabilities(x), two.net.probabilities(x))
+    assert torch.equal(one.net.module.probabilities(x), two.net.module.probabilities(x))
     assert sorted(p.name for p in moved.iterdir()) == [
         "README.md",
         "bundle.json",
@@ -429,11 +429,11 @@ def test_the_seeds_options_make_the_seeds_network():
 def test_another_precision_leaves_the_bundle_as_it_is(bundle):
     loaded = load_bundle(bundle)
     with torch.no_grad():
-        loaded.net.body.conv.weight[0, 0] = 20.123  # no bf16 number
-    before = {k: v.clone() for k, v in loaded.net.state_dict().items()}
+        loaded.net.module.body.conv.weight[0, 0] = 20.123  # no bf16 number
+    before = {k: v.clone() for k, v in loaded.net.module.state_dict().items()}
     for precision in ("bf16-true", "16-true"):
-        Network([loaded], torch.device("cpu"), precision)
-    after = loaded.net.state_dict()
+        loaded.on(Processor("cpu", precision, 1))
+    after = loaded.net.module.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 

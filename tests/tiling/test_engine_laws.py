@@ -15,9 +15,8 @@ from sliced import NIR, ArrayScene, exact, ramp, random_scene
 from kelp.errors import CoverageError, InputError
 from kelp.raster.bands import DEM, QA, reflected
 from kelp.raster.validity import observed
-from kelp.tiling.engine import AHEAD, Engine
+from kelp.tiling.engine import AHEAD, Engine, Job
 from kelp.tiling.grid import TileGrid, origins
-from kelp.tiling.jobs import Job
 from kelp.tiling.merge import MergerState
 from kelp.tiling.strip import Slicing, Strip
 
@@ -377,7 +376,7 @@ def _fail_late(real, calls):
     "where", ["read", "network", "write", "close", "jobs", "progress", "start"]
 )
 @pytest.mark.parametrize("late", [False, True])
-def test_an_error_surfaces_and_leaves_no_thread(where, late):
+def test_an_error_is_reported_and_leaves_no_thread(where, late):
     def our_threads():
         return [thread for thread in threading.enumerate() if thread.name.startswith("kelp")]
 
@@ -408,8 +407,15 @@ def test_an_error_surfaces_and_leaves_no_thread(where, late):
             yield Job(job, job, NoJournal() if where == "start" and job is broken else None)
 
     engine = Engine(network, Slicing((16, 16), (8, 8), batch_size=3), progress)
-    with pytest.raises(Broken):
+    if where in ("read", "write", "close", "start"):  # one scene cannot end a run
         engine.run(draw())
+        ((sink, error),) = engine.failures
+        assert sink is broken
+        assert isinstance(error, Broken)
+        assert [job.closed for job in jobs if job is not broken] == [1] * 5
+    else:
+        with pytest.raises(Broken):
+            engine.run(draw())
     assert not our_threads()
     assert not broken.closed
 

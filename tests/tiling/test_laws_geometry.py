@@ -14,9 +14,8 @@ from laws import LAWS, Memory
 
 from kelp.raster.bands import BANDS, QA
 from kelp.raster.validity import canonical, observed
-from kelp.tiling.engine import Engine
+from kelp.tiling.engine import Engine, Job
 from kelp.tiling.grid import TileGrid
-from kelp.tiling.jobs import Job
 from kelp.tiling.strip import Slicing
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -12,8 +12,9 @@ import torch
 from bundles import tiny_spec
 
 import kelp
+from kelp.inference.bundle import Bundle
 from kelp.nn import symmetry
-from kelp.nn.bundle import Bundle
+from kelp.nn.backend import TorchNet
 from kelp.nn.losses import build_loss
 from kelp.nn.model import KelpNet
 from kelp.raster.validity import canonical
@@ -73,7 +74,7 @@ def bundle(one_thread):
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-    return Bundle(Path(), spec, net.eval())
+    return Bundle(Path(), spec, TorchNet(net.eval()))
 
 
 @pytest.fixture(scope="module")

@@ -6,21 +6,22 @@ ONNX is protobuf: reading one runs nothing and unpickles nothing. The packages c
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib
 import logging
-from collections.abc import Iterator, MutableSequence
+from collections.abc import Iterator, MutableSequence, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Self
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
+from kelp import __version__
 from kelp.config.choices import Precision
 from kelp.errors import BundleError, KelpError
+from kelp.inference.backends import DeviceName, Pixels, Processor, cpu_threads, viewed
+from kelp.inference.spec import BundleSpec
 from kelp.raster.bands import BANDS
 from kelp.raster.window import Shape
 
@@ -49,10 +50,9 @@ def extra(module: str) -> Any:
 
 
 class OnnxNet:
-    """A network that ONNX Runtime computes, on the CPU, in float32.
+    """A network that ONNX Runtime computes, on the CPU, in float32."""
 
-    It uses as many threads as torch does (`torch.get_num_threads()`, when it is loaded).
-    """
+    runtime = "onnx"
 
     def __init__(self, content: bytes, name: str) -> None:
         """Start ONNX Runtime on a file's bytes; `name` is what messages call it.
@@ -60,48 +60,83 @@ class OnnxNet:
         Raises:
             BundleError: ONNX Runtime refuses the graph, or it is no network of kelp's.
         """
+        self._content = content
+        self._name = name
+        self._start(cpu_threads(None))
+        self.version: str = extra("onnxruntime").__version__
+        self.tile = self._tile()
+
+    def _start(self, threads: int) -> None:
         runtime = extra("onnxruntime")
         options = runtime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
+        options.intra_op_num_threads = self._threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = _ERRORS_ONLY
         try:
             self._session = runtime.InferenceSession(
-                content, options, providers=["CPUExecutionProvider"]
+                self._content, options, providers=["CPUExecutionProvider"]
             )
         except _refusals() as error:
             reason = " ".join(str(error).split())
-            raise BundleError(f"{name}: ONNX Runtime refuses it ({reason}); {_AGAIN}") from error
-        self._name = name
-        self.version: str = runtime.__version__
-        self.tile = self._tile()
+            raise BundleError(
+                f"{self._name}: ONNX Runtime refuses it ({reason}); {_AGAIN}"
+            ) from error
 
-    def on(self, device: torch.device, precision: Precision) -> Self:
-        """This network itself; where something else was wished for, one line says so."""
-        if precision != "32-true" or device.type != "cpu":
-            wish = precision if device.type == "cpu" else f"{precision} on the GPU"
-            log.info("%s: ONNX Runtime computes in 32-true on the CPU, not in %s", self._name, wish)
-        return self
+    def processor(
+        self, device: DeviceName, precision: Precision | None, threads: int | None
+    ) -> Processor:
+        """The CPU in float32; where something else was asked for, one line says so."""
+        if precision not in (None, "32-true") or device == "cuda":
+            asked = f"{precision or ''} on the GPU".lstrip() if device == "cuda" else precision
+            log.info("%s: ONNX Runtime computes in 32-true on the CPU, not %s", self._name, asked)
+        versions = (__version__, f"ONNX Runtime {self.version}")
+        return Processor("cpu", "32-true", cpu_threads(threads), versions)
 
-    def probabilities(self, raw: Tensor) -> Tensor:
-        """Raw DN `(n, 7, h, w)` to float32 probabilities `(n, h, w)` on the same device.
+    def on(self, processor: Processor) -> Self:
+        """The same network with that number of threads."""
+        if processor.threads == self._threads:
+            return self
+        net = copy.copy(self)
+        net._start(processor.threads)
+        return net
+
+    def described(self, spec: BundleSpec) -> Self:
+        """This network, if it is the one that is described: a graph takes tiles of one size.
 
         Raises:
-            BundleError: the crops have another size than the graph takes.
+            BundleError: it is another.
+        """
+        if spec.tile_size != self.tile:
+            raise BundleError(self._other_tile(spec.tile_size))
+        return self
+
+    def allocate(self, shape: tuple[int, ...]) -> Pixels:
+        """Zeros."""
+        return np.zeros(shape, dtype=np.float32)
+
+    def probabilities(self, raw: Pixels, symmetries: Sequence[int] = (0,)) -> Pixels:
+        """Raw DN `(n, 7, h, w)` to probabilities `(len(symmetries), n, h, w)`, both float32.
+
+        Raises:
+            BundleError: the tiles have another size than the graph takes.
         """
         shape = (raw.shape[-2], raw.shape[-1])
         if shape != self.tile:
-            raise BundleError(
-                f"{self._name}: takes tiles of {self.tile[0]} x {self.tile[1]} px only, not "
-                f"{shape[0]} x {shape[1]}; leave --sahi_tile_size out, or use the run's bundle"
-            )
-        return torch.from_numpy(self.run(raw.float().cpu().numpy())).to(raw.device)
+            raise BundleError(self._other_tile(shape))
+        return viewed(self.run, raw, symmetries)
 
-    def run(self, raw: NDArray[np.float32]) -> NDArray[np.float32]:
+    def run(self, raw: Pixels) -> Pixels:
         """Raw DN `(n, 7, h, w)` to probabilities `(n, h, w)`, both float32."""
         feed = {INPUT: np.ascontiguousarray(raw)}
-        probability: NDArray[np.float32] = self._session.run([OUTPUT], feed)[0]
+        probability: Pixels = self._session.run([OUTPUT], feed)[0]
         return probability[:, 0]
+
+    def _other_tile(self, shape: Shape) -> str:
+        return (
+            f"{self._name}: takes tiles of {self.tile[0]} x {self.tile[1]} px only, not "
+            f"{shape[0]} x {shape[1]}; leave --sahi_tile_size out, or use --backend torch "
+            'with the run\'s bundle (pip install "kelp-slicer[train]")'
+        )
 
     def _tile(self) -> Shape:
         """Height and width of the crops that the graph takes."""

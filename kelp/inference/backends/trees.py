@@ -8,19 +8,20 @@ from __future__ import annotations
 import copy
 import importlib
 import logging
+from collections.abc import Sequence
 from typing import Any, Final, Self
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from scipy import special
-from torch import Tensor
 
+from kelp import __version__
 from kelp.config.choices import Precision
 from kelp.errors import BundleError, KelpError
+from kelp.inference.backends import DeviceName, Pixels, Processor, cpu_threads, viewed
 from kelp.inference.backends.treetext import checked_model
+from kelp.inference.preprocess import channels_of, normalised, stored_numbers
 from kelp.inference.spec import NetworkSpec
-from kelp.nn.preprocess import Preprocess
 
 log = logging.getLogger("kelp")
 
@@ -42,8 +43,10 @@ class PixelTrees:
     """Preprocessing and boosted trees, on the CPU.
 
     A pixel's probability depends on that pixel alone, not even in its last bit on its neighbours,
-    the batch, or the number of threads (as many as torch uses).
+    the batch, or the number of threads.
     """
+
+    runtime = "trees"
 
     def __init__(self, text: str, spec: NetworkSpec, name: str) -> None:
         """Load the text of a model; `name` is what messages call it.
@@ -65,14 +68,23 @@ class PixelTrees:
         self.text = text
         self.version: str = library.__version__
         self.spec = spec
-        self.preprocess = Preprocess(spec)
         self._name = name
+        self._threads = cpu_threads(None)
 
-    def on(self, device: torch.device, precision: Precision) -> Self:
-        """This model itself; where a GPU was wished for, one line says that it is not used."""
-        if device.type != "cpu":
+    def processor(
+        self, device: DeviceName, precision: Precision | None, threads: int | None
+    ) -> Processor:
+        """The CPU; where a GPU was asked for, one line says that it is not used."""
+        if device == "cuda":
             log.info("%s: boosted trees are computed on the CPU", self._name)
-        return self
+        versions = (__version__, f"LightGBM {self.version}")
+        return Processor("cpu", "32-true", cpu_threads(threads), versions)
+
+    def on(self, processor: Processor) -> Self:
+        """The same trees with that number of threads."""
+        model = copy.copy(self)
+        model._threads = processor.threads
+        return model
 
     def described(self, spec: NetworkSpec) -> Self:
         """The same trees with another temperature."""
@@ -80,24 +92,29 @@ class PixelTrees:
         model.spec = spec
         return model
 
-    def probabilities(self, raw: Tensor) -> Tensor:
-        """Raw DN `(n, 7, h, w)` to float32 probabilities `(n, h, w)` on the same device."""
+    def allocate(self, shape: tuple[int, ...]) -> Pixels:
+        """Zeros."""
+        return np.zeros(shape, dtype=np.float32)
+
+    def probabilities(self, raw: Pixels, symmetries: Sequence[int] = (0,)) -> Pixels:
+        """Raw DN `(n, 7, h, w)` to probabilities `(len(symmetries), n, h, w)`, both float32."""
+        return viewed(self._run, raw, symmetries)
+
+    def _run(self, raw: Pixels) -> Pixels:
         count, _, height, width = raw.shape
         p = np.empty((count, height * width), dtype=np.float32)
-        for row, crop in zip(p, raw.float().cpu(), strict=True):  # one at a time: they are large
-            logits = self._logits(features(self.preprocess, crop))
+        for row, crop in zip(p, raw, strict=True):  # one at a time: they are large
+            logits: NDArray[np.float64] = self._trees.predict(
+                features(self.spec, crop), raw_score=True, num_threads=self._threads
+            )
             row[:] = special.expit(logits / self.spec.temperature)
-        return torch.from_numpy(p).view(count, height, width).to(raw.device)
-
-    def _logits(self, pixels: NDArray[np.float32]) -> NDArray[np.float64]:
-        logits: NDArray[np.float64] = self._trees.predict(
-            pixels, raw_score=True, num_threads=torch.get_num_threads()
-        )
-        return logits
+        return p.reshape(count, height, width)
 
 
-def features(preprocess: Preprocess, raw: Tensor) -> NDArray[np.float32]:
+def features(spec: NetworkSpec, raw: Pixels) -> Pixels:
     """What trees see of raw DN `(7, h, w)`: a row for each pixel, `(h * w, channels)`."""
-    with torch.inference_mode():
-        planes: NDArray[np.float32] = preprocess(raw[None])[0].flatten(1).numpy()
-    return np.ascontiguousarray(planes.T)
+    numbers = [np.array(n, dtype=np.float32)[:, None, None] for n in stored_numbers(spec)]
+    with np.errstate(all="ignore"):  # indices divide by what may be 0; that is missing, then
+        fill, offset, divisor = numbers
+        x = normalised(channels_of(raw[None], spec, np)[0], fill, offset, divisor, np)
+    return np.ascontiguousarray(x.reshape(len(x), -1).T)

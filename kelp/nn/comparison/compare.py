@@ -16,8 +16,8 @@ from kelp.config import CompareConfig
 from kelp.errors import ConfigError
 from kelp.evaluation.scoring import pixel_area_m2
 from kelp.evaluation.thresholds import best_threshold, parts_of, pixels_by_code, precision_by_code
+from kelp.inference.bundle import Bundle, load_bundle
 from kelp.io.files import discard_partials, output_folder, scratch_folder, write_json, write_text
-from kelp.nn.bundle import Bundle, load_bundle
 from kelp.nn.comparison.advice import Advice, advise
 from kelp.nn.comparison.fields import FIELDS
 from kelp.nn.comparison.page import to_text, write_report

@@ -13,9 +13,9 @@ import pandas as pd
 from kelp.config import CompareConfig, TuneConfig
 from kelp.errors import BundleError, ConfigError, InputError, TableError
 from kelp.evaluation.scoring import places_of
+from kelp.inference.bundle import Bundle
 from kelp.inference.inputs import find_scenes, survey
 from kelp.io.location import Url, local
-from kelp.nn.bundle import Bundle
 from kelp.raster.masks import raster_shape
 from kelp.raster.window import Shape
 from kelp.tables import (

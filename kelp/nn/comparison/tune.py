@@ -19,11 +19,12 @@ import numpy as np
 from kelp.config import TuneConfig
 from kelp.errors import ConfigError, InputError
 from kelp.evaluation.thresholds import parts_of
-from kelp.inference.arrays import predict_array
 from kelp.inference.backends.onnx import OnnxNet
+from kelp.inference.bundle import Bundle, load_bundle
 from kelp.inference.foldruns import runs_of
+from kelp.inference.predictor import predict_array
 from kelp.io.files import output_folder, write_json
-from kelp.nn.bundle import Bundle, describe_bundle, load_bundle
+from kelp.nn.bundle import describe_bundle
 from kelp.nn.comparison.counted import (
     COOLEST,
     EDGES,

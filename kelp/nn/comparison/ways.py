@@ -14,12 +14,13 @@ from torch.nn import functional
 
 from kelp.config.choices import Interpolation, MergeMode, Precision
 from kelp.errors import ConfigError
-from kelp.inference.arrays import predict_array
+from kelp.inference.backends import Processor
 from kelp.inference.backends.onnx import OnnxNet
+from kelp.inference.bundle import Bundle
+from kelp.inference.predictor import predict_array
 from kelp.inference.spec import BundleSpec
-from kelp.nn.bundle import Bundle
+from kelp.nn.backend import TorchBackend
 from kelp.nn.device import autocast
-from kelp.nn.model import KelpNet
 from kelp.nn.resize import pick, to_network
 from kelp.raster.window import Blend, Shape
 from kelp.tiling.grid import TileGrid
@@ -203,8 +204,10 @@ def _seeds_way(way: Way, scene: Pixels, runtime: Runtime) -> tuple[Pixels, int]:
     """
     bundle, tile = way.bundle, way.tile
     assert tile is not None
-    net = bundle.on(runtime.device, runtime.precision)
-    assert isinstance(net, KelpNet)
+    processor = Processor(runtime.device.type, runtime.precision, torch.get_num_threads())
+    backend = bundle.on(processor)
+    assert isinstance(backend, TorchBackend)
+    net = backend.module
     height, width = scene.shape[1:]
     rows, columns = bundle.spec.network_shape((tile, tile))
     layers = np.full((4, height, width), np.nan, dtype=np.float32)

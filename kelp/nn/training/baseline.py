@@ -222,7 +222,7 @@ def score(
     """Counts and mean log loss of all observed pixels of the validation fold."""
     scores, total, pixels = KelpScores(), 0.0, 0
     for number, sample in enumerate(samples_of(fold.val_sources, config), 1):
-        p = net.probabilities(sample.raw[None])[0]
+        p = torch.from_numpy(net.probabilities(sample.raw[None].numpy())[0, 0])
         scores.update(p, sample.target, sample.observed)
         right = torch.where(sample.target == 1, p, 1 - p)[sample.observed].double()
         total -= float(right.clamp(min=1e-7).log().sum())

@@ -15,8 +15,9 @@ import torch
 from lightning import LightningModule, Trainer
 
 from kelp.config import TrainConfig
+from kelp.inference.bundle import read_spec
 from kelp.io.files import atomic, atomic_folder, write_json
-from kelp.nn.bundle import load_network, read_spec
+from kelp.nn.bundle import load_network
 from kelp.nn.model import KelpNet
 from kelp.nn.training.history import CHECKPOINTS, LAST, EpochHistory
 from kelp.nn.training.pictures import (

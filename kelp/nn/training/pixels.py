@@ -99,7 +99,7 @@ def sample_pixels(
         random = np.random.default_rng((config.seed, stream, number))
         places, stands_for = draw(truth, sample.observed.numpy(), config.pixels_per_image, random)
         chosen = sample.raw.flatten(1)[:, torch.from_numpy(places)]
-        found.append(features(preprocess, chosen[:, None]))
+        found.append(features(preprocess.spec, chosen[:, None].numpy()))
         kelp.append(truth.ravel()[places])
         weights.append(stands_for)
         progress("drawing pixels", number + 1, len(sources))

@@ -20,7 +20,7 @@ from kelp.config import CompareConfig, ExportConfig
 from kelp.errors import BundleError, ConfigError, InputError, TableError
 from kelp.evaluation.confusion import Figures
 from kelp.evaluation.thresholds import best_threshold, pixels_by_code, precision_by_code
-from kelp.nn.bundle import load_bundle
+from kelp.inference.bundle import load_bundle
 from kelp.nn.comparison.fields import FIELDS
 from kelp.nn.comparison.scenes import labelled_scenes
 from kelp.nn.comparison.sums import FIGURES, Draws, Sums, interval, sums_of

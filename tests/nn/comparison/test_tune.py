@@ -16,7 +16,8 @@ from kelp.cli import main
 from kelp.config import PredictConfig, TuneConfig
 from kelp.errors import ConfigError, InputError
 from kelp.evaluation.thresholds import parts_of
-from kelp.nn.bundle import describe_bundle, load_bundle, read_spec
+from kelp.inference.bundle import load_bundle, read_spec
+from kelp.nn.bundle import describe_bundle
 from kelp.nn.comparison.counted import (
     EDGES,
     THRESHOLDS,
@@ -167,9 +168,9 @@ def test_temperature_divides_logits(labelled, monkeypatch):
     plain = load_bundle(tiny_bundle(labelled / "a", resize_strategy="pad", image_size=32))
     hot = plain.described(plain.spec.model_copy(update={"temperature": 4.0}))
     raw = torch.rand(2, 7, 32, 32) * 9000 + 7000
-    wanted = plain.net.to_input(torch.sigmoid(plain.net(raw) / 4), (32, 32))
-    assert torch.equal(hot.net.probabilities(raw), wanted)
-    assert not torch.equal(plain.net.probabilities(raw), wanted)
+    wanted = plain.net.module.to_input(torch.sigmoid(plain.net.module(raw) / 4), (32, 32))
+    assert torch.equal(hot.net.module.probabilities(raw), wanted)
+    assert not torch.equal(plain.net.module.probabilities(raw), wanted)
 
 
 # The command

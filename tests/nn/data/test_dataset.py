@@ -27,8 +27,7 @@ from kelp.raster import bands, validity
 from kelp.raster.indices import IndexSettings
 from kelp.raster.scene import Scene, read_scene
 from kelp.raster.window import Tile
-from kelp.tiling.engine import Engine
-from kelp.tiling.jobs import Job
+from kelp.tiling.engine import Engine, Job
 from kelp.tiling.strip import Slicing
 
 

@@ -19,9 +19,10 @@ from world import make_world, write_tif
 from kelp.config import StatsConfig, TrainConfig
 from kelp.config.choices import Normalization
 from kelp.data_prep.stats import ChannelStats, StatsFile, compute_stats
-from kelp.inference.network import Network
+from kelp.inference.bundle import Bundle
+from kelp.inference.predictor import Predictor
 from kelp.nn import symmetry
-from kelp.nn.bundle import Bundle
+from kelp.nn.backend import TorchNet
 from kelp.nn.data.datamodule import read_fold
 from kelp.nn.data.dataset import Source, TileDataset, collate
 from kelp.nn.model import KelpNet
@@ -31,8 +32,7 @@ from kelp.progress import silent
 from kelp.raster.bands import DEM, NODATA, QA
 from kelp.raster.scene import Scene
 from kelp.raster.writer import write_mask
-from kelp.tiling.engine import Engine
-from kelp.tiling.jobs import Job
+from kelp.tiling.engine import Engine, Job
 from kelp.tiling.strip import Slicing
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -142,7 +142,7 @@ def test_training_sees_what_prediction_sees(tmp_path_factory, seed, tile, augmen
     trained = body_inputs(net.train(), lambda: task.training_step(batch, 0))
     validated = body_inputs(net, lambda: task.validation_step(batch, 0))
 
-    network = Network([Bundle(root, spec, net.eval())], CPU, "32-true")
+    network = Predictor(Bundle(root, spec, TorchNet(net.eval())), device="cpu", precision="32-true")
 
     def predicted():
         engine = Engine(network, Slicing(tile, (0, 0), batch_size=len(paths)))

@@ -18,7 +18,7 @@ from world import make_world, write_tif
 from kelp.config import SliceConfig, TrainConfig
 from kelp.data_prep.slicing import slice_dataset
 from kelp.errors import InputError, ProcessError
-from kelp.nn.bundle import load_bundle
+from kelp.inference.bundle import load_bundle
 from kelp.nn.training.fit import train
 from kelp.nn.training.tracking import quiet_libraries
 
@@ -168,7 +168,7 @@ def test_scores_are_those_of_one_process(whole):
     config, first, _ = whole
     run_dir = Path(first["run_dir"])
     logged = history(run_dir)[-1]
-    net, scores = load_bundle(run_dir / "artifacts" / "bundle-latest").net, KelpScores()
+    net, scores = load_bundle(run_dir / "artifacts" / "bundle-latest").net.module, KelpScores()
     loss = build_loss(config.loss, LossSettings(0.0, (1.0, 1.0)))
     total, rows = 0.0, 0
     with torch.inference_mode():

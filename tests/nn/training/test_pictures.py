@@ -20,7 +20,7 @@ from world import coast, make_world, write_tif
 import kelp
 from kelp.config import SliceConfig, TrainConfig
 from kelp.data_prep.slicing import slice_dataset
-from kelp.nn.bundle import load_bundle
+from kelp.inference.bundle import load_bundle
 from kelp.nn.card import model_card
 from kelp.nn.metrics import Confusion
 from kelp.nn.training import chosen, keeping

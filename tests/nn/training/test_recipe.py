@@ -13,8 +13,8 @@ from kelp.cli import main
 from kelp.config import TrainConfig
 from kelp.config.base import read_yaml
 from kelp.errors import ConfigError
-from kelp.inference.arrays import cut
-from kelp.nn.bundle import load_bundle
+from kelp.inference.bundle import load_bundle
+from kelp.inference.predictor import sliced
 from kelp.nn.model import ARCHITECTURES
 from kelp.nn.training.plan import network_spec
 from kelp.raster.masks import read_mask
@@ -88,17 +88,17 @@ def test_prediction_cuts_the_recipes_tiles_at_the_trainings_scale(sizes):
     body.seen.clear()
     kelp.predict_array(bundle, scene, tile=48, batch_size=1, precision="32-true")
     assert set(body.seen) == {(64, 64)}  # a wish is brought to the network's size
-    assert cut([bundle], None, 4)[1:] == ((48, 48), (4, 4))
-    assert cut([bundle], None, None)[1:] == ((48, 48), (8, 8))
-    assert cut([bundle], 32, None)[1:] == ((32, 32), (16, 16))
+    assert sliced([bundle], None, 4)[1:] == ((48, 48), (4, 4))
+    assert sliced([bundle], None, None)[1:] == ((48, 48), (8, 8))
+    assert sliced([bundle], 32, None)[1:] == ((32, 32), (16, 16))
 
 
 def test_bundles_of_different_recipes_need_a_tile(sizes, tmp_path):
     _, bundle = sizes
     other = load_bundle(tiny_bundle(tmp_path / "other"))
     with pytest.raises(ConfigError, match="sahi_tile_size"):
-        cut([bundle, other], None, None)
-    assert len(cut([bundle, other], 32, None)[0]) == 2
+        sliced([bundle, other], None, None)
+    assert len(sliced([bundle, other], 32, None)[0]) == 2
 
 
 def test_a_recorded_prediction_makes_the_same_again(monkeypatch, tmp_path):

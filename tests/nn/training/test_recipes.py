@@ -12,7 +12,7 @@ from kelp.cli import _build, main
 from kelp.config import SliceConfig, TrainConfig
 from kelp.config.base import read_yaml
 from kelp.data_prep.slicing import slice_dataset
-from kelp.nn.bundle import load_bundle
+from kelp.inference.bundle import load_bundle
 from kelp.raster.bands import BANDS
 
 RECIPES = Path(kelp.__file__).parent.parent / "configs"

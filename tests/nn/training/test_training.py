@@ -20,9 +20,9 @@ from kelp.config import SliceConfig, StatsConfig, TrainConfig
 from kelp.data_prep.slicing import slice_dataset
 from kelp.data_prep.stats import compute_stats
 from kelp.errors import ConfigError, InputError, StatsError, TrainingError, WeightsError
+from kelp.inference.bundle import load_bundle
 from kelp.io.files import locked
 from kelp.nn import device
-from kelp.nn.bundle import load_bundle
 from kelp.nn.data.dataset import TileDataset
 from kelp.nn.training import fit, task, tracking
 from kelp.nn.training.fit import train
@@ -201,7 +201,7 @@ def test_the_bundle_scores_what_was_logged(run):
     from kelp.nn.data.datamodule import FoldData, read_fold
     from kelp.nn.metrics import KelpScores
 
-    net, scores = load_bundle(result.bundle).net, KelpScores()
+    net, scores = load_bundle(result.bundle).net.module, KelpScores()
     with torch.inference_mode():
         for batch in FoldData(read_fold(config), config, 0, pin=False).val_dataloader():
             scores.update(net.probabilities(batch.raw), batch.target, batch.observed)
@@ -569,7 +569,7 @@ def test_options_run_and_the_bundle_loads(configure, world, monkeypatch, changes
     result = train(configure(fast_dev_run=True, **changes))
     bundle = load_bundle(result.bundle)
     assert result.epochs == 1
-    p = bundle.net.probabilities(torch.full((1, 7, 50, 70), 8000.0))
+    p = bundle.net.module.probabilities(torch.full((1, 7, 50, 70), 8000.0))
     assert p.shape == (1, 50, 70)
     assert torch.isfinite(p).all()
     if not bundle.spec.sahi:

@@ -1,0 +1,92 @@
+"""Prediction, evaluation and products run where torch is not installed."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from bundles import tiny_bundle, use_pixel_network
+from world import coast, write_tif
+
+import kelp
+from kelp.config import ExportConfig
+from kelp.raster.masks import read_mask
+
+WITHOUT = """
+import sys
+
+for name in ("torch", "torchvision", "lightning", "mlflow", "timm", "segmentation_models_pytorch"):
+    sys.modules[name] = None  # importing it raises ModuleNotFoundError
+"""
+IMPORTS = """
+import importlib, pkgutil
+import kelp
+
+for name in ("inference", "evaluation", "raster", "tiling", "data_prep", "products", "sensors"):
+    package = importlib.import_module(f"kelp.{name}")
+    for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+        if not found.name.endswith("__main__"):
+            importlib.import_module(found.name)
+"""
+PREDICTS = """
+from kelp.cli import main
+
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def without_torch(code, *arguments):
+    root = Path(kelp.__file__).parents[1]
+    return subprocess.run(
+        [sys.executable, "-c", WITHOUT + code, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=root,
+    )
+
+
+def test_the_packages_of_prediction_import():
+    done = without_torch(IMPORTS)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A bundle with its ONNX file, and a scene."""
+    folder = tmp_path_factory.mktemp("light")
+    with pytest.MonkeyPatch.context() as patch:
+        use_pixel_network(patch)
+        bundle = tiny_bundle(folder / "bundle")
+        kelp.export(ExportConfig(run_dir=bundle, output_path=bundle / "network.onnx"))
+        scene = write_tif(folder / "A_satellite.tif", coast((70, 50), np.random.default_rng(5))[0])
+        config = {"data_dir": scene, "run_dir": bundle, "output_dir": folder / "torch"}
+        kelp.predict_scenes(kelp.config.PredictConfig(**config, device="cpu", precision="32-true"))
+    return folder, bundle, scene
+
+
+@pytest.mark.parametrize("backend", ["auto", "onnx"])
+@pytest.mark.parametrize("run", ["bundle", "bundle/network.onnx"])
+def test_a_scene_is_predicted(world, tmp_path, backend, run):
+    folder, _, scene = world
+    done = without_torch(
+        PREDICTS,
+        "predict",
+        f"--data_dir={scene}",
+        f"--run_dir={folder / run}",
+        f"--output_dir={tmp_path}",
+        f"--backend={backend}",
+    )
+    assert done.returncode == 0, done.stderr
+    wanted, found = (read_mask(p / "A_kelp.tif") for p in (folder / "torch", tmp_path))
+    assert (wanted == 1).sum() > 50
+    assert (wanted != found).mean() <= 1e-4
+
+
+def test_what_needs_torch_says_what_to_install(world, tmp_path):
+    _, bundle, scene = world
+    predict = ["predict", f"--data_dir={scene}", f"--run_dir={bundle}", f"--output_dir={tmp_path}"]
+    done = without_torch(PREDICTS, *predict, "--backend=torch")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert 'pip install "kelp-slicer[train]"' in done.stderr
