@@ -64,7 +64,8 @@ class Slicing:
         for side, shared in zip(self.tile, self.overlap, strict=True):
             if not 0 <= shared < side:
                 raise ConfigError(
-                    f"--sahi_overlap {shared}: must be 0 or more and smaller than the tile, {side} px"
+                    f"--sahi_overlap {shared}: must be 0 or more and smaller than the tile, "
+                    f"{side} px"
                 )
         if self.batch_size < 1:
             raise ConfigError(f"batch_size={self.batch_size}: a batch holds at least 1 tile")
