@@ -341,7 +341,7 @@ def test_drawing_sees_only_what_is_observed_and_does_as_prediction(world):
     spec = BundleSpec(bands=BANDS, statistics=STATISTICS, tile_size=(50, 70), image_size=70)
     preprocess, config = Preprocess(spec), tiny_config(num_workers=0, pixels_per_image=300)
     drawn = sample_pixels([source], preprocess, config, 0, silent)
-    whole = features(preprocess, torch.from_numpy(read_scene(image)))
+    whole = features(spec, read_scene(image))
     places, _ = draw(
         read_mask(truth_of(image)) == 1,
         pixels.TileDataset([source])[0].observed.numpy(),
@@ -497,11 +497,11 @@ def test_compare_puts_it_beside_a_network(run, world, tmp_path, monkeypatch):
 
 def test_temperature_cools_the_probabilities(run):
     net = kelp.load_bundle(run[1].bundle).net
-    raw = torch.from_numpy(coast((20, 30), np.random.default_rng(2))[0]).float()[None]
+    raw = coast((20, 30), np.random.default_rng(2))[0][None].astype(np.float32)
     halved = net.described(net.spec.model_copy(update={"temperature": 2.0}))
-    logits = special.logit(net.probabilities(raw).double().numpy())
+    logits = special.logit(net.probabilities(raw).astype(np.float64))
     expected = special.expit(logits / 2)
-    assert np.allclose(halved.probabilities(raw).numpy(), expected, atol=1e-6)
+    assert np.allclose(halved.probabilities(raw), expected, atol=1e-6)
 
 
 def test_it_is_not_exported(run, tmp_path):
@@ -580,9 +580,9 @@ def test_a_damaged_model_is_one_line_and_no_crash(bundle, change):
 def test_wrong_sizes_in_the_head_are_not_followed(bundle, run):
     """LightGBM would look for trees where `tree_sizes` says; it never sees that line."""
     rewrite(bundle, replaced(r"^tree_sizes=\d+", "tree_sizes=99999999"))
-    raw = torch.from_numpy(coast((20, 30), np.random.default_rng(2))[0]).float()[None]
+    raw = coast((20, 30), np.random.default_rng(2))[0][None].astype(np.float32)
     whole = kelp.load_bundle(run[1].bundle).net.probabilities(raw)
-    assert torch.equal(kelp.load_bundle(bundle).net.probabilities(raw), whole)
+    np.testing.assert_array_equal(kelp.load_bundle(bundle).net.probabilities(raw), whole)
 
 
 @settings(LAWS, max_examples=150)
@@ -600,7 +600,7 @@ def test_no_typing_error_gets_through_to_lightgbm(run, data):
         net = PixelTrees(text, spec, "model.txt")
     except BundleError:
         return
-    assert net.probabilities(torch.full((1, 7, 4, 4), 9000.0)).shape == (1, 4, 4)
+    assert net.probabilities(np.full((1, 7, 4, 4), 9000, np.float32)).shape == (1, 1, 4, 4)
 
 
 # What may be missing
@@ -620,9 +620,10 @@ def test_without_lightgbm_one_line_names_the_extra(run, configure, monkeypatch):
 def test_a_gpu_is_not_used_and_one_line_says_so(run, caplog):
     caplog.set_level(logging.INFO, "kelp")
     net = kelp.load_bundle(run[1].bundle).net
-    assert net.on(torch.device("cpu"), "bf16-mixed") is net
+    found = net.processor("cpu", "bf16-mixed", 1)
+    assert (found.device, found.precision, found.threads) == ("cpu", "32-true", 1)
     assert caplog.messages == []
-    assert net.on(torch.device("cuda"), "bf16-mixed") is net
+    assert net.processor("cuda", "bf16-mixed", 1) == found
     assert caplog.messages == [
         f"{run[1].bundle / 'model.txt'}: boosted trees are computed on the CPU"
     ]
