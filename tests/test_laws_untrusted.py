@@ -18,7 +18,7 @@ from kelp.inference.bundle import load_bundle
 from kelp.nn.bundle import save_bundle
 from kelp.nn.model import KelpNet
 from kelp.nn.pretrained import load_pretrained
-from kelp.nn.training.epochs import read_checkpoint
+from kelp.nn.training.history import read_checkpoint
 
 
 class Hostile:
