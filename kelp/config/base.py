@@ -32,6 +32,7 @@ def option(
     default_of: Callable[[dict[str, Any]], Any] | None = None,
     unit: str | None = None,
     aliases: tuple[str, ...] = (),
+    resumable: bool = False,
     ge: float | None = None,
     gt: float | None = None,
     le: float | None = None,
@@ -41,12 +42,13 @@ def option(
 
     `unit` is shown in brackets after the help; `aliases` are other spellings of the flag.
     `default_of` makes the default from the options declared before; the help names it.
+    `resumable` options may differ when a training is resumed: finished epochs stay as they are.
     """
     given = {"default": default} if default_of is None else {"default_factory": default_of}
     return Field(
         **given,
         description=f"{help} [{unit}]" if unit else help,
-        json_schema_extra={"aliases": list(aliases)},
+        json_schema_extra={"aliases": list(aliases), "resumable": resumable},
         ge=ge,
         gt=gt,
         le=le,
@@ -140,6 +142,12 @@ class Config(BaseModel):
         """Every option; the command's own first, then those that it shares with others."""
         declared = [name for base in cls.__mro__ for name in vars(base).get("__annotations__", ())]
         return {name: cls.model_fields[name] for name in declared if name in cls.model_fields}
+
+    @classmethod
+    def resumable(cls) -> set[str]:
+        """Options that may differ when a training is resumed."""
+        extras: dict[str, Any] = {k: f.json_schema_extra for k, f in cls.model_fields.items()}
+        return {name for name, extra in extras.items() if extra and extra["resumable"]}
 
     @classmethod
     def _named(cls, values: dict[str, Any]) -> dict[str, Any]:

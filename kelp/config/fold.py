@@ -25,10 +25,16 @@ Fold = Annotated[FoldNumber | Literal["all"], BeforeValidator(number)]
 class FoldConfig(TableOptions, BandOrderOptions, IndexOptions, TruthOptions):
     """Which rows are trained on, which of their channels, and where the run is kept."""
 
-    data_dir: Path = option(help="Folder of kelp slice (with --sahi) or of kelp metadata")
-    output_dir: Path = option(help="Folder for mlflow.db and <experiment>/<run_id>/artifacts")
+    data_dir: Path = option(
+        help="Folder of kelp slice (with --sahi) or of kelp metadata", resumable=True
+    )
+    output_dir: Path = option(
+        help="Folder for mlflow.db and <experiment>/<run_id>/artifacts", resumable=True
+    )
     dataset_stats_fp: Path | None = option(
-        None, help="Statistics file of kelp stats; default: computed from the training rows"
+        None,
+        help="Statistics file of kelp stats; default: computed from the training rows",
+        resumable=True,
     )
     cv_split: Fold = option(
         0, help="Number of the validation fold, or `all`: a run for each, one after the other"
@@ -37,7 +43,7 @@ class FoldConfig(TableOptions, BandOrderOptions, IndexOptions, TruthOptions):
         False, help="The table is one of tiles: train on slices and predict in slices"
     )
     num_workers: int = option(
-        4, help="Processes that load data; 0 = the main one", unit="processes", ge=0
+        4, help="Processes that load data; 0 = the main one", unit="processes", ge=0, resumable=True
     )
     bands: Names = option(BANDS, help=f"Bands, comma-separated, of {','.join(BANDS)}")
     experiment: str = option("kelp", help="Name of the MLflow experiment and its folder")

@@ -48,7 +48,7 @@ class SchedulerOptions(Config):
 class TableOptions(Config):
     """The rows to work on."""
 
-    metadata_fp: Path = option(help=_TABLE_HELP)
+    metadata_fp: Path = option(help=_TABLE_HELP, resumable=True)
 
 
 class OptionalTableOptions(Config):
@@ -129,7 +129,7 @@ class CheckpointOptions(Config):
 class DeviceOptions(Config):
     """Where a network runs."""
 
-    device: Device = option("auto", help="Where the network runs")
+    device: Device = option("auto", help="Where the network runs", resumable=True)
 
 
 class NetworkOptions(CheckpointOptions, DeviceOptions):

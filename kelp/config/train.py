@@ -51,7 +51,9 @@ class TrainConfig(FoldConfig, DeviceOptions):
         ge=1,
     )
     pack: bool = option(
-        True, help="Decode each image once, into <output_dir>/packed, for this and later runs"
+        True,
+        help="Decode each image once, into <output_dir>/packed, for this and later runs",
+        resumable=True,
     )
     augment: bool = option(
         True, help="Turn and mirror training crops: the 8 symmetries of the square"
@@ -251,10 +253,15 @@ class TrainConfig(FoldConfig, DeviceOptions):
         unit="fraction 0-1",
         ge=0,
         lt=1,
+        resumable=True,
     )
     save_top_k: int = option(1, help="Bundles of the best epochs to keep", unit="bundles", ge=1)
     early_stopping_patience: int = option(
-        10, help="Epochs without a better metric before stopping", unit="epochs", ge=1
+        10,
+        help="Epochs without a better metric before stopping",
+        unit="epochs",
+        ge=1,
+        resumable=True,
     )
     limit_train_batches: int | None = option(
         None, help="Batches of an epoch at most; default: all", unit="batches", ge=1
@@ -267,6 +274,7 @@ class TrainConfig(FoldConfig, DeviceOptions):
         help="Taken for the sake of older command lines: training has no test pass",
         unit="batches",
         ge=1,
+        resumable=True,
     )
     val_check_interval: float = option(
         1.0,
@@ -281,6 +289,7 @@ class TrainConfig(FoldConfig, DeviceOptions):
         help="Optimizer steps between points of the curves train/loss_step, lr_step; 0: none",
         unit="steps",
         ge=0,
+        resumable=True,
     )
     plot_n_batches: int = option(
         1,
@@ -288,12 +297,13 @@ class TrainConfig(FoldConfig, DeviceOptions):
         "best network; 0: none",
         unit="sets",
         ge=0,
+        resumable=True,
     )
     fast_dev_run: bool = option(False, help="Two batches of each kind only, to try a setting")
 
     # run
     resume_from: Path | None = option(
-        None, help="Run folder of a killed run: go on where it stopped"
+        None, help="Run folder of a killed run: go on where it stopped", resumable=True
     )
     devices: Devices = option(
         1,
@@ -308,6 +318,7 @@ class TrainConfig(FoldConfig, DeviceOptions):
         "auto",
         help="How processes work together: ddp, torch's DistributedDataParallel; auto: ddp "
         "where there are several",
+        resumable=True,
     )
     seed: int = option(42, help="Seed of weights, sampling and augmentation", unit="integer", ge=0)
 

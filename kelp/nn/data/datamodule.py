@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,9 +20,11 @@ from torch.utils.data import DataLoader
 from kelp import tables
 from kelp.config import FoldConfig, TrainConfig
 from kelp.errors import ConfigError, TableError
+from kelp.io.files import amount
 from kelp.nn.data.dataset import Sample, Source, TileDataset, collate, sources_of
 from kelp.nn.data.reading import Files, Reader
 from kelp.nn.data.sampling import ALL, DealtBatches, EpochSampler, EvenBatches, Share
+from kelp.raster.bands import BANDS
 from kelp.raster.georeference import require_same_grid
 from kelp.raster.indices import needed_bands, parse_indices
 from kelp.raster.labels import require_kelp_value
@@ -33,6 +36,10 @@ log = logging.getLogger("kelp")
 
 _TILE_COLUMNS: Final = (*tables.TILE_KEY, "tile_height", "tile_width")
 _SOURCE_COLUMNS: Final = ("source_image_path", "source_mask_path")
+
+_SHARED_MEMORY: Final = Path("/dev/shm")
+_PREFETCHED: Final = 2  # batches of each worker, torch's default
+_PIXEL_BYTES: Final = 4 * len(BANDS) + 2  # of a `Sample`
 
 # These pool the whole image to one pixel, where batch normalisation needs two samples.
 _NEEDS_TWO: Final = ("pspnet", "pan", "deeplabv3", "deeplabv3+", "upernet")
@@ -188,6 +195,30 @@ def _weighted_sum(
     return total
 
 
+def _workers(config: TrainConfig, shape: Shape) -> int:
+    """`--num_workers`; 0, after one line, where their batches do not fit into shared memory.
+
+    Containers often have 64 MB of it, and a worker that finds it full is killed by the system.
+    """
+    if not config.num_workers or not _SHARED_MEMORY.is_dir():
+        return config.num_workers
+    batch = config.batch_size * shape[0] * shape[1] * _PIXEL_BYTES
+    loaders = 2 if config.val_check_interval < 1 else 1  # validation within an epoch
+    needed = loaders * (config.num_workers * _PREFETCHED + 1) * batch
+    free = shutil.disk_usage(_SHARED_MEMORY).free
+    if needed <= free:
+        return config.num_workers
+    log.warning(
+        "%s has %s free, the batches of --num_workers %d may take %s: the main process reads "
+        "them, slower; make it larger (docker run --shm-size), or give --num_workers 0",
+        _SHARED_MEMORY,
+        amount(free),
+        config.num_workers,
+        amount(needed),
+    )
+    return 0
+
+
 class FoldData(LightningDataModule):
     """The loaders of a fold. Their samples do not depend on the number of workers.
 
@@ -205,6 +236,7 @@ class FoldData(LightningDataModule):
         self.fold = fold
         self.config = config
         self.shape = training_shape(fold, config)
+        self.workers = _workers(config, self.shape)
         self.pin = pin
         self.reader: Reader = Files(config.band_order, config.kelp_value)
         self.share = share
@@ -285,10 +317,10 @@ class FoldData(LightningDataModule):
         config = self.config
         return DataLoader(
             self.samples(sources),
-            num_workers=config.num_workers,
+            num_workers=self.workers,
             collate_fn=_collate_any,
             pin_memory=self.pin,
-            persistent_workers=lasting and config.num_workers > 0,
+            persistent_workers=lasting and self.workers > 0,
             # Without one of its own a loader would draw from the network's random numbers.
             generator=torch.Generator().manual_seed(config.seed),
             **batches,

@@ -35,25 +35,6 @@ _LARGER: Final = 2.75
 _DEV_BATCHES: Final = 2
 _FEW_FILES: Final = 256  # below this, starting processes takes longer than reading
 
-# What may change when a run is resumed: where things are and how fast they go, not the result.
-_FREE: Final = frozenset(
-    {
-        "resume_from",
-        "data_dir",
-        "metadata_fp",
-        "output_dir",
-        "dataset_stats_fp",
-        "num_workers",
-        "device",
-        "strategy",
-        "plot_n_batches",
-        "early_stopping_patience",
-        "limit_test_batches",
-        "log_every_n_steps",
-        "pack",
-        "min_dice",
-    }
-)
 # Whose learning rates follow from the number of epochs.
 _BY_LENGTH: Final = ("onecycle", "cosine")
 
@@ -118,8 +99,9 @@ def effective(config: TrainConfig) -> TrainConfig:
 
 
 def _check_resumable(config: TrainConfig, recorded: Path) -> None:
-    before = TrainConfig.load(recorded).model_dump(mode="json", exclude=set(_FREE))
-    now: dict[str, Any] = config.model_dump(mode="json", exclude=set(_FREE))
+    free = TrainConfig.resumable()
+    before = TrainConfig.load(recorded).model_dump(mode="json", exclude=free)
+    now: dict[str, Any] = config.model_dump(mode="json", exclude=free)
     if config.lr_scheduler not in _BY_LENGTH and not config.swa:
         # More epochs change nothing in those already done.
         now["epochs"] = before["epochs"]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -509,6 +510,22 @@ def test_samples_do_not_depend_on_workers(sliced, weighted):
         assert same(a, b)
     drawn = 9 if weighted else len(data.fold.train)
     assert sum(len(batch.raw) for batch in epochs[0]) == drawn + len(data.fold.val)
+
+
+def test_batches_that_shared_memory_cannot_hold_are_read_by_the_main_process(
+    sliced, monkeypatch, caplog
+):
+    """As in containers, where 64 MB are usual."""
+    config = config_of(sliced[True], num_workers=2)
+    batch = config.batch_size * 32 * 32 * 30  # 7 bands of float32, a mask, what is observed
+    for free, workers in ((5 * batch, 2), (5 * batch - 1, 0)):
+        monkeypatch.setattr(
+            shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free)
+        )
+        data = FoldData(read_fold(config), config, first_epoch=0, pin=False)
+        assert data.train_dataloader().num_workers == workers
+    assert len(caplog.messages) == 1
+    assert "--num_workers 0" in caplog.messages[0]
 
 
 def test_loading_leaves_the_networks_random_numbers_alone(sliced):
