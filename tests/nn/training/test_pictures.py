@@ -23,7 +23,7 @@ from kelp.data_prep.slicing import slice_dataset
 from kelp.inference.bundle import load_bundle
 from kelp.nn.card import model_card
 from kelp.nn.metrics import Confusion
-from kelp.nn.training import chosen, keeping
+from kelp.nn.training import checkpoint, chosen
 from kelp.nn.training.checkpoint import SPEED, WAITING
 from kelp.nn.training.chosen import choose
 from kelp.nn.training.fit import train
@@ -262,15 +262,15 @@ def test_a_run_with_nothing_left_to_train_is_drawn_all_the_same(
     run, options, new_store, tmp_path, monkeypatch
 ):
     config = TrainConfig(**options, output_dir=new_store(tmp_path / "runs"))
-    publish = keeping.EpochKeeper.publish
+    publish = checkpoint.EpochKeeper.publish
 
     def stopped(self):
         raise Stop
 
-    monkeypatch.setattr(keeping.EpochKeeper, "publish", stopped)
+    monkeypatch.setattr(checkpoint.EpochKeeper, "publish", stopped)
     with pytest.raises(Stop):
         train(config)
-    monkeypatch.setattr(keeping.EpochKeeper, "publish", publish)
+    monkeypatch.setattr(checkpoint.EpochKeeper, "publish", publish)
     run_dir = only_run(config)
     shutil.rmtree(run_dir / "artifacts" / "samples")
     train(config.model_copy(update={"resume_from": run_dir}))
