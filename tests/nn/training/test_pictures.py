@@ -262,15 +262,15 @@ def test_a_run_with_nothing_left_to_train_is_drawn_all_the_same(
     run, options, new_store, tmp_path, monkeypatch
 ):
     config = TrainConfig(**options, output_dir=new_store(tmp_path / "runs"))
-    publish = checkpoint.EpochKeeper.publish
+    publish = checkpoint.BundleCheckpoint.publish
 
     def stopped(self):
         raise Stop
 
-    monkeypatch.setattr(checkpoint.EpochKeeper, "publish", stopped)
+    monkeypatch.setattr(checkpoint.BundleCheckpoint, "publish", stopped)
     with pytest.raises(Stop):
         train(config)
-    monkeypatch.setattr(checkpoint.EpochKeeper, "publish", publish)
+    monkeypatch.setattr(checkpoint.BundleCheckpoint, "publish", publish)
     run_dir = only_run(config)
     shutil.rmtree(run_dir / "artifacts" / "samples")
     train(config.model_copy(update={"resume_from": run_dir}))
