@@ -223,22 +223,25 @@ class _Sums:
             np.zeros((r, k), i), np.zeros(q, f), np.zeros(q, i), np.zeros(q, i),
         )  # fmt: skip
         for _, strip in strips:
-            seen = ~np.isnan(strip.area)
-            area = np.where(seen, strip.area, 0).astype(f)
-            inside = strip.inside.astype(f)
-            sums.stations += strip.inside.sum(axis=1)
+            inside, counted = strip.inside.astype(f), strip.inside.astype(i)
+            sums.stations += counted.sum(axis=1)
             sums.footprint += inside @ strip.pixel_m2
-            sums.area += inside @ area.T
-            sums.seen += strip.inside.astype(i) @ seen.T.astype(i)
             for year in range(years):
-                of_year = slice(4 * year, 4 * year + 4)
-                sums.year_max[:, year] += inside @ area[of_year].max(axis=0)
-                sums.year_seen[:, year] += strip.inside.astype(i) @ seen[of_year].any(axis=0)
+                highest, any_seen = np.zeros((2, len(strip.rows)))
+                for quarter in range(4 * year, min(4 * year + 4, q)):
+                    seen = ~np.isnan(strip.area[quarter])
+                    area = np.where(seen, strip.area[quarter], 0).astype(f)
+                    sums.area[:, quarter] += inside @ area
+                    sums.seen[:, quarter] += counted @ seen.astype(i)
+                    sums.all_area[quarter] += area.sum()
+                    sums.all_seen[quarter] += seen.sum()
+                    sums.all_kelp[quarter] += strip.presence[quarter].sum()
+                    highest = np.maximum(highest, area)
+                    any_seen = np.maximum(any_seen, seen)
+                sums.year_max[:, year] += inside @ highest
+                sums.year_seen[:, year] += counted @ any_seen.astype(i)
             sums.look_area += strip.look_area
             sums.look_seen += strip.look_seen
-            sums.all_area += area.sum(axis=1)
-            sums.all_seen += seen.sum(axis=1)
-            sums.all_kelp += strip.presence.sum(axis=1)
             sums.all_stations += len(strip.rows)
         return sums
 

@@ -278,8 +278,7 @@ def work_strip(stack: Stack, tile: Tile) -> Strip:
     inside = within[:, y, x] if stack.regions else np.ones((1, len(y)), bool)
     pixel = np.broadcast_to(stack.area.pixels(tile), footprint.shape)[y, x]
     size = stack.quarters, len(y)
-    total, seen = np.zeros(size, np.float32), np.zeros(size, np.uint16)
-    presence = np.zeros(size, bool)
+    area, presence = np.zeros(size, np.float32), np.zeros(size, bool)
     passes = np.zeros((len(GROUPS), *size), np.uint8)
     look_area = np.zeros((len(inside), len(stack.looks)))
     look_seen = np.zeros(look_area.shape, np.int64)
@@ -292,15 +291,16 @@ def work_strip(stack: Stack, tile: Tile) -> Strip:
         observed = mask != MASK_NODATA
         quarter = stack.quarter_of(look.day)
         part = np.where(observed, values[y, x], 0)
-        total[quarter] += part
-        seen[quarter] += observed
+        area[quarter] += part
         presence[quarter] |= mask == 1
         counts = passes[group_of(look.sensor), quarter]
         counts += observed & (counts < 255)
         look_area[:, k] = inside @ (part * pixel)
         look_seen[:, k] = inside @ observed.astype(np.int64)
-    with np.errstate(invalid="ignore"):
-        area = (np.where(seen > 0, total, np.nan) / seen * pixel).astype(np.float32)
+    for quarter in range(stack.quarters):  # one at a time: all of them would be large
+        seen = passes[:, quarter].sum(axis=0, dtype=np.float64)
+        with np.errstate(invalid="ignore"):  # 0 / 0 where nothing was seen
+            area[quarter] = area[quarter] / seen * pixel
     rows, columns = (y + tile.y).astype(np.int32), (x + tile.x).astype(np.int32)
     return Strip(
         looks, kelp, rows, columns, pixel, area, presence, passes, inside, look_area, look_seen
