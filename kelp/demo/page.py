@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 from kelp import tables
 from kelp.config import DemoConfig
+from kelp.demo.coast import Coast, draw_quarters
 from kelp.evaluation.scoring import Scores
 from kelp.io.location import local
 from kelp.plotting.charts import curves
@@ -36,6 +37,7 @@ class Outcome:
     scores: Scores
     comparison: CompareResult
     real: PredictResult
+    coast: Coast | None
     seconds: dict[str, float]
     """Of each step, in order."""
 
@@ -75,6 +77,8 @@ def write_report(path: Path, outcome: Outcome, raw: Path, predictions: Path) -> 
         report.figure(picture, f"`{scene.name}`: simulated scene, truth and prediction.")
     _comparison_section(report, outcome.comparison)
     _real_section(report, outcome.real)
+    if outcome.coast:
+        _coast_section(report, outcome.coast, path.parent)
     report.text("## Where the time went").table(
         [("step", "seconds"), *((k, round(v, 1)) for k, v in outcome.seconds.items())]
     )
@@ -119,6 +123,31 @@ def _real_section(report: Report, real: PredictResult) -> None:
     )
     with resources.as_file(real_scene()) as scene:
         report.figure(picture_of(scene, local(real.masks[0])), f"`{REAL_SCENE}` and its map.")
+
+
+def _coast_section(report: Report, coast: Coast, root: Path) -> None:
+    import io
+
+    from matplotlib.figure import Figure
+
+    where = coast.folder.relative_to(root).as_posix()
+    report.text(
+        "## A coast over three years\n\n"
+        "One simulated place at 14 dates; no scene in the second quarter of 2022. Threshold, "
+        "calibration and intervals come from the test images above, which no training saw. "
+        f"[The maps, date by date]({where}/map.html) with beds and areas; also "
+        f"`{where}/beds.gpkg`, `{where}/areas.csv` and `{where}/series/`."
+    )
+    figure = Figure(figsize=(8.4, 3.6), dpi=120, layout="constrained")
+    draw_quarters(figure.add_subplot(), coast)
+    png = io.BytesIO()
+    figure.savefig(png, format="png", metadata={"Software": None})
+    is_expected = coast.quarters["area_is"].iloc[0] == "expected"
+    report.figure(
+        png.getvalue(),
+        f"{'Expected' if is_expected else 'Presence'} area by quarter and the truth. A cross is a "
+        "quarter that nobody saw: null in every file, never 0.",
+    )
 
 
 def _history(run_dir: Path) -> Mapping[str, list[tuple[float, float]]]:

@@ -26,6 +26,7 @@ from kelp.config import (
 from kelp.data_prep.metadata import build_metadata
 from kelp.data_prep.slicing import slice_dataset
 from kelp.data_prep.stats import compute_stats
+from kelp.demo.coast import can_make_products, make_coast
 from kelp.demo.page import Outcome, real_scene, write_report
 from kelp.evaluation.scoring import evaluate
 from kelp.io.files import output_folder, write_json
@@ -84,7 +85,7 @@ def demo(config: DemoConfig, progress: Progress = silent) -> DemoResult:
     """Simulate, prepare, train, predict, score and report, all under `output_dir`.
 
     Leaves `report.html`, `scores.json`, `submission.tar`, `mlruns/`, `networks/`, `data/`,
-    `predictions/` and `comparison/`.
+    `predictions/`, `comparison/` and `coast/`.
     """
     # Known in kelp by its commands only: the demo does what a user would do.
     from kelp.inference.predict import predict_scenes
@@ -134,9 +135,22 @@ def demo(config: DemoConfig, progress: Progress = silent) -> DemoResult:
             ),
             progress,
         )
+    coast = None
+    if can_make_products():
+        with clock.step("map a coast over three years: beds, areas, series, page"):
+            coast = make_coast(
+                root / "coast",
+                training.run_dir,
+                (raw / "test" / "images", raw / "test_truth"),
+                config.seed,
+                min(config.size, 256),
+                progress,
+            )
+    else:
+        log.info('demo: no coast; it needs pip install "kelp-slicer[geo,series]"')
     if config.size == SIDE:
         (predictions / "test" / ARCHIVE).replace(root / ARCHIVE)
-    outcome = Outcome(config, training, scores, comparison, real, clock.seconds)
+    outcome = Outcome(config, training, scores, comparison, real, coast, clock.seconds)
     figures = _write_scores(root / "scores.json", outcome)
     report = write_report(root / "report.html", outcome, raw, predictions)
     config.record(root)

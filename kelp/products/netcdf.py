@@ -16,8 +16,8 @@ from rasterio.warp import transform as reproject
 from kelp import __version__
 from kelp.errors import InputError
 from kelp.io.files import atomic
-from kelp.products.maps import STRIP_ROWS, require
-from kelp.products.stack import GROUPS, SENSOR_GROUPS, Stack, Strips
+from kelp.products.maps import require
+from kelp.products.stack import GROUPS, SENSOR_GROUPS, STRIP_ROWS, Stack, Strips
 
 _EPOCH: Final = date(1970, 1, 1)
 _UNITS: Final = "days since 1970-01-01"

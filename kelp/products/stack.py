@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from kelp.errors import InputError
 from kelp.io.files import atomic
-from kelp.products.maps import STRIP_ROWS, Map
+from kelp.products.maps import Map
 from kelp.products.regions import Cover, Region
 from kelp.raster.area import GroundArea
 from kelp.raster.bands import MASK_NODATA
@@ -39,6 +39,9 @@ SENSOR_GROUPS: Final = {
 """Counts of looks by sensor, as the station files of SBC LTER name them; 9 counts with 8."""
 
 GROUPS: Final = tuple(SENSOR_GROUPS)
+STRIP_ROWS: Final = 256
+"""Rows of a strip: 40 years of a strip full of stations fill some hundred MB."""
+
 _ALIGNED: Final = 0.01
 """Pixels by which grids may be off each other and still be one lattice."""
 

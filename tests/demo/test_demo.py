@@ -2,6 +2,7 @@
 
 import json
 
+import pandas as pd
 import pytest
 
 from kelp.config import DemoConfig
@@ -26,7 +27,14 @@ def test_the_demo_leaves_what_it_promises(tmp_path):
     assert scores["test"]["images"] == 2
     report = result.report.read_text()
     assert "simulated" in report.lower()
-    assert report.count("data:image/png;base64,") == 4  # curves, two scenes, the real one
+    assert report.count("data:image/png;base64,") == 5  # curves, two scenes, real one, series
+    coast = tmp_path / "coast"
+    for name in ("beds.gpkg", "areas.csv", "map.html", "series/stations.nc", "series/grid.nc"):
+        assert (coast / name).is_file() or name == "series/grid.nc"
+    quarters = pd.read_parquet(coast / "series" / "quarters.parquet")
+    unseen = quarters[(quarters["year"] == 2022) & (quarters["quarter"] == 2)]
+    assert unseen["mean_area_m2"].isna().all()
+    assert 'href="coast/map.html"' in report
     names = {path.name for path in tmp_path.iterdir()}
     assert {"submission.tar", "mlruns", "data", "predictions", "kelp-demo.yaml"} <= names
     comparison = json.loads((tmp_path / "comparison" / "comparison.json").read_text())
