@@ -34,7 +34,7 @@ docs: $(VENV)/.ready-dev
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	$(INSTALL) --editable .
+	$(INSTALL) --editable ".[geo,series]"
 	touch $@
 
 $(VENV)/.ready-dev: $(VENV)/.ready

@@ -87,7 +87,7 @@ def write_stations(path: Path, strips: Strips, counts: NDArray[np.int64], source
             passes[name].setncatts({"long_name": f"looks averaged{of}", "units": "1", **places})
         file.setncatts(_about(stack, "Kelp canopy by quarter, stations", source))
         start = 0
-        for (_, strip), count in zip(strips, counts, strict=True):
+        for count, (_, strip) in zip(counts, strips, strict=True):
             if not count:
                 continue
             here = slice(start, start + int(count))
@@ -97,7 +97,9 @@ def write_stations(path: Path, strips: Strips, counts: NDArray[np.int64], source
             passes["passes"][:, here] = strip.passes.sum(axis=0, dtype=np.int16)
             for k, name in enumerate(GROUPS):
                 passes[name][:, here] = strip.passes[k]
+            file.sync()  # else written chunks pile up in memory
             start += int(count)
+            del strip
 
 
 def write_grid(path: Path, strips: Strips, box: tuple[int, ...], source: str) -> None:
@@ -154,10 +156,9 @@ def write_grid(path: Path, strips: Strips, box: tuple[int, ...], source: str) ->
         })  # fmt: skip
         file.setncatts(_about(stack, "Kelp canopy by quarter, grid", source))
         for tile, strip in strips:
-            if not len(strip.rows):
-                continue
             rows, columns = strip.rows - top, strip.columns - left
             y0 = tile.y - top
+            counts = strip.passes.sum(axis=0, dtype=np.int16)
             for chunk in np.unique(columns // _CHUNK):
                 chosen = columns // _CHUNK == chunk
                 x0 = int(chunk) * _CHUNK
@@ -166,7 +167,6 @@ def write_grid(path: Path, strips: Strips, box: tuple[int, ...], source: str) ->
                 marks = np.zeros((y1 - y0, x1 - x0), np.int8)
                 marks[at] = 1
                 footprint[y0:y1, x0:x1] = marks
-                counts = strip.passes.sum(axis=0, dtype=np.int16)
                 for quarter in range(stack.quarters):
                     figures = strip.area[quarter, chosen]
                     values = np.full(marks.shape, np.nan, np.float32)
@@ -175,6 +175,7 @@ def write_grid(path: Path, strips: Strips, box: tuple[int, ...], source: str) ->
                     times[at] = counts[quarter, chosen]
                     area[quarter, y0:y1, x0:x1] = values
                     passes[quarter, y0:y1, x0:x1] = times
+            del strip
 
 
 @contextmanager

@@ -243,6 +243,7 @@ class _Sums:
             sums.look_area += strip.look_area
             sums.look_seen += strip.look_seen
             sums.all_stations += len(strip.rows)
+            del strip
         return sums
 
 
@@ -388,6 +389,7 @@ def _write_rasters(strips: Strips, looks_path: Path, persistence_path: Path) -> 
             with np.errstate(invalid="ignore"):
                 share = strip.kelp.astype(np.float32) / strip.looks
             persistence.write(tile.y, share)
+            del strip
 
 
 def _names(stack: Stack) -> list[str]:

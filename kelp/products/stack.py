@@ -330,6 +330,7 @@ class Strips:
         return [tile for tile in self.stack.strips() if not self.path(tile).is_file()]
 
     def __iter__(self) -> Iterator[tuple[Tile, Strip]]:
+        """Strips from the top. One may fill some hundred MB: who reads them lets go of each."""
         for tile in self.stack.strips():
             yield tile, Strip.load(self.path(tile))
 
