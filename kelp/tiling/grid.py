@@ -5,14 +5,22 @@ Positions are `(y, x)`, shapes `(height, width)`, always in pixels, never the ot
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from typing import Literal, overload
+from typing import Final, Literal, overload
 
 from kelp.errors import ConfigError
 from kelp.raster.window import Shape, Tile
 
+Edge = Literal["clamp", "pad"]
+"""What happens to the last tiles: they are moved back, or stick out."""
 
-def origins(size: int, tile: int, stride: int, edge: Literal["clamp", "pad"]) -> tuple[int, ...]:
+MOST_TILES: Final = 1024
+"""Tiles that may lie on a pixel: the merger's sums are exact for no more."""
+
+
+def origins(size: int, tile: int, stride: int, edge: Edge) -> tuple[int, ...]:
     """First pixels of the tiles along one axis of `size` pixels.
 
     0, stride, 2·stride … until the axis is covered. `clamp` moves the last tile back so that
@@ -20,9 +28,19 @@ def origins(size: int, tile: int, stride: int, edge: Literal["clamp", "pad"]) ->
     """
     steps = max(0, -(-(size - tile) // stride))
     starts = [i * stride for i in range(steps + 1)]
-    if edge == "clamp":
-        starts[-1] = max(0, size - tile)
+    match edge:
+        case "clamp":
+            starts[-1] = max(0, size - tile)
+        case "pad":
+            pass
+        case _:
+            raise ConfigError(f"edge: choose clamp or pad, not {edge!r}")
     return tuple(starts)
+
+
+def _most_on_a_pixel(starts: Sequence[int], tile: int) -> int:
+    """How many tiles along an axis lie on one pixel, at most."""
+    return max(bisect_right(starts, y) - bisect_right(starts, y - tile) for y in starts)
 
 
 class TileGrid(Sequence[Tile]):
@@ -40,7 +58,8 @@ class TileGrid(Sequence[Tile]):
         edge: what happens to the last row and column.
 
     Raises:
-        ConfigError: an empty scene, a tile below 1 px, or an overlap not below the tile.
+        ConfigError: an empty scene, a tile below 1 px, an overlap not below the tile, or one that
+            lays more than 1,024 tiles on a pixel; an unknown `edge`.
     """
 
     def __init__(
@@ -48,7 +67,7 @@ class TileGrid(Sequence[Tile]):
         shape: Shape,
         tile: int | Shape,
         overlap: int | Shape = 0,
-        edge: Literal["clamp", "pad"] = "clamp",
+        edge: Edge = "clamp",
     ) -> None:
         if min(shape) < 1:
             raise ConfigError(f"a scene of {shape[0]} x {shape[1]} pixels has no pixel to tile")
@@ -66,6 +85,14 @@ class TileGrid(Sequence[Tile]):
         strides = tuple(side - shared for side, shared in zip(self.tile, self.overlap, strict=True))
         self.rows = origins(shape[0], self.tile[0], strides[0], edge)
         self.columns = origins(shape[1], self.tile[1], strides[1], edge)
+        axes = zip((self.rows, self.columns), self.tile, strict=True)
+        most = math.prod(_most_on_a_pixel(starts, side) for starts, side in axes)
+        if most > MOST_TILES:
+            raise ConfigError(
+                f"tiles of {self.tile[0]} x {self.tile[1]} px with an overlap of "
+                f"{self.overlap[0]} x {self.overlap[1]} px lay {most:,} of them on a pixel; "
+                f"at most {MOST_TILES:,} are merged exactly: choose a smaller overlap"
+            )
 
     def __len__(self) -> int:
         return len(self.rows) * len(self.columns)

@@ -8,13 +8,14 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from kelp.errors import CoverageError
+from kelp.errors import ConfigError, CoverageError
 from kelp.raster.bands import MASK_NODATA
 from kelp.raster.window import Blend, Shape, Tile
 
 # Votes are whole multiples of 2^-42 (value unit x weight unit), summed as float64: whole numbers
 # below 2^53 add up exactly there, so the sum does not depend on the order of tiles, and a
-# constant stays that constant. 2^10 tiles may lie on a pixel. 2^-30 is finer than float32 near 1.
+# constant stays that constant. 2^10 tiles may lie on a pixel, and `TileGrid` allows no more. 2^-30
+# is finer than float32 near 1.
 # Squares of votes are rounded to the same unit and summed in the same way.
 _VALUE_UNIT: Final = np.float32(2.0**30)
 _WEIGHT_UNIT: Final = 2.0**12
@@ -28,12 +29,17 @@ def window(blend: Blend, height: int, width: int) -> NDArray[np.float64]:
 
     `mean` is uniform. `hann` is the separable Hann window sin²(π (i + ½) / n), which trusts the
     middle of a tile more than its rim (Pielawski & Wählby 2020, PLOS ONE 15(3): e0229839).
+    Raises `ConfigError` for any other name.
     """
-    if blend == "mean":
-        return np.ones((height, width))
-    rows = np.sin(np.pi * (np.arange(height) + 0.5) / height) ** 2
-    columns = np.sin(np.pi * (np.arange(width) + 0.5) / width) ** 2
-    return np.outer(rows, columns)
+    match blend:
+        case "mean":
+            return np.ones((height, width))
+        case "hann":
+            rows = np.sin(np.pi * (np.arange(height) + 0.5) / height) ** 2
+            columns = np.sin(np.pi * (np.arange(width) + 0.5) / width) ** 2
+            return np.outer(rows, columns)
+        case _:
+            raise ConfigError(f"blend: choose mean or hann, not {blend!r}")
 
 
 def to_mask(probabilities: NDArray[np.float32], threshold: float) -> NDArray[np.uint8]:
@@ -113,6 +119,7 @@ class StripMerger:
         state: MergerState | None = None,
         spread: bool = False,
     ) -> None:
+        window(blend, 1, 1)  # an unknown one is said at once
         self.shape = shape
         self.blend: Blend = blend
         self._window: NDArray[np.float64] = np.zeros((0, 0))

@@ -90,3 +90,51 @@ def test_a_tile_knows_its_slices():
     tile = Tile(3, 5, 10, 20)
     assert tile.slices == (slice(3, 13), slice(5, 25))
     assert tile.clipped((8, 100)) == Tile(3, 5, 5, 20)
+
+
+@pytest.mark.parametrize("edge", ["", "clip", "CLAMP", None])
+def test_an_unknown_edge_is_refused(edge):
+    with pytest.raises(ConfigError, match="choose clamp or pad"):
+        TileGrid((40, 40), 16, 8, edge=edge)
+
+
+@given(
+    shape=st.tuples(st.integers(1, 90), st.integers(1, 90)),
+    tile=st.integers(1, 48),
+    shared=st.floats(0, 0.99),
+    edge=st.sampled_from(["clamp", "pad"]),
+)
+def test_a_grid_lays_at_most_1024_tiles_on_a_pixel(shape, tile, shared, edge):
+    overlap = int(tile * shared)
+    rows, columns = (origins(size, tile, tile - overlap, edge) for size in shape)
+    count = [np.zeros(size + 2 * tile, dtype=int) for size in shape]
+    for axis, starts in enumerate((rows, columns)):
+        for start in starts:
+            count[axis][start : start + tile] += 1
+    most = count[0].max() * count[1].max()
+    if most <= 1024:
+        assert len(TileGrid(shape, tile, overlap, edge)) == len(rows) * len(columns)
+    else:
+        with pytest.raises(ConfigError, match=f"lay {most:,} of them on a pixel"):
+            TileGrid(shape, tile, overlap, edge)
+
+
+@given(
+    y=st.integers(0, 60),
+    x=st.integers(0, 60),
+    tile=st.tuples(st.integers(1, 30), st.integers(1, 30)),
+    shape=st.tuples(st.integers(1, 40), st.integers(1, 40)),
+)
+def test_a_clipped_tile_is_what_lies_inside(y, x, tile, shape):
+    scene = np.arange(shape[0] * shape[1]).reshape(shape)
+    clipped = Tile(y, x, *tile).clipped(shape)
+    assert clipped.height >= 0
+    assert clipped.width >= 0
+    inside = scene[y : y + tile[0], x : x + tile[1]]
+    np.testing.assert_array_equal(scene[clipped.slices], inside)
+    assert (clipped.height, clipped.width) == inside.shape
+
+
+def test_a_window_of_rasterio_is_columns_first():
+    window = Tile(y=3, x=5, height=7, width=11).window
+    assert (window.col_off, window.row_off, window.width, window.height) == (5, 3, 11, 7)

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from kelp.errors import CoverageError
+from kelp.errors import ConfigError, CoverageError
 from kelp.raster.window import Tile
 from kelp.tiling.grid import TileGrid
 from kelp.tiling.merge import StripMerger, window
@@ -99,14 +99,38 @@ def test_a_dropped_tile_is_an_error_not_a_zero():
         merger.take(350)
 
 
-def test_a_tile_moved_by_one_pixel_shows():
+@pytest.mark.parametrize("blend", ["mean", "hann"])
+def test_tiles_that_disagree_are_averaged_with_their_weights(blend):
+    """Against sums over the whole scene, kept by themselves."""
     grid = TileGrid((60, 50), 32, 16)
-    values = np.random.default_rng(1).random(grid.shape)
-    merger = StripMerger(grid.shape)
-    for i, tile in enumerate(grid):
-        source = np.roll(values, 1, axis=1) if i == 3 else values
-        merger.add(tile, source[tile.slices])
-    assert np.abs(merger.take(60) - values).max() > 0.01
+    rng = np.random.default_rng(1)
+    merger = StripMerger(grid.shape, blend)
+    sums, weights = np.zeros(grid.shape), np.zeros(grid.shape)
+    weight = np.maximum(np.rint(window(blend, *grid.tile) * 4096), 1)
+    for tile in grid:
+        values = rng.random(grid.tile)
+        merger.add(tile, values)
+        sums[tile.slices] += values * weight
+        weights[tile.slices] += weight
+    np.testing.assert_allclose(merger.take(60), sums / weights, atol=1e-6)
+
+
+def test_an_unknown_window_is_refused():
+    with pytest.raises(ConfigError, match="blend: choose mean or hann, not 'uniform'"):
+        StripMerger((4, 4), "uniform")
+    with pytest.raises(ConfigError, match="not 'Hann'"):
+        window("Hann", 4, 4)
+
+
+def test_sums_are_exact_at_the_most_tiles_that_a_grid_allows():
+    """1,024 votes of one number on a pixel give back that number, whatever their order."""
+    grid = TileGrid((63, 63), 32, 31)
+    order = np.random.default_rng(0).permutation(len(grid))
+    value = np.float32(1 / 3)
+    merger = StripMerger(grid.shape, "hann")
+    for i in order:
+        merger.add(grid[int(i)], np.full(grid.tile, value))
+    assert (merger.take(63) == np.float32(np.rint(value * 2**30) / 2**30)).all()
 
 
 def test_pixels_of_tiles_left_out_are_nan_and_no_holes():
