@@ -12,6 +12,7 @@ from typing import Final
 from kelp.progress import Progress, silent
 
 _SECONDS_BETWEEN_LINES: Final = 10.0
+_GDAL_LOG: Final = "rasterio._env.log_error"
 
 
 @contextmanager
@@ -25,6 +26,11 @@ def reporting(quiet: bool) -> Iterator[Progress]:
     log.addHandler(handler)
     level = log.level
     log.setLevel(logging.WARNING if quiet else logging.INFO)
+    hooks = sys.excepthook, sys.unraisablehook
+    # rasterio logs each message of GDAL as UTF-8; of one that is not (a file's name or tag, cut)
+    # Cython prints a traceback by both hooks. What matters in it is raised as an error, too.
+    sys.excepthook = lambda kind, *rest: kind is UnicodeDecodeError or hooks[0](kind, *rest)
+    sys.unraisablehook = lambda told: told.object == _GDAL_LOG or hooks[1](told)
     try:
         if quiet:
             yield silent
@@ -34,6 +40,7 @@ def reporting(quiet: bool) -> Iterator[Progress]:
         else:
             yield _lines(log)
     finally:
+        sys.excepthook, sys.unraisablehook = hooks
         log.removeHandler(handler)
         log.setLevel(level)
 

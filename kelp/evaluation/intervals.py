@@ -8,7 +8,6 @@ then holds the truth for at least 90 % of new sites of the same kind, whatever t
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from kelp.errors import BundleError
+from kelp.io.files import parse_json
 
 OFFSET_M2: Final = 9000.0
 """Errors are compared as log(area + this): large areas by ratio, small ones by difference.
@@ -146,7 +146,7 @@ def read_held_out(path: Path) -> HeldOut:
     """
     file = find_description(path)
     try:
-        spec: Any = json.loads(file.read_text(encoding="utf-8"))
+        spec: Any = parse_json(file.read_text(encoding="utf-8"))
         pairs = TypeAdapter(tuple[HeldOutSite, ...]).validate_python(spec.get(FIELD) or ())
     except (OSError, ValueError, AttributeError) as error:
         reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error

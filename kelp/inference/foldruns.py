@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,7 +9,7 @@ from statistics import mean, stdev
 from typing import Any, Final
 
 from kelp.errors import BundleError
-from kelp.io.files import write_json
+from kelp.io.files import parse_json, write_json
 
 FOLDS_FILE: Final = "folds.json"
 _ARTIFACTS: Final = "artifacts"
@@ -43,7 +42,7 @@ class FoldRuns:
         if not path.is_file():
             return None
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = parse_json(path.read_text(encoding="utf-8"))
             runs = {int(k): FoldRun(**run) for k, run in values["runs"].items()}
             return cls([int(k) for k in values["folds"]], runs)
         except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -15,12 +15,12 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Final
-from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kelp.errors import InputError
+from kelp.inference.journal import DAMAGED
 from kelp.inference.outputs import sections_folder
 from kelp.io.files import atomic
 from kelp.raster.window import Blend, Shape
@@ -81,7 +81,7 @@ class SectionFile:
         return self._header() is not None
 
     def _header(self) -> dict[str, Any] | None:
-        with suppress(OSError, ValueError, LookupError, TypeError, EOFError, BadZipFile):
+        with suppress(*DAMAGED):
             with self._edges.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
                 header: dict[str, Any] = json.loads(file["header"].tobytes())
             size = self._rows.stat().st_size

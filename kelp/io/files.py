@@ -241,6 +241,14 @@ def write_text(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text. Raises `ValueError` where it is none, also for absurd nesting."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+
+
 def json_text(value: Any) -> str:
     """`value` as indented JSON. NaN and Infinity are refused."""
     return json.dumps(value, indent=2, allow_nan=False) + "\n"

@@ -129,11 +129,15 @@ def remove(url: Url) -> None:
 def read_text(place: Path | Url) -> str:
     """The text (UTF-8) of a file or an object."""
     if isinstance(place, Path):
-        return place.read_text(encoding="utf-8")
-    system, path = _system(place)
-    with _speaking(place):
-        content: bytes = system.cat_file(path)
-    return content.decode()
+        content = place.read_bytes()
+    else:
+        system, path = _system(place)
+        with _speaking(place):
+            content = system.cat_file(path)
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{place}: not a text in UTF-8; save it as one") from error
 
 
 def write_text(place: Path | Url, text: str) -> None:

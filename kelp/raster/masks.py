@@ -87,9 +87,13 @@ _silence: Final = _Silence()
 
 @contextmanager
 def quietly(path: Path | Url, writing: bool = False) -> Iterator[None]:
-    """Competition files have no georeference, which is no news; errors name the file."""
+    """Competition files have no georeference, which is no news; errors name the file.
+
+    Without rasterio's environment, which each thread needs for itself, GDAL, PROJ and libtiff write
+    to stderr; with it their words become errors, or end in rasterio's own logger.
+    """
     try:
-        with _silence:
+        with _silence, rasterio.Env():
             yield
     except Exception as error:
         if not is_gdal_error(error):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final, Literal, Self
 
 from kelp.errors import StatsError
-from kelp.io.files import write_json
+from kelp.io.files import parse_json, write_json
 from kelp.raster.bands import IndexInput
 from kelp.raster.indices import INDICES, IndexSettings
 from kelp.raster.streaming import ChannelStats
@@ -72,7 +71,7 @@ class StatsFile:
                 than finite numbers where they belong; the message names file and channel.
         """
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = parse_json(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise StatsError(
                 f"{path}: cannot be read ({error.strerror}); check the path"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import pairwise
@@ -18,6 +17,7 @@ from rasterio.features import rasterize
 from rasterio.warp import transform, transform_bounds
 
 from kelp.errors import InputError
+from kelp.io.files import parse_json
 from kelp.raster.window import Shape, Tile
 from kelp.sensors.record import Source
 
@@ -156,7 +156,7 @@ def read_polygons(path: Path, option: str = "") -> tuple[list[Polygon], CRS]:
 
 def _of_geojson(path: Path, label: str) -> tuple[list[Any], CRS]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_text(encoding="utf-8"))
         if not isinstance(value, dict):
             raise ValueError("no GeoJSON object")
         crs = CRS.from_epsg(4326)  # RFC 7946

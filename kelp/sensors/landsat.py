@@ -6,7 +6,6 @@ Sources: USGS LSDS-1618 (Landsat 4-7 Collection 2 Level 2 Science Product Guide)
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from typing import Any, Final
 from xml.etree import ElementTree
 
 from kelp.errors import InputError
+from kelp.io.files import parse_json
 from kelp.io.location import Url
 from kelp.raster.bands import REFLECTANCE_OFFSET, REFLECTANCE_SCALE
 from kelp.sensors.parts import Part, SceneFiles
@@ -243,7 +243,7 @@ def parse_metadata(where: str, name: str, content: bytes) -> Metadata:
     try:
         text = content[:_LARGEST_METADATA].decode("utf-8", errors="replace")
         if name.lower().endswith(".json"):
-            groups = _groups_of_json(json.loads(text))
+            groups = _groups_of_json(parse_json(text))
         elif name.lower().endswith(".xml"):
             groups = _groups_of_xml(text)
         else:

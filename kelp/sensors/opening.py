@@ -119,6 +119,8 @@ def _scenes_at(data: Path | Url) -> list[Path | Url]:
 
 def _listed(data: Path | Url) -> list[Path | Url]:
     lines = [line.strip() for line in remote.read_text(data).splitlines()]
+    if any("\0" in line for line in lines):
+        raise InputError(f"{data}: holds zero bytes; a list of scenes is a text, one path a line")
     return [locate(line) for line in lines if line and not line.startswith("#")]
 
 

@@ -8,7 +8,6 @@ their keys. Walking catalogues and asking services needs the extra `stac`.
 from __future__ import annotations
 
 import importlib
-import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -20,7 +19,7 @@ from urllib.parse import urljoin
 from kelp.config.scenes import SearchConfig
 from kelp.errors import ConfigError, InputError
 from kelp.io import http, remote
-from kelp.io.files import write_text
+from kelp.io.files import parse_json, write_text
 from kelp.io.location import Url, is_url
 from kelp.progress import Progress, silent
 from kelp.raster.bands import REFLECTANCE_OFFSET, REFLECTANCE_SCALE
@@ -79,7 +78,7 @@ def _document(location: Path | Url) -> dict[str, Any]:
             text = http.fetch_text(location, TIMEOUT)
         else:
             text = remote.read_text(location)
-        value = json.loads(text)
+        value = parse_json(text)
     except OSError as error:
         raise InputError(f"{location}: cannot be read ({error.strerror or error})") from error
     except ValueError as error:
@@ -138,7 +137,18 @@ def read_item(location: Path | Url, sign: Callable[[str], str]) -> SceneFiles:
     Raises:
         InputError: no item, or not one of a sensor that kelp reads.
     """
-    document = _document(location)
+    try:
+        return _read_item(location, _document(location), sign)
+    except (AttributeError, TypeError, ValueError, LookupError, OverflowError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"{location}: not a STAC item as the specification has it ({reason}); fetch it again"
+        ) from error
+
+
+def _read_item(
+    location: Path | Url, document: dict[str, Any], sign: Callable[[str], str]
+) -> SceneFiles:
     assets = document.get("assets")
     if not isinstance(assets, dict) or "properties" not in document:
         raise InputError(f"{location}: not a STAC item (no assets and properties)")

@@ -1,0 +1,65 @@
+"""Changed files of every kind, many of them: read, or refused in one line.
+
+    python benchmarks/fuzz.py [--cases 50000] [--kinds vrt,mtl] [--first 0]
+
+The cases of `tests/fuzzing`, which runs the first 200 of each kind. A fault is an exception that is
+no `KelpError`, a message of several lines, a warning, a word of a C library on stderr, a new file,
+more than 1 GB, or more than 20 seconds. A fault's number makes the same case again:
+`--kinds vrt --first 44 --cases 1`. A crash of the interpreter is found as well: each kind runs in a
+process of its own. Exit status 1 where there is a fault.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
+from fuzzing.kinds import KINDS, cases
+
+
+def _run_here(kind: str, first: int, count: int) -> int:
+    found = 0
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        for fault in cases(kind, range(first, first + count), Path(folder)):
+            found += 1
+            print(fault, flush=True)
+        os.chdir("/")
+    return int(found > 0)
+
+
+def main() -> int:
+    """Run the cases and print a line for each kind."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--cases", type=int, default=50_000, help="of all kinds together")
+    parser.add_argument("--kinds", default=",".join(KINDS))
+    parser.add_argument("--first", type=int, default=0, help="number of the first case of a kind")
+    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    kinds = options.kinds.split(",")
+    count = max(1, options.cases // len(kinds))
+    if options.here:
+        return _run_here(kinds[0], options.first, count)
+    status = 0
+    for kind in kinds:
+        began = time.perf_counter()
+        command = [sys.executable, __file__, "--here", "--kinds", kind]
+        command += ["--cases", str(count), "--first", str(options.first)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+        seconds = time.perf_counter() - began
+        faults = done.stdout.count(f"{kind}, ")
+        print(f"{kind}: {count:,} cases, {faults} faults, exit {done.returncode}, {seconds:.0f} s")
+        print(done.stdout, end="", flush=True)
+        status = status or done.returncode
+    return int(status != 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
