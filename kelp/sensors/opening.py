@@ -121,7 +121,15 @@ def _listed(data: Path | Url) -> list[Path | Url]:
     lines = [line.strip() for line in remote.read_text(data).splitlines()]
     if any("\0" in line for line in lines):
         raise InputError(f"{data}: holds zero bytes; a list of scenes is a text, one path a line")
-    return [locate(line) for line in lines if line and not line.startswith("#")]
+    found = [locate(line) for line in lines if line and not line.startswith("#")]
+    for path in found:
+        try:
+            _ = isinstance(path, Path) and path.exists()
+        except OSError as error:  # a line that is too long for a name
+            raise InputError(
+                f"{data}: a line is no path ({error.strerror}); one path a line"
+            ) from error
+    return found
 
 
 def _is_raster(name: str) -> bool:

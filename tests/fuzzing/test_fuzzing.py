@@ -11,4 +11,4 @@ from fuzzing.kinds import KINDS, cases
 def test_changed_files_are_read_or_refused(kind, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     faults = list(cases(kind, range(200), tmp_path))
-    assert not faults, f"{len(faults)} faults, the first: {faults[0]}"
+    assert not faults, f"{len(faults)} faults, the first: {faults[0][:3000]}"
