@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +24,7 @@ from kelp.inference.backends.onnx import SPEC_KEY, SUFFIX, OnnxFile
 from kelp.inference.backends.trees import MODEL_FILE, PixelTrees
 from kelp.inference.foldruns import FoldRuns, runs_of
 from kelp.inference.spec import SCHEMA_VERSION, BundleSpec
-from kelp.io.files import recover_folder
+from kelp.io.files import parse_json, recover_folder
 
 log = logging.getLogger("kelp")
 
@@ -215,7 +214,7 @@ def _load_network_file(folder: Path, spec: BundleSpec) -> Bundle:
 
 def _parse_spec(text: str, path: str) -> BundleSpec:
     try:
-        values = json.loads(text)
+        values = parse_json(text)
     except ValueError as error:
         raise BundleError(f"{path}: not readable as JSON; copy the bundle again") from error
     version = values.get("schema_version") if isinstance(values, dict) else None

@@ -12,12 +12,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal, Self, TypeVar, cast
-from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kelp.io.files import LONGEST_NAME, atomic, hidden
+from kelp.io.files import DAMAGED_ARRAYS, LONGEST_NAME, atomic, hidden
 from kelp.io.location import Url
 from kelp.raster.bands import MASK_NODATA
 from kelp.raster.masks import Georeference
@@ -234,8 +233,7 @@ class JournalFile:
                 header = json.loads(file["header"].tobytes())
                 state = MergerState(header["top"], file["sums"], file["weights"], file["left_out"])
                 return Entry(header["fingerprint"], tuple(header["checksums"]), state)
-        # What zip and numpy raise for damaged files.
-        except (OSError, ValueError, LookupError, TypeError, EOFError, RuntimeError, BadZipFile):
+        except DAMAGED_ARRAYS:
             return None
 
     @property

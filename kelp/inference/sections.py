@@ -20,9 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kelp.errors import InputError
-from kelp.inference.journal import DAMAGED
 from kelp.inference.outputs import sections_folder
-from kelp.io.files import atomic
+from kelp.io.files import DAMAGED_ARRAYS, atomic
 from kelp.raster.window import Blend, Shape
 from kelp.tiling.engine import Edge, Section, Sink, WriteRows, finish
 from kelp.tiling.grid import TileGrid
@@ -81,7 +80,7 @@ class SectionFile:
         return self._header() is not None
 
     def _header(self) -> dict[str, Any] | None:
-        with suppress(*DAMAGED):
+        with suppress(*DAMAGED_ARRAYS):
             with self._edges.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
                 header: dict[str, Any] = json.loads(file["header"].tobytes())
             size = self._rows.stat().st_size

@@ -18,10 +18,13 @@ import shutil
 import socket
 import sys
 import time
+import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from tokenize import TokenError
 from typing import IO, Any, Final
+from zipfile import BadZipFile
 
 from kelp.errors import InputError
 
@@ -35,6 +38,22 @@ _in_use: Final[set[str]] = set()
 
 _ABANDONED: Final = 24 * 3600.0
 """Seconds after which nobody on another host still writes a file that has not changed since."""
+
+DAMAGED_ARRAYS: Final = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    EOFError,
+    RuntimeError,
+    SyntaxError,
+    MemoryError,
+    BadZipFile,
+    TokenError,
+    zlib.error,
+)
+"""What `numpy.load` raises for damaged `.npz` files; it reads headers with Python's tokenizer."""
 
 # What file systems without locks of this kind answer: Lustre without -o flock, some NFS and FUSE.
 _NO_LOCKS: Final = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK}

@@ -36,9 +36,10 @@ from kelp.data_prep.slicing import slice_dataset
 from kelp.data_prep.stats import StatsFile
 from kelp.errors import KelpError
 from kelp.inference.backends.onnx import OnnxFile
-from kelp.inference.journal import JournalFile, journal_path
+from kelp.inference.bundle import load_bundle
+from kelp.inference.outputs import JournalFile, journal_path
 from kelp.inference.sections import SectionFile
-from kelp.nn.bundle import load_bundle, save_bundle
+from kelp.nn.bundle import save_bundle
 from kelp.nn.model import KelpNet
 from kelp.raster.bands import BANDS
 from kelp.raster.masks import read_mask, read_probability, read_tags
@@ -46,7 +47,7 @@ from kelp.raster.scene import Scene
 from kelp.raster.statistics import About
 from kelp.raster.streaming import unit_stats
 from kelp.sensors.opening import find_scenes, open_scene
-from kelp.tiling.jobs import Section
+from kelp.tiling.engine import Section
 from kelp.tiling.merge import MergerState
 
 DATA = Path(__file__).parents[1] / "data"
