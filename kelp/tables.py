@@ -9,8 +9,8 @@ from typing import Final
 import pandas as pd
 import pyarrow
 
-from kelp.errors import TableError
-from kelp.io.files import atomic
+from kelp.errors import InputError, TableError
+from kelp.io.files import atomic, input_folder
 from kelp.io.location import Url
 from kelp.sensors import scene_name
 
@@ -62,8 +62,39 @@ def tile_id_of(path: Path) -> str:
 
 
 def _without(name: str, suffix: str) -> str:
-    """What stands before the suffix, in whatever case that is; '' where it is not there."""
-    return name[: -len(suffix)] if name.lower().endswith(suffix) else ""
+    """What stands before the suffix, in any case, also of `.tiff`; '' where it is not there."""
+    for ending in (suffix, f"{suffix}f"):
+        if name.lower().endswith(ending):
+            return name[: -len(ending)]
+    return ""
+
+
+def masks_in(folder: Path, suffix: str = MASK_SUFFIX) -> dict[str, Path]:
+    """Masks (or other products) of a folder by tile id, whatever the case of their suffix.
+
+    Raises:
+        InputError: there is no such folder, or it holds none.
+    """
+    if found := products_in(folder, suffix):
+        return found
+    raise InputError(f"{folder}: the folder holds no *{suffix} file")
+
+
+def products_in(folder: Path, suffix: str) -> dict[str, Path]:
+    """As `masks_in`, but there may be none."""
+    files = input_folder(folder)
+    return {tile_id_of(path): path for path in files if _without(path.name, suffix)}
+
+
+def scenes_in(folder: Path) -> dict[str, Path]:
+    """GeoTIFFs and VRTs of a folder that are no products of kelp, by tile id."""
+    products = (MASK_SUFFIX, PROBABILITY_SUFFIX, SPREAD_SUFFIX)
+    return {
+        tile_id_of(path): path
+        for path in input_folder(folder)
+        if path.suffix.lower() in (".tif", ".tiff", ".vrt")
+        and not any(_without(path.name, suffix) for suffix in products)
+    }
 
 
 def read_table(path: Path, columns: Sequence[str]) -> pd.DataFrame:

@@ -16,13 +16,14 @@ from kelp.config.shared import (
     PixelSizeOptions,
     QaOptions,
     ThresholdOptions,
+    TruthOptions,
 )
 from kelp.errors import ConfigError
 
 Interpolations = Annotated[tuple[Interpolation, ...], BeforeValidator(split)]
 
 
-class LabelledConfig(NetworkOptions, BootstrapOptions, BandOrderOptions, QaOptions):
+class LabelledConfig(NetworkOptions, BootstrapOptions, BandOrderOptions, QaOptions, TruthOptions):
     """Networks, and labelled scenes that they were not trained on."""
 
     run_dir: Paths = option(

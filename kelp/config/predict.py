@@ -12,12 +12,14 @@ from kelp.config.choices import MergeMode
 from kelp.config.shared import (
     BandOrderOptions,
     CheckpointOptions,
+    GridOptions,
     NetworkOptions,
     PixelSizeOptions,
     QaOptions,
     SchedulerOptions,
     SiteOptions,
     ThresholdOptions,
+    TruthOptions,
     WorkerOptions,
 )
 from kelp.errors import ConfigError
@@ -135,7 +137,7 @@ class SubmitConfig(Config):
     output_dir: Path = option(help="Folder for submission.tar")
 
 
-class PreviewConfig(BandOrderOptions):
+class PreviewConfig(BandOrderOptions, GridOptions):
     """Pictures of scenes and their predicted masks."""
 
     data_dir: Path = option(help="Folder of the scenes")
@@ -144,7 +146,7 @@ class PreviewConfig(BandOrderOptions):
     first_n: int = option(10, help=_PREVIEWS_HELP, unit="images", ge=1)
 
 
-class EnsembleConfig(SiteOptions, ThresholdOptions):
+class EnsembleConfig(SiteOptions, ThresholdOptions, TruthOptions):
     """The weighted mean of several prediction folders."""
 
     predictions_dirs: Paths = option(help="Prediction folders, comma-separated")
@@ -174,7 +176,7 @@ class EnsembleConfig(SiteOptions, ThresholdOptions):
         return self
 
 
-class EvaluateConfig(SiteOptions, PixelSizeOptions, WorkerOptions, SchedulerOptions):
+class EvaluateConfig(SiteOptions, PixelSizeOptions, WorkerOptions, SchedulerOptions, TruthOptions):
     """Scores of a folder of masks against truth."""
 
     gt_dir: Path = option(help="Folder of true <tile_id>_kelp.tif masks")

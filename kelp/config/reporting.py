@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from kelp.config.base import option
-from kelp.config.shared import BandOrderOptions, BootstrapOptions, PixelSizeOptions
+from kelp.config.shared import BandOrderOptions, BootstrapOptions, PixelSizeOptions, TruthOptions
 
 
-class ReportConfig(BootstrapOptions, BandOrderOptions, PixelSizeOptions):
+class ReportConfig(BootstrapOptions, BandOrderOptions, PixelSizeOptions, TruthOptions):
     """One self-contained page about masks and their truth: scores, curves, pictures, settings."""
 
     gt_dir: Path = option(help="Folder of true <tile_id>_kelp.tif masks")

@@ -3,38 +3,29 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kelp.config.predict import EnsembleConfig
 from kelp.errors import InputError
-from kelp.evaluation.scoring import places_of
+from kelp.evaluation.pairs import find_truths, sites_of, some, strips
 from kelp.evaluation.weighting import Fitted, Weighting
-from kelp.io.files import input_folder, output_folder, write_json
+from kelp.io.files import output_folder, write_json
 from kelp.progress import Progress, silent
 from kelp.raster.bands import MASK_NODATA
-from kelp.raster.masks import (
-    Georeference,
-    georeference_of,
-    raster_shape,
-    read_mask,
-    read_probability,
-)
-from kelp.raster.window import Shape, Tile
+from kelp.raster.georeference import Grid, grid_of, require_same_grid
+from kelp.raster.masks import read_mask, read_probability
+from kelp.raster.window import Tile
 from kelp.raster.writer import RasterWriter
-from kelp.tables import MASK_SUFFIX, PROBABILITY_SUFFIX, tile_id_of
+from kelp.tables import MASK_SUFFIX, PROBABILITY_SUFFIX, products_in
 from kelp.tiling.merge import to_mask
 
 log = logging.getLogger("kelp")
-
-_ROWS: Final = 512  # rows merged at a time: memory grows with a scene's width only
-_NAMES_SHOWN: Final = 5
 
 
 @dataclass(frozen=True)
@@ -96,7 +87,7 @@ def ensemble(config: EnsembleConfig, progress: Progress = silent) -> EnsembleRes
     holds them, for `--config` with other folders of the same networks; `fitted.json` tells more.
 
     Raises:
-        InputError: a folder lacks a scene of another, sizes or places differ, a file cannot be
+        InputError: a folder lacks a scene of another, grids differ, a file cannot be
             read, or the output folder is one of the inputs.
     """
     folders = config.predictions_dirs
@@ -108,7 +99,7 @@ def ensemble(config: EnsembleConfig, progress: Progress = silent) -> EnsembleRes
     output = output_folder(config.output_dir)
     fitted = None
     if config.gt_dir:
-        fitted = _fit(config.gt_dir, config.metadata_fp, sources, suffix, progress)
+        fitted = _fit(config, sources, suffix, progress)
         config = config.model_copy(
             update={
                 "weights": fitted.weights,
@@ -126,7 +117,8 @@ def ensemble(config: EnsembleConfig, progress: Progress = silent) -> EnsembleRes
         mask = output / f"{tile_id}{MASK_SUFFIX}"
         probability = output / f"{tile_id}{PROBABILITY_SUFFIX}"
         soft = suffix == PROBABILITY_SUFFIX
-        _merge(files, weights.tolist(), threshold, mask, probability, soft)
+        grid = _common_grid(files, config.ignore_georeference)
+        _merge(files, grid, weights.tolist(), threshold, mask, probability, soft)
         masks.append(mask)
         if soft:
             probabilities.append(probability)
@@ -136,40 +128,35 @@ def ensemble(config: EnsembleConfig, progress: Progress = silent) -> EnsembleRes
 
 
 def _fit(
-    gt_dir: Path,
-    table: Path | None,
-    sources: Mapping[str, Sequence[Path]],
-    suffix: str,
-    progress: Progress,
+    config: EnsembleConfig, sources: Mapping[str, Sequence[Path]], suffix: str, progress: Progress
 ) -> Fitted:
     """Weights and threshold for the scenes of which there is truth."""
-    truths = {tile_id_of(path): path for path in input_folder(gt_dir, f"*{MASK_SUFFIX}")}
-    truths = {tile_id: path for tile_id, path in truths.items() if tile_id in sources}
-    if not truths:
-        raise InputError(f"{gt_dir}: no truth of a scene of --predictions_dirs; check the names")
-    place = places_of(table, truths) if table else {tile_id: tile_id for tile_id in truths}
+    assert config.gt_dir is not None
+    truths = find_truths(config.gt_dir, sources, config)
+    sites = sites_of(config.metadata_fp, list(truths))
     count = len(next(iter(sources.values())))
-    weighting = Weighting([place[tile_id] for tile_id in truths], count)
+    weighting = Weighting([sites[tile_id] for tile_id in truths], count)
     for number, (tile_id, truth) in enumerate(truths.items()):
         files = sources[tile_id]
-        shape, _ = _common_ground([*files, truth])
-        for strip in _strips(shape):
+        grid = _common_grid([*files, truth], config.ignore_georeference)
+        for strip, _ in strips(grid.shape):
             votes = (_vote(path, strip, suffix == PROBABILITY_SUFFIX) for path in files)
-            weighting.add(number, votes, read_mask(truth, strip))
+            weighting.add(number, votes, read_mask(truth, strip, config.kelp_value))
         progress("fitting", number + 1, len(truths))
     return weighting.fit()
 
 
 def _merge(
     files: Sequence[Path],
+    grid: Grid,
     weights: Sequence[float],
-    at_least: float,
+    threshold: float,
     mask: Path,
     probability: Path,
     soft: bool,
 ) -> None:
     """Merge one scene's predictions (`soft`: probabilities), strip by strip."""
-    shape, georeference = _common_ground(files)
+    shape, georeference = grid.shape, grid.georeference
     with ExitStack() as stack:
         mask_out = stack.enter_context(
             RasterWriter(mask, shape, "uint8", georeference, MASK_NODATA, {})
@@ -181,9 +168,9 @@ def _merge(
             if soft
             else None
         )
-        for strip in _strips(shape):
+        for strip, _ in strips(shape):
             mean = weighted_mean((_vote(path, strip, soft) for path in files), weights)
-            mask_out.write(strip.y, to_mask(mean, at_least))
+            mask_out.write(strip.y, to_mask(mean, threshold))
             if soft_out is not None:
                 soft_out.write(strip.y, mean)
 
@@ -195,19 +182,12 @@ def _vote(path: Path, strip: Tile, soft: bool) -> NDArray[np.float32]:
     return np.where(mask == MASK_NODATA, np.nan, mask).astype(np.float32)
 
 
-def _strips(shape: Shape) -> Iterator[Tile]:
-    height, width = shape
-    for y in range(0, height, _ROWS):
-        yield Tile(y, 0, min(_ROWS, height - y), width)
-
-
 def _sources(folders: Sequence[Path]) -> tuple[dict[str, list[Path]], str]:
     """Each scene's files, one a folder, and whether they are masks or probabilities."""
     found: dict[str, list[dict[str, Path]]] = {MASK_SUFFIX: [], PROBABILITY_SUFFIX: []}
     for folder in folders:
-        files = input_folder(folder, "*.tif")
         for suffix, kind in found.items():
-            kind.append({tile_id_of(p): p for p in files if p.name.endswith(suffix)})
+            kind.append(products_in(folder, suffix))
     tile_ids = {tile_id for kind in found.values() for files in kind for tile_id in files}
     if not tile_ids:
         raise InputError(f"{folders[0]}: the folder holds no *{MASK_SUFFIX} file")
@@ -228,31 +208,16 @@ def _require_all(
     folders: Sequence[Path], masks: Sequence[Mapping[str, Path]], tile_ids: set[str]
 ) -> None:
     for folder, files in zip(folders, masks, strict=True):
-        absent = sorted(tile_ids - files.keys())
-        if absent:
-            more = f" and {len(absent) - _NAMES_SHOWN} more" if len(absent) > _NAMES_SHOWN else ""
+        if absent := sorted(tile_ids - files.keys()):
             raise InputError(
-                f"{folder}: lacks {', '.join(absent[:_NAMES_SHOWN])}{more}, which another folder "
-                "holds; predict the same scenes for every folder"
+                f"{folder}: lacks {some(absent)}, which another folder holds; "
+                "predict the same scenes for every folder"
             )
 
 
-def _common_ground(files: Sequence[Path]) -> tuple[Shape, Georeference]:
-    """Shape and georeference that all the files share; files without a place take any."""
-    shape, placed = raster_shape(files[0]), files[0]
-    georeference = georeference_of(placed)
-    for path in files[1:]:
-        other_shape, other = raster_shape(path), georeference_of(path)
-        if other_shape != shape:
-            raise InputError(
-                f"{path} has {other_shape[0]} x {other_shape[1]} pixels (height x width), "
-                f"{files[0]} {shape[0]} x {shape[1]}; merge predictions of the same scene"
-            )
-        if georeference == Georeference():
-            georeference, placed = other, path
-        elif other not in (Georeference(), georeference):
-            raise InputError(
-                f"{path} and {placed} lie in different places (CRS or transform); "
-                "merge predictions of the same scene"
-            )
-    return shape, georeference
+def _common_grid(files: Sequence[Path], ignore_georeference: bool) -> Grid:
+    """The grid that all files share; those without georeference take that of the others."""
+    located = next((path for path in files if grid_of(path).located), files[0])
+    for path in files:
+        require_same_grid(located, path, ignore_georeference)
+    return grid_of(located)

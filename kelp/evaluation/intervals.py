@@ -43,6 +43,8 @@ class HeldOutSite(BaseModel):
     truth_m2: float = Field(ge=0)
     presence_m2: float = Field(ge=0)
     expected_m2: float | None = Field(None, ge=0)
+    observed_share: float | None = Field(None, ge=0, le=1)
+    """Of the labelled pixels."""
 
 
 @dataclass(frozen=True)

@@ -1,67 +1,133 @@
-"""Scores of a folder of masks against truth: `kelp evaluate`."""
+"""Scores of a folder of masks against truth: `kelp evaluate`, and what `kelp report` shows."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Final
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any, NamedTuple
 
 from kelp.config.predict import EvaluateConfig
-from kelp.errors import InputError, TableError
-from kelp.evaluation.confusion import PATCH_SIZES, Counts, Figures, ratio
+from kelp.config.shared import PixelSizeOptions, TruthOptions
+from kelp.evaluation.confusion import PATCH_SIZES, Figures, mean_dice
+from kelp.evaluation.metrics import SHORE, ImageTotals, Totals
+from kelp.evaluation.pairs import Pair, find_pairs, require_pair, sites_of, strips
+from kelp.evaluation.thresholds import Histogram
 from kelp.io.executors import gather, spread
-from kelp.io.files import input_folder, output_folder, write_json, write_text
+from kelp.io.files import output_folder, write_json, write_text
 from kelp.progress import Progress, silent
-from kelp.raster.masks import georeference_of, read_mask
-from kelp.tables import MASK_SUFFIX, read_table, tile_id_of
+from kelp.raster.area import GroundArea
+from kelp.raster.masks import read_mask, read_probability
+from kelp.raster.probability import quantise
+from kelp.raster.scene import Scene
+from kelp.tables import PROBABILITY_SUFFIX
 
-_NAMES_SHOWN: Final = 5
+
+@dataclass(frozen=True)
+class PairOptions:
+    """How pairs are read; see `kelp.config.shared`."""
+
+    kelp_value: int = 1
+    ignore_georeference: bool = False
+    pixel_size: float = 30.0
+    band_order: Sequence[str] = ()
+
+    @classmethod
+    def of(cls, config: TruthOptions, band_order: Sequence[str] = ()) -> PairOptions:
+        """Those of a command."""
+        pixel_size = config.pixel_size if isinstance(config, PixelSizeOptions) else 30.0
+        return cls(config.kelp_value, config.ignore_georeference, pixel_size, tuple(band_order))
 
 
-@dataclass(frozen=True, slots=True)
+class PairScore(NamedTuple):
+    """What one image is worth."""
+
+    figures: Figures
+    """Of all labelled pixels; a prediction of 255 counts as no kelp."""
+    observed: Figures
+    """Of the pixels that the prediction observed."""
+    totals: Totals
+    histogram: Histogram | None
+    """By code of probability; `None` without probabilities beside the mask."""
+    area: str
+    """Where the area of a pixel comes from, in words."""
+
+
+def score_pair(options: PairOptions, pair: Pair) -> PairScore:
+    """Score a mask, and the probabilities that lie beside it, against its truth, in strips.
+
+    Raises:
+        InputError: a file cannot be read, or the two do not lie on one grid.
+    """
+    grid = require_pair(pair, options.ignore_georeference)
+    area = GroundArea.of(grid.georeference, grid.shape, options.pixel_size)
+    probabilities = pair.prediction.with_name(pair.tile_id + PROBABILITY_SUFFIX)
+    soft = probabilities.is_file()
+    if soft:
+        require_pair(replace(pair, prediction=probabilities), options.ignore_georeference)
+    histogram = Histogram.empty(())
+    image = ImageTotals(area)
+    for strip in strips(grid.shape, SHORE):
+        truth = read_mask(pair.truth, strip.read, options.kelp_value)
+        codes = quantise(read_probability(probabilities, strip.read)) if soft else None
+        land = None
+        if pair.scene:
+            with Scene(pair.scene, options.band_order, quiet=True) as scene:
+                land = scene.read_elevation(strip.read) > 0
+        mask = read_mask(pair.prediction, strip.read)
+        image.add(strip.own, truth, mask, codes, land, above=strip.above)
+        if codes is not None:
+            own = slice(strip.above, strip.above + strip.own.height)
+            histogram.add((), truth[own], codes[own])
+    totals, (figures, observed) = image.finish()
+    return PairScore(figures, observed, totals, histogram if soft else None, area.words)
+
+
+@dataclass(frozen=True)
 class Areas:
-    """Areas in km2 of the scored pixels, and how large the pixels were taken to be.
+    """Areas in km2 of the labelled pixels, and where the area of a pixel comes from.
 
     A kelp pixel counts whole, however sparse the canopy: presence area, an upper bound.
     """
 
-    truth_km2: float = 0.0
-    predicted_km2: float = 0.0
-    scored_km2: float = 0.0
-    observed_km2: float = 0.0
-    images: int = 0
-    images_assumed: int = 0
-    assumed_pixel_size_m: float = 30.0
+    truth_km2: float
+    predicted_km2: float
+    scored_km2: float
+    observed_km2: float
+    source: str
 
-    @property
-    def pixel_size(self) -> str:
-        """Where the size of a pixel comes from, in words."""
-        if not self.images_assumed:
-            return "pixel size from the CRS"
-        some = (
-            ""
-            if self.images_assumed == self.images
-            else f" for {self.images_assumed} of {self.images} images"
+    @classmethod
+    def of(cls, total: Totals, sources: Sequence[str]) -> Areas:
+        """From sums over images, and the source of each image's areas."""
+        return cls(
+            float(total["truth_km2"]),
+            float(total["mask_km2"]),
+            float(total["labelled_km2"]),
+            float(total["observed_km2"]),
+            source_words(sources),
         )
-        return f"{self.assumed_pixel_size_m:g} m pixels assumed{some}, no projected CRS"
 
-    def plus(self, counts: Counts, seen: Counts, pixel_m2: float | None) -> Areas:
-        """Add an image with these counts of all and of observed pixels; `None`: assume a size."""
-        km2 = (self.assumed_pixel_size_m**2 if pixel_m2 is None else pixel_m2) / 1e6
-        return Areas(
-            self.truth_km2 + km2 * (counts.tp + counts.fn),
-            self.predicted_km2 + km2 * (counts.tp + counts.fp),
-            self.scored_km2 + km2 * sum(counts),
-            self.observed_km2 + km2 * sum(seen),
-            self.images + 1,
-            self.images_assumed + (pixel_m2 is None),
-            self.assumed_pixel_size_m,
-        )
+    def to_json(self) -> dict[str, Any]:
+        """By name."""
+        return {
+            "truth_kelp_km2": self.truth_km2,
+            "predicted_kelp_km2": self.predicted_km2,
+            "scored_km2": self.scored_km2,
+            "observed_km2": self.observed_km2,
+            "pixel_size": self.source,
+        }
+
+
+def source_words(sources: Sequence[str]) -> str:
+    """Where areas of images come from: one source, or each with the number of its images."""
+    counts = Counter(sources)
+    if len(counts) == 1:
+        return sources[0]
+    parts = (f"{words} for {n} of {len(sources)} images" for words, n in counts.most_common())
+    return ", ".join(parts)
 
 
 @dataclass(frozen=True)
@@ -70,47 +136,48 @@ class Scores:
 
     Attributes:
         all_pixels: figures where a prediction of 255 counts as no kelp.
-        observed_pixels: figures of the pixels that the prediction saw.
+        observed_pixels: figures of the pixels that the prediction observed.
         areas: areas in km2.
-        by_place: figures of each place's images, by `aoi_id`; empty without a metadata table.
+        by_site: figures of each site's images, by `aoi_id`; empty without a metadata table.
+        tile_ids: the images.
+        by_image: sums of each of them.
+        histogram: by code of probability; `None` where an image has no probabilities.
         files: the files written.
     """
 
     all_pixels: Figures
     observed_pixels: Figures
     areas: Areas
-    by_place: Mapping[str, Figures] = field(default_factory=dict)
+    by_site: Mapping[str, Figures] = field(default_factory=dict)
+    tile_ids: tuple[str, ...] = ()
+    by_image: tuple[Totals, ...] = ()
+    histogram: Histogram | None = None
     files: tuple[Path, ...] = ()
 
     @property
-    def mean_place_dice(self) -> float | None:
-        """Mean over places of the Dice pooled within each; a place without any kelp scores 1."""
-        dices = [figures.pooled_dice for figures in self.by_place.values()]
-        return ratio(sum(1.0 if dice is None else dice for dice in dices), len(dices))
+    def mean_site_dice(self) -> float | None:
+        """Mean over sites of the Dice pooled within each; a site without any kelp scores 1."""
+        return mean_dice([figures.pooled_dice for figures in self.by_site.values()])
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for a JSON file: finite numbers, `None` where undefined."""
-        areas = self.areas
-        places: dict[str, Any] = {
-            "mean_place_dice": self.mean_place_dice,
+        sites: dict[str, Any] = {
+            "mean_place_dice": self.mean_site_dice,
             "by_place": {
-                place: {"images": f.images, "pooled_dice": f.pooled_dice}
-                | {"mean_image_dice": f.mean_image_dice}
-                for place, f in self.by_place.items()
+                site: {
+                    "images": figures.images,
+                    "pooled_dice": figures.pooled_dice,
+                    "mean_image_dice": figures.mean_image_dice,
+                }
+                for site, figures in self.by_site.items()
             },
         }
         return {
             "images": self.all_pixels.images,
             "all_pixels": self.all_pixels.to_json(),
             "observed_pixels": self.observed_pixels.to_json(),
-            "areas": {
-                "truth_kelp_km2": areas.truth_km2,
-                "predicted_kelp_km2": areas.predicted_km2,
-                "scored_km2": areas.scored_km2,
-                "observed_km2": areas.observed_km2,
-                "pixel_size": areas.pixel_size,
-            },
-            **(places if self.by_place else {}),
+            "areas": self.areas.to_json(),
+            **(sites if self.by_site else {}),
         }
 
     def to_text(self) -> str:
@@ -138,72 +205,91 @@ def _table(scores: Scores) -> str:
         f"{images:<26}{'all pixels':>16}{'observed only':>16}",
         row("Dice, pooled", [f.pooled_dice for f in both]),
         row("Dice, mean of images", [f.mean_image_dice for f in both]),
-        row("IoU", [f.counts.iou for f in both]),
-        row("precision", [f.counts.precision for f in both]),
-        row("recall", [f.counts.recall for f in both]),
+        *(row(name, [f.confusion.scores()[key] for f in both]) for name, key in _RATIOS),
         "patches found, by size",
         *(patch_row(k) for k in range(len(PATCH_SIZES))),
     ]
-    if scores.by_place:
-        lines.append(row(f"Dice, mean of {len(scores.by_place)} places", [scores.mean_place_dice]))
+    if scores.by_site:
+        lines.append(row(f"Dice, mean of {len(scores.by_site)} sites", [scores.mean_site_dice]))
     areas = scores.areas
     return "\n".join(
         [
             *lines,
-            f"{'kelp area, truth':<26}{areas.truth_km2:>12.3f} km2 ({areas.pixel_size})",
-            f"{'kelp area, predicted':<26}{areas.predicted_km2:>12.3f} km2 ({areas.pixel_size})",
+            f"{'kelp area, truth':<26}{areas.truth_km2:>12.3f} km2 ({areas.source})",
+            f"{'kelp area, predicted':<26}{areas.predicted_km2:>12.3f} km2 ({areas.source})",
             f"{'area observed':<26}{areas.observed_km2:>12.3f} km2 of {areas.scored_km2:.3f} km2"
-            f" ({areas.pixel_size})",
+            f" ({areas.source})",
         ]
     )
 
 
-def pixel_area_m2(path: Path) -> float | None:
-    """Area of a raster's pixel in square metres; `None` unless its CRS is a projected one."""
-    reference = georeference_of(path)
-    if reference.crs is None or reference.transform is None or not reference.crs.is_projected:
-        return None
-    metres = float(reference.crs.linear_units_factor[1])
-    return abs(float(reference.transform.determinant)) * metres**2
+_RATIOS = (("IoU", "iou"), ("precision", "precision"), ("recall", "recall"))
+
+
+def score_pairs(
+    pairs: Sequence[Pair],
+    options: PairOptions,
+    workers: int = 1,
+    scheduler: str | None = None,
+    sites: Mapping[str, str] | None = None,
+    progress: Progress = silent,
+) -> Scores:
+    """Score all pairs; see `score_pair`.
+
+    Args:
+        pairs: the files.
+        options: how they are read.
+        workers: processes.
+        scheduler: of a cluster.
+        sites: by tile id, for scores by site.
+        progress: gets the number of images.
+    """
+    everything, observed = Figures(), Figures()
+    by_site: dict[str, Figures] = {}
+    by_image: list[Totals] = []
+    sources: list[str] = []
+    histogram: Histogram | None = Histogram.empty(())
+    with (
+        gather(workers, scheduler) as executor,
+        closing(spread(partial(score_pair, options), pairs, executor)) as scored,
+    ):
+        for done, (pair, score) in enumerate(zip(pairs, scored, strict=True), 1):
+            everything = everything.plus(score.figures)
+            observed = observed.plus(score.observed)
+            by_image.append(score.totals)
+            sources.append(score.area)
+            histogram = histogram and score.histogram and histogram.plus(score.histogram)
+            if sites:
+                site = sites[pair.tile_id]
+                by_site[site] = by_site.get(site, Figures()).plus(score.figures)
+            progress("scoring", done, len(pairs))
+    return Scores(
+        everything,
+        observed,
+        Areas.of(Totals.of(by_image), sources),
+        dict(sorted(by_site.items())),
+        tuple(pair.tile_id for pair in pairs),
+        tuple(by_image),
+        histogram,
+    )
 
 
 def evaluate(config: EvaluateConfig, progress: Progress = silent) -> Scores:
     """Score the masks of a folder against those of another, paired by tile id.
 
-    Predictions without truth are not looked at. With `metadata_fp` also by place (`aoi_id`).
+    Predictions without truth are not looked at. With `metadata_fp` also by site (`aoi_id`).
 
     Raises:
-        InputError: a prediction is missing (named), a mask unreadable, or a pair's sizes differ.
+        InputError: a prediction is missing (named), a mask unreadable, or a pair does not lie on
+            one grid.
         TableError: the metadata table has no row for an image.
     """
     config = config.absolute() if config.scheduler else config
-    truths = {tile_id_of(p): p for p in input_folder(config.gt_dir, f"*{MASK_SUFFIX}")}
-    found = {tile_id_of(p): p for p in input_folder(config.preds_dir, f"*{MASK_SUFFIX}")}
-    absent = [tile_id for tile_id in truths if tile_id not in found]
-    if absent:
-        raise InputError(
-            f"{config.preds_dir}: no prediction for {_some(absent)} of {config.gt_dir}; "
-            "predict these images too, or take their truth away"
-        )
-    places = places_of(config.metadata_fp, truths) if config.metadata_fp else {}
-    everything, seen = Figures(), Figures()
-    areas = Areas(assumed_pixel_size_m=config.pixel_size)
-    by_place: dict[str, Figures] = {}
-    pairs = [(path, found[tile_id]) for tile_id, path in truths.items()]
-    with (
-        gather(config.workers, config.scheduler) as workers,
-        closing(spread(_figures, pairs, workers)) as judged,
-    ):
-        for done, (tile_id, (figures, observed, pixel)) in enumerate(
-            zip(truths, judged, strict=True), 1
-        ):
-            everything, seen = everything.plus(figures), seen.plus(observed)
-            areas = areas.plus(figures.counts, observed.counts, pixel)
-            if places:
-                place = places[tile_id]
-                by_place[place] = by_place.get(place, Figures()).plus(figures)
-            progress("scoring", done, len(truths))
-    scores = Scores(everything, seen, areas, dict(sorted(by_place.items())))
+    pairs = find_pairs(config.gt_dir, config.preds_dir, config)
+    table = config.metadata_fp
+    sites = sites_of(table, [pair.tile_id for pair in pairs]) if table else None
+    options = PairOptions.of(config)
+    scores = score_pairs(pairs, options, config.workers, config.scheduler, sites, progress)
     if config.output_dir is None:
         return scores
     folder = output_folder(config.output_dir)
@@ -212,36 +298,3 @@ def evaluate(config: EvaluateConfig, progress: Progress = silent) -> Scores:
     write_text(files[1], scores.to_text() + "\n")
     config.record(folder)
     return replace(scores, files=files)
-
-
-def _figures(pair: tuple[Path, Path]) -> tuple[Figures, Figures, float | None]:
-    """Figures of all pixels and of those observed, and the area of a pixel, where it is known."""
-    truth, prediction = _pair(*pair)
-    area = pixel_area_m2(pair[0]) or pixel_area_m2(pair[1])
-    return Figures.of(truth, prediction), Figures.of(truth, prediction, True), area
-
-
-def _pair(truth_path: Path, prediction_path: Path) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    truth, prediction = read_mask(truth_path), read_mask(prediction_path)
-    if truth.shape != prediction.shape:
-        sizes = [f"{h} x {w}" for h, w in (truth.shape, prediction.shape)]
-        raise InputError(
-            f"{prediction_path} has {sizes[1]} pixels (height x width), {truth_path} {sizes[0]}; "
-            "a prediction must have the size of its truth"
-        )
-    return truth, prediction
-
-
-def places_of(table_path: Path, tile_ids: Mapping[str, Path]) -> dict[str, str]:
-    """The place of each tile id, from a table of `kelp metadata`."""
-    table = read_table(table_path, ["tile_id", "aoi_id"])
-    places = dict(zip(table["tile_id"].astype(str), table["aoi_id"].astype(str), strict=True))
-    absent = [tile_id for tile_id in tile_ids if tile_id not in places]
-    if absent:
-        raise TableError(f"{table_path}: the table has no row for {_some(absent)}")
-    return places
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
-    return ", ".join(names[:_NAMES_SHOWN]) + more

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from math import comb
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kelp.errors import InputError
-from kelp.evaluation.thresholds import best_threshold, parts_of
-from kelp.raster.probability import CODES
+from kelp.evaluation.bootstrap import site_numbers
+from kelp.evaluation.confusion import dice
+from kelp.evaluation.thresholds import Histogram, best_threshold, parts_of
+from kelp.raster.probability import CODES, quantise
 
 _MOST_MIXTURES: Final = 300
 _FINEST: Final = 20  # weights in steps of 0.05
-_LEAST: Final = (
-    5  # the lowest threshold, in steps of 1 / CODES: nearly all of the sea lies below it
-)
+_LEAST: Final = 5  # the lowest threshold, as a code: nearly all of the sea lies below it
+_ALLOWED: Final = np.arange(_LEAST, CODES + 1)
 
 
 @dataclass(frozen=True)
@@ -30,10 +32,10 @@ class Fitted:
         dice: with these.
         dice_equal: with equal weights, at the threshold that suits them best.
         dice_alone: of each network alone, at the threshold that suits it best.
-        held_out: Dice of parts of the places with weights and threshold of the other parts.
+        held_out: Dice of parts of the sites with weights and threshold of the other parts.
         held_out_equal: the same with equal weights. Not below `held_out`: equal ones are kept.
         scenes: labelled scenes.
-        places: their places.
+        sites: their sites.
     """
 
     weights: tuple[float, ...]
@@ -44,11 +46,13 @@ class Fitted:
     held_out: float
     held_out_equal: float
     scenes: int
-    places: int
+    sites: int
 
     def to_json(self) -> dict[str, Any]:
         """All figures, by name."""
-        return asdict(self)
+        values = asdict(self)
+        values["places"] = values.pop("sites")  # the file's name for it
+        return values
 
     def summary(self) -> str:
         """Two lines for the terminal."""
@@ -58,7 +62,7 @@ class Fitted:
         return (
             f"weights {weights}, threshold {self.threshold:g}: pooled Dice {self.dice:.4f} "
             f"(equal weights {self.dice_equal:.4f}, alone {alone})\n"
-            f"fitted weights on other places than they were fitted to: {self.held_out:.4f}, "
+            f"fitted weights on other sites than they were fitted to: {self.held_out:.4f}, "
             f"equal ones {self.held_out_equal:.4f}{kept}"
         )
 
@@ -77,11 +81,8 @@ def mixtures(count: int) -> NDArray[np.float64]:
 
 
 def _few(parts: int, count: int) -> bool:
-    """Whether few enough ways exist of dealing `parts` to `count`."""
-    ways = 1
-    for k in range(1, count):
-        ways = ways * (parts + k) // k
-    return ways <= _MOST_MIXTURES
+    """Whether `parts` can be shared among `count` in few enough combinations."""
+    return comb(parts + count - 1, parts) <= _MOST_MIXTURES
 
 
 def _shares(parts: int, count: int) -> Iterator[tuple[int, ...]]:
@@ -97,19 +98,17 @@ class Weighting:
     """Counts what every mixture makes of labelled pixels, and chooses one.
 
     Args:
-        places: the place of each scene that will come, in their order.
+        sites: the site of each scene that will come, in their order.
         count: networks.
-        seed: of dealing places into parts.
+        seed: of sharing sites out into parts.
     """
 
-    def __init__(self, places: Sequence[str], count: int, seed: int = 0) -> None:
-        names, self._number = np.unique(np.array(places), return_inverse=True)
-        self._places = len(names)
-        self._part = parts_of(self._places, seed)
+    def __init__(self, sites: Sequence[str], count: int, seed: int = 0) -> None:
+        self._number = site_numbers(sites)
+        self._sites = len(set(sites))
+        self._part = parts_of(self._sites, seed)
         self._mixtures = mixtures(count)
-        self._counted = np.zeros(
-            (self._part.max() + 1, len(self._mixtures), 2, CODES + 1), dtype=np.int64
-        )
+        self._counted = Histogram.empty((int(self._part.max()) + 1, len(self._mixtures)))
 
     def add(
         self, scene: int, votes: Iterable[NDArray[np.float32]], truth: NDArray[np.uint8]
@@ -123,77 +122,64 @@ class Weighting:
         """
         labelled = truth != 255
         p = np.stack([vote[labelled] for vote in votes])
-        kelp = truth[labelled] == 1
+        truth = truth[labelled]
+        part = int(self._part[self._number[scene]])
         seen = np.isfinite(p)
         p = np.where(seen, p, 0).astype(np.float64)
-        low = p.max(axis=0) < _LEAST / CODES  # no mixture lifts them above the lowest threshold
-        counted = self._counted[self._part[self._number[scene]]]
-        counted[:, 0, 0] += np.count_nonzero(low & ~kelp)
-        counted[:, 1, 0] += np.count_nonzero(low & kelp)
-        p, seen, kelp = p[:, ~low], seen[:, ~low], kelp[~low]
+        # No mixture lifts these above the lowest threshold.
+        low = seen.all(axis=0) & (p.max(axis=0) < (_LEAST - 0.5) / CODES)
+        for k in (0, 1):
+            self._counted.pixels[part, :, k, 0] += np.count_nonzero(low & (truth == k))
+        p, seen, truth = p[:, ~low], seen[:, ~low], truth[~low]
         for mixture, weights in enumerate(self._mixtures):
             cast = weights @ seen
-            mean = np.divide(weights @ p, cast, out=np.zeros_like(cast), where=cast > 0)
-            codes = (mean * CODES + 1e-6).astype(np.intp)  # 0.5 of equal votes stays 0.5
-            found = np.bincount(codes + (CODES + 1) * kelp, minlength=2 * (CODES + 1))
-            counted[mixture] += found.reshape(2, CODES + 1)
+            mean = np.divide(weights @ p, cast, out=np.full_like(cast, np.nan), where=cast > 0)
+            self._counted.add((part, mixture), truth, quantise(mean))
 
     def fit(self) -> Fitted:
         """Choose weights and threshold.
 
         Raises:
-            InputError: no labelled pixel is kelp, or all scenes are of one place.
+            InputError: no labelled pixel is kelp, or all scenes are of one site.
         """
-        if self._places < 2:
+        if self._sites < 2:
             raise InputError(
-                "--gt_dir: all labelled scenes are of one place; weights are judged on places "
+                "--gt_dir: all labelled scenes are of one site; weights are evaluated on sites "
                 "they were not fitted to, give scenes of several"
             )
-        everywhere = self._counted.sum(axis=0)
-        if not everywhere[0, 1].sum():
+        everywhere = self._everywhere()
+        dices = everywhere.dice()
+        if np.isnan(everywhere.recall()).all():
             raise InputError("--gt_dir: no labelled pixel is kelp; nothing can be fitted")
-        dices = [_best(by_code)[0] for by_code in everywhere]
-        held_out = self._held_out(len(self._mixtures))
-        held_out_equal = self._held_out(1)
-        chosen = int(np.argmax(dices)) if held_out > held_out_equal else 0
-        dice, code = _best(everywhere[chosen])
+        codes = best_threshold(dices, _ALLOWED)
+        best = np.take_along_axis(dices, codes[:, np.newaxis], axis=1)[:, 0]
+        held_out, held_out_equal = self._held_out(len(self._mixtures)), self._held_out(1)
+        chosen = int(best.argmax()) if held_out > held_out_equal else 0
         alone = [int(np.argmax(self._mixtures[:, k])) for k in range(self._mixtures.shape[1])]
         return Fitted(
             weights=tuple(float(weight) for weight in self._mixtures[chosen]),
-            threshold=code / CODES,
-            dice=dice,
-            dice_equal=dices[0],
-            dice_alone=tuple(dices[k] for k in alone),
+            threshold=float(codes[chosen] / CODES),
+            dice=float(best[chosen]),
+            dice_equal=float(best[0]),
+            dice_alone=tuple(float(best[k]) for k in alone),
             held_out=held_out,
             held_out_equal=held_out_equal,
             scenes=len(self._number),
-            places=self._places,
+            sites=self._sites,
+        )
+
+    def _everywhere(self) -> Histogram:
+        return Histogram(
+            self._counted.pixels.sum(axis=0), self._counted.unobserved_kelp.sum(axis=0)
         )
 
     def _held_out(self, mixtures: int) -> float:
         """Dice of every part with what suits the others best, of the first so many mixtures."""
-        everywhere = self._counted.sum(axis=0)
-        tables = []
-        for part in self._counted:
-            others = (everywhere - part)[:mixtures]
-            best = [_best(by_code) for by_code in others]
-            chosen = int(np.argmax([dice for dice, _ in best]))
-            tables.append(_table(part[chosen], best[chosen][1]))
-        return _dice(np.sum(tables, axis=0))
-
-
-def _best(by_code: NDArray[np.int64]) -> tuple[float, int]:
-    """The best pooled Dice of a mixture, and the code it is reached at."""
-    code = max(_LEAST, best_threshold(by_code))
-    return _dice(_table(by_code, code)), code
-
-
-def _table(by_code: NDArray[np.int64], code: int) -> NDArray[np.int64]:
-    """TP, FP, FN."""
-    false, true = by_code[:, code:].sum(axis=1)
-    return np.array([true, false, by_code[1].sum() - true])
-
-
-def _dice(table: NDArray[np.int64]) -> float:
-    tp, fp, fn = (int(n) for n in table)
-    return 2 * tp / max(1, 2 * tp + fp + fn)
+        counts = self._counted.counts()
+        total = np.zeros(3, dtype=np.int64)
+        for part, others in enumerate(self._counted.others().dice()):
+            codes = best_threshold(others[:mixtures], _ALLOWED)
+            reached = others[np.arange(mixtures), codes]
+            chosen = int(np.nan_to_num(reached).argmax())
+            total += counts[part, chosen, :, codes[chosen]]
+        return float(np.nan_to_num(dice(*total)))

@@ -7,6 +7,7 @@ from typing import Any, Final, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field
 
 from kelp.config.choices import Architecture, Interpolation, Normalization, ResizeStrategy
+from kelp.evaluation.intervals import HeldOutSite
 from kelp.raster.bands import IndexInput
 from kelp.raster.indices import IndexSettings, channel_names
 from kelp.raster.streaming import ChannelStats
@@ -122,6 +123,8 @@ class BundleSpec(NetworkSpec):
     """Kelp where the probability is at least this."""
     tuning: dict[str, Any] = {}
     """What `kelp tune` fitted threshold and temperature on, and what they gain; empty: nothing."""
+    held_out_sites: tuple[HeldOutSite, ...] = ()
+    """Areas of scenes, true and mapped, with thresholds fitted on other sites: for intervals."""
     scores: dict[str, float] = {}
     """Of the validation fold, at the epoch of these weights."""
     epoch: int = 0

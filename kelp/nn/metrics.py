@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.classification import BinaryConfusionMatrix, BinaryPrecisionRecallCurve
 
+from kelp.evaluation.confusion import Confusion
 from kelp.raster.bands import MASK_NODATA
 
 THRESHOLD: Final = 0.5
@@ -18,54 +20,31 @@ _MORE_THRESHOLDS: Final = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.7, 
 """Where else a network is looked at before it is said to have found nothing; 0 marks everything."""
 
 
-@dataclass(frozen=True)
-class Confusion:
-    """Counts of pixels, and the scores that follow from them.
+def monitored(confusion: Confusion) -> dict[str, float]:
+    """The scores of an epoch, each a number, as schedulers and loggers need it.
 
-    A score without anything to score (0 / 0) is 1 when there is neither kelp nor predicted
-    kelp, else 0: no score is ever NaN.
+    Where a score is undefined (0 / 0) it is 1 when there is neither kelp nor predicted kelp, as in
+    means over images, else 0.
     """
+    empty = 0.0 if confusion.fp + confusion.fn else 1.0
+    scores = confusion.scores()
+    return {name: empty if value is None else value for name, value in scores.items()}
 
-    true_negative: int
-    false_positive: int
-    false_negative: int
-    true_positive: int
 
-    def _ratio(self, part: int, whole: int) -> float:
-        if whole:
-            return part / whole
-        return 0.0 if self.false_positive + self.false_negative else 1.0
+def from_matrix(cells: Sequence[int]) -> Confusion:
+    """From the cells of torchmetrics' matrix: true and false negatives and positives."""
+    tn, fp, fn, tp = (int(cell) for cell in cells)
+    return Confusion(tp, fp, fn, tn)
 
-    @property
-    def dice(self) -> float:
-        """2TP / (2TP + FP + FN)."""
-        part = 2 * self.true_positive
-        return self._ratio(part, part + self.false_positive + self.false_negative)
 
-    @property
-    def iou(self) -> float:
-        """TP / (TP + FP + FN)."""
-        part = self.true_positive
-        return self._ratio(part, part + self.false_positive + self.false_negative)
-
-    @property
-    def precision(self) -> float:
-        """TP / (TP + FP)."""
-        return self._ratio(self.true_positive, self.true_positive + self.false_positive)
-
-    @property
-    def recall(self) -> float:
-        """TP / (TP + FN)."""
-        return self._ratio(self.true_positive, self.true_positive + self.false_negative)
-
-    def scores(self) -> dict[str, float]:
-        """All four scores by name."""
-        return {
-            "dice": self.dice,
-            "iou": self.iou,
-            "precision": self.precision,
-            "recall": self.recall,
-        }
+def to_matrix(confusion: Confusion) -> dict[str, int]:
+    """The cells by name, in the order of torchmetrics' matrix."""
+    return {
+        "true_negative": confusion.tn,
+        "false_positive": confusion.fp,
+        "false_negative": confusion.fn,
+        "true_positive": confusion.tp,
+    }
 
 
 @dataclass(frozen=True)
@@ -112,18 +91,18 @@ class KelpScores(nn.Module):
         with self._matrix.sync_context():
             matrix: Tensor = self._matrix.confmat
             counts = matrix.flatten().tolist()
-        return Confusion(*(int(count) for count in counts))
+        return from_matrix(counts)
 
     def found(self) -> Found:
         """What there is to find, and the best that any of a few thresholds makes of it."""
         with self._curve.sync_context():
             tables: Tensor = self._curve.confmat  # (thresholds, truth, prediction)
-            counts = [Confusion(*(int(n) for n in table.flatten())) for table in tables]
+            counts = [from_matrix(table.flatten().tolist()) for table in tables]
         everything, *others = [*counts, self.confusion()]
         return Found(
-            kelp=everything.true_positive,
-            everything=everything.dice,
-            best=max(one.dice for one in others),
+            kelp=everything.tp,
+            everything=monitored(everything)["dice"],
+            best=max(monitored(one)["dice"] for one in others),
         )
 
     def reset(self) -> None:

@@ -12,16 +12,17 @@ from numpy.typing import NDArray
 
 from kelp.config.predict import PreviewConfig
 from kelp.errors import InputError
-from kelp.io.files import atomic, input_folder, output_folder
+from kelp.io.files import atomic, output_folder
 from kelp.plotting import rendering, style
 from kelp.plotting.rendering import Picture
 from kelp.plotting.style import Color
 from kelp.progress import Progress, silent
 from kelp.raster.bands import MASK_NODATA
+from kelp.raster.georeference import require_same_grid
 from kelp.raster.masks import raster_shape, read_mask
 from kelp.raster.scene import Scene
 from kelp.raster.window import Tile
-from kelp.tables import output_name, tile_id_of
+from kelp.tables import output_name, scenes_in, tile_id_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -55,12 +56,20 @@ def preview(config: PreviewConfig, progress: Progress = silent) -> PreviewResult
     """Picture the first scenes that have a predicted mask, in the order of their names.
 
     Raises:
-        InputError: no scene has a mask, a file is unreadable, or sizes differ.
+        InputError: no scene has a mask, a file is unreadable, or grids differ.
     """
-    scenes = input_folder(config.data_dir, "*.tif")
+    scenes = list(scenes_in(config.data_dir).values())
+    if not scenes:
+        raise InputError(f"{config.data_dir}: holds no .tif scene")
     folder = output_folder(config.output_dir)
     pictures = write_previews(
-        scenes, config.predictions_dir, folder, config.first_n, config.band_order, progress
+        scenes,
+        config.predictions_dir,
+        folder,
+        config.first_n,
+        config.band_order,
+        progress,
+        config.ignore_georeference,
     )
     config.record(folder)
     return PreviewResult(tuple(pictures))
@@ -73,6 +82,7 @@ def write_previews(
     first_n: int,
     band_order: Sequence[str] = (),
     progress: Progress = silent,
+    ignore_georeference: bool = False,
 ) -> list[Path]:
     """Write `<tile_id>.png` for the first `first_n` of `scenes` that have a mask; give the paths.
 
@@ -88,7 +98,9 @@ def write_previews(
     pictures = []
     for done, (scene, mask) in enumerate(shown, 1):
         picture = output_dir / f"{tile_id_of(scene)}.png"
-        content = picture_of(scene, mask, band_order=band_order)
+        content = picture_of(
+            scene, mask, band_order=band_order, ignore_georeference=ignore_georeference
+        )
         with atomic(picture) as partial:
             partial.write_bytes(content)
         pictures.append(picture)
@@ -101,16 +113,17 @@ def picture_of(
     prediction: Path | None = None,
     truth: Path | None = None,
     band_order: Sequence[str] = (),
+    kelp_value: int = 1,
+    ignore_georeference: bool = False,
 ) -> bytes:
-    """A PNG of a scene file and its masks, read in strips: a huge scene needs little memory."""
+    """A PNG of a scene file and its masks, read in strips: a huge scene needs little memory.
+
+    `kelp_value` is that of the truth. Raises `InputError` where the grids differ.
+    """
     shape = raster_shape(scene)
     for path in (truth, prediction):
-        if path is not None and raster_shape(path) != shape:
-            height, width = raster_shape(path)
-            raise InputError(
-                f"{path} has {height} x {width} pixels (height x width), {scene} "
-                f"{shape[0]} x {shape[1]}; a mask must have the size of its scene"
-            )
+        if path is not None:
+            require_same_grid(scene, path, ignore_georeference)
     step = _step(shape)
     strips = list(_strips(shape, step))
     with Scene(scene, band_order) as source:
@@ -118,12 +131,12 @@ def picture_of(
             [rendering.shrink_pixels(source.read(strip), step) for strip in strips], axis=1
         )
 
-    def shown(path: Path | None) -> _Shown | None:
+    def shown(path: Path | None, value: int = 1) -> _Shown | None:
         if path is None:
             return None
-        return _Shown.of((read_mask(path, strip) for strip in strips), step)
+        return _Shown.of((read_mask(path, strip, value) for strip in strips), step)
 
-    return _draw(pixels, shown(truth), shown(prediction), tile_id_of(scene), step)
+    return _draw(pixels, shown(truth, kelp_value), shown(prediction), tile_id_of(scene), step)
 
 
 def panels(

@@ -13,6 +13,7 @@ from typing import Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from kelp.evaluation.confusion import Confusion, dice, mean_dice
 from kelp.plotting import rendering, style
 from kelp.plotting.canvas import Canvas
 from kelp.plotting.rendering import Picture, ramp
@@ -128,12 +129,12 @@ def _error_row(tile: SheetTile, probability: Plane, threshold: float, step: int)
     seen = np.where(tile.observed, probability, np.nan).astype(np.float32)
     truth = np.where(tile.observed, tile.truth, np.uint8(MASK_NODATA))
     found = to_mask(seen, threshold)
-    hits, true, predicted = (
-        int(np.count_nonzero(where))
-        for where in ((truth == 1) & (found == 1), truth == 1, found == 1)
+    counts = Confusion.of(truth, found)
+    facts = (
+        f"{counts.tp + counts.fn:,} px kelp",
+        f"{counts.tp + counts.fp:,} px predicted",
+        f"dice {mean_dice([dice(*counts[:3])]):.3f}",
     )
-    dice = 2 * hits / (true + predicted) if true + predicted else 1.0
-    facts = (f"{true:,} px kelp", f"{predicted:,} px predicted", f"dice {dice:.3f}")
     pixels = rendering.shrink_pixels(tile.pixels, step)
     highest = rendering.shrink_highest(seen, step)
     masks = (rendering.shrink_mask(mask, step) for mask in (truth, found))

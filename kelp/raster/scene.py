@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from kelp.errors import ConfigError, InputError
 from kelp.io.location import Url
 from kelp.raster import bands, validity
-from kelp.raster.bands import BANDS, FEWEST_OPTICAL, OPTICAL, QA
+from kelp.raster.bands import BANDS, DEM, FEWEST_OPTICAL, OPTICAL, QA
 from kelp.raster.masks import (
     descriptions_of,
     georeference_from,
@@ -205,6 +205,19 @@ class Scene:
             self._note(raw, pixels, filled)
         self._pixels_read += pixels[0].size
         return pixels
+
+    def read_elevation(self, tile: Tile) -> NDArray[np.float32]:
+        """The DEM band alone, of a window, `(height, width)`, in metres; NaN = unknown."""
+        if DEM not in self._targets:
+            return np.full((tile.height, tile.width), np.nan, dtype=np.float32)
+        k = self._targets.index(DEM)
+        with quietly(self.path):
+            values = self._planes([self._indexes[k]], tile.window)[0]
+            hidden = self._masks.missing(tile.window)
+        missing = np.isin(values, self._nodata[k])
+        if hidden is not None:
+            missing |= hidden[k]
+        return np.where(missing, np.float32(np.nan), values.astype(np.float32))
 
     def sample(self, side: int) -> NDArray[np.float32]:
         """At most `side` x `side` pixels spread over the scene, as a canonical array.

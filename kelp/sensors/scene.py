@@ -157,8 +157,7 @@ class SensorScene(Scene):
         """The elevation of a window: metres, NaN = unknown, shape `(height, width)`."""
         if self._elevation is not None:
             return self._elevation.read(tile)
-        elevation: NDArray[np.float32] = super().read(tile)[bands.DEM]
-        return elevation
+        return super().read_elevation(tile)
 
     def read_stored(self) -> Stored:
         """The whole scene as stored and as a canonical array; of a product both are the latter."""

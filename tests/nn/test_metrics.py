@@ -6,7 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from kelp.nn.metrics import Confusion, Found, KelpScores
+from kelp.evaluation.confusion import Confusion
+from kelp.nn.metrics import Found, KelpScores, monitored
 
 
 def brute_force(p, target, observed):
@@ -15,7 +16,7 @@ def brute_force(p, target, observed):
         if seen and truth != 255:
             guess = value >= 0.5
             counts[("t" if guess == truth else "f") + ("p" if guess else "n")] += 1
-    return Confusion(counts["tn"], counts["fp"], counts["fn"], counts["tp"])
+    return Confusion(**counts)
 
 
 @settings(max_examples=40, deadline=None)
@@ -36,23 +37,25 @@ def test_counts_are_those_of_a_loop_over_pixels(seed, batches):
 
 
 def test_scores_are_the_formulas():
-    confusion = Confusion(true_negative=100, false_positive=3, false_negative=5, true_positive=8)
-    assert confusion.scores() == pytest.approx(
-        {"dice": 16 / 24, "iou": 8 / 16, "precision": 8 / 11, "recall": 8 / 13}
+    confusion = Confusion(tp=8, fp=3, fn=5, tn=100)
+    assert (
+        monitored(confusion)
+        == confusion.scores()
+        == pytest.approx({"dice": 16 / 24, "iou": 8 / 16, "precision": 8 / 11, "recall": 8 / 13})
     )
 
 
 @pytest.mark.parametrize(
     ("confusion", "score"),
     [
-        (Confusion(9, 0, 0, 0), 1.0),  # nothing there, nothing found
-        (Confusion(0, 0, 0, 0), 1.0),  # nothing observed
-        (Confusion(9, 4, 0, 0), 0.0),  # only false alarms
-        (Confusion(9, 0, 4, 0), 0.0),  # all missed
+        (Confusion(tn=9), 1.0),  # nothing there, nothing found
+        (Confusion(), 1.0),  # nothing observed
+        (Confusion(fp=4, tn=9), 0.0),  # only false alarms
+        (Confusion(fn=4, tn=9), 0.0),  # all missed
     ],
 )
 def test_scores_are_never_nan(confusion, score):
-    assert set(confusion.scores().values()) == {score}
+    assert set(monitored(confusion).values()) == {score}
 
 
 def test_counting_is_exact_where_float32_is_not():
@@ -62,14 +65,14 @@ def test_counting_is_exact_where_float32_is_not():
     scores.update(ones, target, target.bool())  # 2^24: the next float32 integer is 2 further
     one = torch.ones((1, 1, 1))
     scores.update(one, one.to(torch.uint8), one.bool())
-    assert scores.confusion().true_positive == 2**24 + 1
+    assert scores.confusion().tp == 2**24 + 1
 
 
 def test_probabilities_in_half_precision_and_the_threshold_itself():
     scores = KelpScores()
     p = torch.tensor([[[0.5, 0.4980]]], dtype=torch.bfloat16)
     scores.update(p, torch.ones((1, 1, 2), dtype=torch.uint8), torch.ones((1, 1, 2), dtype=bool))
-    assert scores.confusion() == Confusion(0, 0, 1, 1)
+    assert scores.confusion() == Confusion(tp=1, fn=1)
 
 
 def test_reset_forgets():
@@ -77,7 +80,7 @@ def test_reset_forgets():
     one = torch.ones((1, 1, 1))
     scores.update(one, one.to(torch.uint8), one.bool())
     scores.reset()
-    assert scores.confusion() == Confusion(0, 0, 0, 0)
+    assert scores.confusion() == Confusion()
 
 
 def test_what_a_network_finds_at_any_threshold():

@@ -254,7 +254,7 @@ def test_the_first_scenes_with_a_mask_are_pictured(tmp_path):
 def test_mistakes_are_named(tmp_path):
     make_folder(tmp_path, ["AA"])
     write_mask(tmp_path / "masks" / "AA_kelp.tif", np.zeros((60, 40), np.uint8))
-    with pytest.raises(InputError, match=r"AA_kelp\.tif has 60 x 40 .*AA_satellite\.tif 40 x 60"):
+    with pytest.raises(InputError, match=r"AA_kelp\.tif does .*AA_satellite\.tif: 60 x 40 "):
         preview.preview(config(tmp_path))
     (tmp_path / "masks" / "AA_kelp.tif").unlink()
     with pytest.raises(InputError, match=r"masks: holds no mask of the scenes \(such as AA_kelp"):

@@ -12,8 +12,6 @@ import kelp
 from kelp.cli import main
 from kelp.config import ReportConfig
 from kelp.errors import InputError
-from kelp.plotting.reports.judged import Sweep
-from kelp.raster.probability import CODES
 from kelp.raster.writer import write_mask
 
 TRUTH = np.zeros((20, 20), np.uint8)
@@ -91,20 +89,6 @@ def test_the_figures_are_those_counted_by_hand(tmp_path):
     assert "pooled Dice 0.956" in result.summary()
 
 
-def test_a_sweep_is_precision_and_recall_at_every_threshold():
-    by_code = np.zeros((2, CODES + 1), np.int64)
-    by_code[1, [50, 150]] = 1, 3  # kelp at 0.2 and 0.6
-    by_code[0, [0, 100]] = 90, 2  # none at 0 and 0.4
-    sweep = Sweep.of(by_code)
-    at = {round(float(t), 3): k for k, t in enumerate(sweep.thresholds)}
-    assert sweep.precision[at[0.2]] == pytest.approx(4 / 6)
-    assert sweep.recall[at[0.204]] == pytest.approx(3 / 4)
-    assert sweep.precision[at[0.404]] == 1
-    assert sweep.dice[at[0.4]] == pytest.approx(2 * 3 / (2 * 3 + 2 + 1))
-    assert np.isnan(sweep.precision[at[0.604]])
-    assert sweep.dice[at[0.604]] == 0
-
-
 def test_the_page_says_what_it_is_about(tmp_path):
     bundle = tiny_bundle(tmp_path / "run" / "artifacts" / "bundle", training={"lr": 0.001})
     history = [{"train/loss": 0.9, "val/dice": 0.1}, {"train/loss": 0.5, "val/dice": 0.4}]
@@ -112,11 +96,26 @@ def test_the_page_says_what_it_is_about(tmp_path):
     config = make_folders(tmp_path)
     config = config.model_copy(update={"run_dir": tmp_path / "run", "title": "Off Olinda"})
     text = kelp.make_report(config).page.read_text(encoding="utf-8")
-    headings = ["Scores", "Small patches", "Curves", "Scenes", "The network", "The data", "Again"]
+    headings = [
+        "The worst scenes, and the best",
+        "Scores",
+        "Small patches",
+        "Curves",
+        "The network",
+        "The data",
+        "Again",
+    ]
     at = [text.index(f">{words}</h2>") for words in headings]
     assert at == sorted(at)
     assert text.index("Pooled Dice of kelp is 0.956") < at[0]
-    assert "With 3 places only" in text
+    assert "With 3 sites only" in text
+    answer = text[: at[0]]
+    assert "Mapped area is 0.99 times the true area (30 m pixels assumed, no CRS)" in answer
+    assert "5% of the kelp is missed; of 2 patches of 1-4 pixels 1 are found" in answer
+    assert "4% of what is mapped as kelp is none" in answer
+    worst = r"The worst of 2 scenes with kelp is <code>AA000002</code>, Dice 0.911"
+    assert worst in answer
+    assert "Most false kelp is in <code>AA000002</code>: 0.003 km²" in answer
     assert all(words in text for words in ("AA000002", "kelp report --config", "lr: 0.001"))
     assert text.count("<img") == 1 + 3 + 2 + 1  # patches, curves, worst and best, training
 
@@ -138,19 +137,19 @@ def test_the_same_again_is_the_same_page(tmp_path):
     assert (tmp_path / "out" / "report.html").read_bytes() == first
 
 
-def test_what_cannot_be_judged_is_refused(tmp_path):
+def test_what_cannot_be_evaluated_is_refused(tmp_path):
     config = make_folders(tmp_path)
     (tmp_path / "scenes" / "AA000002_satellite.tif").unlink()
     with pytest.raises(InputError, match=r"no scene AA000002_satellite.tif, 1 of 3"):
         kelp.make_report(config)
     (tmp_path / "masks" / "AA000003_kelp.tif").unlink()
-    with pytest.raises(InputError, match=r"no prediction for AA000003, 1 of 3"):
+    with pytest.raises(InputError, match=r"no prediction for AA000003 of "):
         kelp.make_report(config)
     with pytest.raises(InputError, match="holds no bundle"):
         kelp.make_report(config.model_copy(update={"run_dir": tmp_path}))
     write_mask(tmp_path / "masks" / "AA000003_kelp.tif", TRUTH[:10])
     shutil.rmtree(tmp_path / "scenes")
-    with pytest.raises(InputError, match="must have the size of its truth"):
+    with pytest.raises(InputError, match="does not lie on the grid of"):
         kelp.make_report(config.model_copy(update={"data_dir": None}))
     assert not (tmp_path / "out").exists()
 

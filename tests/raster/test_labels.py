@@ -51,7 +51,7 @@ def test_what_a_mask_says(tmp_path, values, nodata, kelp_value, wanted):
     ("values", "kelp_value", "words"),
     [
         (np.int16([0, 1, -1]), 1, "holds 0, 1 and 255 .*, this one also -1"),
-        (np.uint8([0, 1, 255]), 255, r"holds 0, 255 \(--kelp_value\) and nodata, .* also 1"),
+        (np.uint8([0, 1, 255]), 255, r"holds 0, 255 \(kelp_value\) and nodata, .* also 1"),
         (np.float32([0, 0.5, 1]), 1, "also 0.5"),
     ],
 )

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Any
 
-from kelp.nn.comparison.result import Comparison, Estimate, Judged
-
-_FEW_PLACES: Final = 8
-"""Below this the bootstrap's intervals are too narrow to lean on (Efron & Tibshirani 1993)."""
+from kelp.evaluation.bootstrap import FEW_SITES, Estimate
+from kelp.nn.comparison.result import Comparison, Evaluation
 
 
 @dataclass(frozen=True)
@@ -17,10 +15,10 @@ class Advice:
 
     slice: bool
     text: str
-    whole: Judged | None
-    """The best way of showing the network whole images."""
-    sliced: Judged | None
-    """The best sliced way, of those that lead their network's."""
+    whole: Evaluation | None
+    """The best variant that shows the network whole images."""
+    sliced: Evaluation | None
+    """The best sliced variant, of the first one of each network."""
     difference: Estimate | None
     """Pooled Dice, sliced less whole."""
     training: Estimate | None = None
@@ -28,12 +26,12 @@ class Advice:
     of the best one trained on whole images, applied to whole images; if there are both."""
 
     def to_json(self) -> dict[str, Any]:
-        """By name; ways by theirs."""
+        """By name; variants by theirs."""
         return {
             "slice": self.slice,
             "text": self.text,
-            "whole": self.whole and self.whole.way.name,
-            "sliced": self.sliced and self.sliced.way.name,
+            "whole": self.whole and self.whole.name,
+            "sliced": self.sliced and self.sliced.name,
             "difference": self.difference and self.difference.to_json(),
             "training": self.training and self.training.to_json(),
         }
@@ -46,27 +44,33 @@ def advise(comparison: Comparison) -> Advice:
     images = comparison.best(("whole",), sahi=False)
     if tiles is None or images is None or applied.difference is None:
         return applied
-    gain = comparison.difference(tiles, images)
-    if gain.value is None or gain.low is None or gain.high is None:
+    gain = tiles.difference(images)
+    if gain.low is None or gain.high is None:
         return applied
     verdict = (
         "slice" if gain.low > 0 else "do not slice" if gain.high < 0 else "no difference shown"
     )
     text = (
-        f"In training: {verdict}, {_amount(gain)} ({tiles.way.name} against {images.way.name}). "
+        f"In training: {verdict}, {_amount(gain)} ({tiles.name} against {images.name}). "
         f"At prediction: {applied.text}"
     )
     return replace(applied, text=text, training=gain)
 
 
 def _amount(gain: Estimate) -> str:
-    return f"{gain.value:+.3f} Dice, 95 % interval {gain.low:+.3f} to {gain.high:+.3f}"
+    return f"{gain.number('+.3f')} Dice, 95 % interval {gain.bounds('+.3f')}"
 
 
 def _applied(comparison: Comparison) -> Advice:
     """Slice only where the interval of the gain in pooled Dice lies above 0."""
     whole = comparison.best(("whole", "whole, upsampled"))
     sliced = comparison.best(("sliced",))
+    if not comparison.of_kinds(("sliced",)):
+        text = (
+            "No answer: no sliced variant is small enough to be run (--largest_pass), so there "
+            "was nothing to compare with."
+        )
+        return Advice(False, text, whole, sliced, None)
     if sliced is None:
         text = "No answer: these scenes hold no kelp, neither true nor predicted."
         return Advice(False, text, whole, sliced, None)
@@ -76,21 +80,19 @@ def _applied(comparison: Comparison) -> Advice:
             "(--largest_pass), so there was nothing to compare with."
         )
         return Advice(True, text, whole, sliced, None)
-    gain = comparison.difference(sliced, whole)
+    gain = sliced.difference(whole)
     cost = sliced.multiplier / whole.multiplier
-    ways = f"({sliced.way.name} against {whole.way.name})"
+    names = f"({sliced.name} against {whole.name})"
     price = f"It costs {cost:.1f} times the network pixels."
-    if gain.low is None or gain.high is None or gain.value is None:
-        text = f"No answer: too few images have kelp to tell {ways}."
+    if gain.low is None or gain.high is None:
+        text = f"No answer: too few images have kelp to tell {names}."
         return Advice(False, text, whole, sliced, gain)
-    amount = _amount(gain)
     if gain.low > 0:
-        text = f"Slice: {amount} {ways}. {price}"
+        text = f"Slice: {_amount(gain)} {names}. {price}"
     elif gain.high < 0:
-        text = f"Do not slice, it harms: {amount} {ways}. {price}"
+        text = f"Do not slice, it harms: {_amount(gain)} {names}. {price}"
     else:
-        text = f"Do not slice, no gain can be shown: {amount} {ways}. {price}"
-    places = max(comparison.places) + 1
-    if places < _FEW_PLACES:
-        text += f" With {places} places only, take the interval as too narrow."
+        text = f"Do not slice, no gain can be shown: {_amount(gain)} {names}. {price}"
+    if comparison.sites < FEW_SITES:
+        text += f" With {comparison.sites} sites only, take the interval as too narrow."
     return Advice(gain.low > 0, text, whole, sliced, gain)

@@ -14,25 +14,35 @@ from numpy.typing import NDArray
 
 from kelp.config import CompareConfig
 from kelp.errors import ConfigError
-from kelp.evaluation.scoring import pixel_area_m2
-from kelp.evaluation.thresholds import best_threshold, parts_of, pixels_by_code, precision_by_code
+from kelp.evaluation.bootstrap import SiteBootstrap
+from kelp.evaluation.confusion import Mask
+from kelp.evaluation.metrics import FIGURES, SHORE, ImageTotals, SiteTotals, Totals
+from kelp.evaluation.pairs import strips
+from kelp.evaluation.scoring import source_words
+from kelp.evaluation.thresholds import Histogram, best_threshold, parts_of
 from kelp.inference.bundle import Bundle, load_bundle
 from kelp.io.files import discard_partials, output_folder, scratch_folder, write_json, write_text
 from kelp.nn.comparison.advice import Advice, advise
 from kelp.nn.comparison.fields import FIELDS
 from kelp.nn.comparison.page import to_text, write_report
-from kelp.nn.comparison.result import Comparison, Judged
-from kelp.nn.comparison.scenes import Labelled, labelled_scenes
-from kelp.nn.comparison.sums import FIGURES, Draws, Sums, sums_of
-from kelp.nn.comparison.ways import Runtime, Way, ways_of
+from kelp.nn.comparison.result import Comparison, Evaluation
+from kelp.nn.comparison.scenes import Scenes, labelled_scenes
+from kelp.nn.comparison.variants import (
+    WHOLE_IMAGE_TILE,
+    Cost,
+    Runtime,
+    Variant,
+    variants_of,
+)
 from kelp.nn.device import resolve_device, resolve_precision
 from kelp.plotting.preview import picture_of
 from kelp.progress import Progress, silent
-from kelp.raster.bands import DEM, MASK_NODATA
-from kelp.raster.masks import read_mask
+from kelp.raster.bands import MASK_NODATA
+from kelp.raster.masks import Georeference, read_mask
 from kelp.raster.probability import CODES, code_of, quantise
-from kelp.raster.scene import read_scene
-from kelp.raster.writer import write_mask
+from kelp.raster.scene import Scene
+from kelp.raster.window import Shape
+from kelp.raster.writer import RasterWriter
 from kelp.tables import output_name
 from kelp.tiling.seams import Steps, steps
 
@@ -54,30 +64,31 @@ class CompareResult:
 
 
 def compare(config: CompareConfig, progress: Progress = silent) -> CompareResult:
-    """Apply networks to labelled scenes in several ways and judge each; see `CompareConfig`.
+    """Apply networks to labelled scenes in several variants and evaluate each.
 
-    Writes `comparison.json`, `comparison.txt` and `report.html`.
+    Writes `comparison.json`, `comparison.txt` and `report.html`. Scenes are read by windows: only
+    a variant that shows the network a whole scene holds one in memory.
 
     Raises:
-        InputError: a truth is missing or of another size, or a scene cannot be read.
+        InputError: a truth is missing or does not lie on its scene's grid, or a scene cannot be
+            read.
         ConfigError: no bundle or an ONNX file, an overlap that is none, or nothing left to run;
             without folders, runs that were not trained on one fold.
     """
     bundles = [load_bundle(path, config.use_checkpoint) for path in config.run_dir]
     if not bundles:
         raise ConfigError("--run_dir is missing; name at least one run or bundle")
-    scenes = labelled_scenes(config, bundles, config.labels_dir)
-    images = scenes.images
-    ways: list[Way] = []
-    left_out: list[Way] = []
-    for way in _ways(config, bundles):
-        fits = max(way.side(image.shape) for image in images) <= config.largest_pass
-        (ways if fits else left_out).append(way)
-    for way in left_out:
-        log.info("%s: left out, larger than --largest_pass %d", way.name, config.largest_pass)
-    if not ways:
+    scenes = labelled_scenes(config, bundles, config.data_dir, config.gt_dir, config.labels_dir)
+    variants: list[Variant] = []
+    left_out: list[Variant] = []
+    for variant in _variants(config, bundles):
+        fits = max(variant.side(image.shape) for image in scenes.images) <= config.largest_pass
+        (variants if fits else left_out).append(variant)
+    for variant in left_out:
+        log.info("%s: left out, larger than --largest_pass %d", variant.name, config.largest_pass)
+    if not variants:
         raise ConfigError(
-            f"--largest_pass {config.largest_pass}: no way shows a network so little at once; "
+            f"--largest_pass {config.largest_pass}: no variant shows a network so little at once; "
             "give a larger number, or a smaller --sahi_tile_size"
         )
     device = resolve_device(config.device)
@@ -86,15 +97,17 @@ def compare(config: CompareConfig, progress: Progress = silent) -> CompareResult
     folder = output_folder(config.output_dir)
     discard_partials(folder)
     with scratch_folder(folder) as scratch:
-        judge = _Judge(config, images, ways, runtime, scratch)
-        judge.predict(progress)
-        judged = tuple(judge.judge(way, judge.thresholds(way)) for way in ways)
-        places = [image.place for image in images]
-        draws = Draws(max(places) + 1, config.draws, config.seed)
-        comparison = Comparison(judged, places, draws)
+        run = _Run(config, scenes, variants, runtime, scratch)
+        run.predict(progress)
+        comparison = Comparison(
+            tuple(run.evaluate(variant, run.thresholds(variant)) for variant in variants),
+            len(scenes.images),
+            scenes.sites,
+            source_words([image.area(config.pixel_size).words for image in scenes.images]),
+        )
         advice = advise(comparison)
-        if advice.whole and (precise := judge.as_precise_as(advice.whole)):
-            comparison = replace(comparison, equal=Comparison(precise, places, draws))
+        if advice.whole:
+            comparison = replace(comparison, equal=run.as_precise_as(advice.whole))
         text = to_text(comparison, advice)
         report = write_report(
             folder / "report.html",
@@ -102,17 +115,18 @@ def compare(config: CompareConfig, progress: Progress = silent) -> CompareResult
             advice,
             config,
             scenes.words,
-            judge.pictures(advice),
-            [way.name for way in left_out],
+            run.pictures(advice),
+            [variant.name for variant in left_out],
         )
     figures: dict[str, Any] = {
         "advice": advice.to_json(),
         "scenes": scenes.words,
-        "images": len(images),
-        "places": max(places) + 1,
+        "images": comparison.images,
+        "places": comparison.sites,
         "draws": config.draws,
         "precision": precision,
-        "left_out": [way.name for way in left_out],
+        "pixel_size": comparison.area,
+        "left_out": [variant.name for variant in left_out],
         "ways": comparison.to_json(advice.whole),
         "fields": FIELDS,
     }
@@ -123,11 +137,11 @@ def compare(config: CompareConfig, progress: Progress = silent) -> CompareResult
     return CompareResult(comparison, advice, text, files)
 
 
-def _ways(config: CompareConfig, bundles: Sequence[Bundle]) -> list[Way]:
-    ways: list[Way] = []
+def _variants(config: CompareConfig, bundles: Sequence[Bundle]) -> list[Variant]:
+    variants: list[Variant] = []
     for bundle, path in zip(bundles, config.run_dir, strict=True):
         name = path.name if len(bundles) > 1 else ""
-        ways += ways_of(
+        variants += variants_of(
             bundle,
             name,
             config.sahi_tile_size,
@@ -136,139 +150,169 @@ def _ways(config: CompareConfig, bundles: Sequence[Bundle]) -> list[Way]:
             config.interpolations,
             config.tta,
         )
-    names = [way.name for way in ways]
+    names = [variant.name for variant in variants]
     if len(set(names)) < len(names):
         raise ConfigError("--run_dir: two of these folders have one name; rename one")
-    return ways
+    return variants
 
 
-class _Judge:
-    """Predictions of all ways, and what they are worth."""
+class _Codes:
+    """Keeps the probabilities of a scene in a file, quantised, and the steps between pixels."""
+
+    def __init__(self, path: Path, shape: Shape) -> None:
+        self._path, self._shape = path, shape
+        self._exact = path.with_suffix(".exact.npy")
+        self._rows = np.lib.format.open_memmap(self._exact, "w+", np.float32, shape)
+
+    def write(self, y: int, rows: NDArray[np.float32]) -> None:
+        self._rows[y : y + len(rows)] = rows
+
+    def close(self) -> None:
+        """The last row is there."""
+
+    def finish(self, variant: Variant, like: int) -> Steps:
+        """Keep the codes only; steps are those across the tiles of the variant."""
+        found = steps(self._rows, variant.grid(self._shape, like))
+        codes = np.lib.format.open_memmap(self._path, "w+", np.uint8, self._shape)
+        for strip, _ in strips(self._shape):
+            codes[strip.slices] = quantise(self._rows[strip.slices])
+        codes.flush()
+        del self._rows
+        self._exact.unlink()
+        return found
+
+
+class _Run:
+    """Predictions of all variants, kept as files of codes, and what they are worth."""
 
     def __init__(
         self,
         config: CompareConfig,
-        images: Sequence[Labelled],
-        ways: Sequence[Way],
+        scenes: Scenes,
+        variants: Sequence[Variant],
         runtime: Runtime,
         folder: Path,
     ) -> None:
         self._config = config
-        self._images = images
-        self._ways = ways
+        self._images = scenes.images
+        self._variants = variants
         self._runtime = runtime
         self._folder = folder
-        self._steps: dict[str, list[Steps]] = {way.name: [] for way in ways}
-        self._seconds: dict[str, list[float]] = {way.name: [] for way in ways}
-        self._network_pixels: dict[str, int] = dict.fromkeys(self._steps, 0)
-        self._number = {way.name: k for k, way in enumerate(ways)}
-        self._counted: dict[str, NDArray[np.int64]] = {}
-        self._land: list[NDArray[np.bool_]] = []
-        self._part = parts_of(max(image.place for image in images) + 1, config.seed)
+        self._steps: dict[str, list[Steps]] = {variant.name: [] for variant in variants}
+        self._costs: dict[str, list[Cost]] = {variant.name: [] for variant in variants}
+        self._number = {variant.name: k for k, variant in enumerate(variants)}
+        self._counted: dict[str, Histogram] = {}
+        self._part = parts_of(scenes.sites, config.seed)
         self._parts = int(self._part.max()) + 1
+        self._sites = [image.site for image in scenes.images]
+        self._bootstrap = SiteBootstrap(scenes.sites, config.draws, config.seed)
 
     def predict(self, progress: Progress) -> None:
-        """Run every way on every scene; each scene is read once."""
+        """Run every variant on every scene."""
         config, done = self._config, 0
-        tiles = [way.tile for way in self._ways if way.tile]
+        # Borders that a variant without tiles is looked at, for comparison.
+        like = next((one.tile for one in self._variants if one.tile), None) or WHOLE_IMAGE_TILE
         for number, image in enumerate(self._images):
-            scene = read_scene(image.scene, config.band_order)
-            self._land.append(scene[DEM] > 0)
-            for way in self._ways:
-                outcome = way.run(scene, self._runtime, config.qa_as_nodata)
-                p = outcome.probabilities
-                self._seconds[way.name].append(outcome.seconds)
-                self._network_pixels[way.name] += outcome.network_pixels
-                self._steps[way.name].append(steps(p, way.grid(image.shape, tiles[0])))
-                np.save(self._file(way, number), quantise(p))
-                done += 1
-                progress("comparing", done, len(self._images) * len(self._ways))
+            with Scene(image.scene, config.band_order) as scene:
+                for variant in self._variants:
+                    codes = _Codes(self._file(variant, number), image.shape)
+                    cost = variant.run(scene, codes, self._runtime, config.qa_as_nodata)
+                    self._costs[variant.name].append(cost)
+                    self._steps[variant.name].append(codes.finish(variant, like))
+                    done += 1
+                    progress("comparing", done, len(self._images) * len(self._variants))
 
-    def _codes(self, way: Way, number: int) -> NDArray[np.uint8]:
-        codes: NDArray[np.uint8] = np.load(self._file(way, number))
+    def _codes(self, variant: Variant, number: int) -> Mask:
+        """Mapped into memory: read where it is looked at."""
+        codes: Mask = np.load(self._file(variant, number), mmap_mode="r")
         return codes
 
-    def _file(self, way: Way, number: int) -> Path:
-        return self._folder / f"{self._number[way.name]}-{number}.npy"
+    def _file(self, variant: Variant, number: int) -> Path:
+        return self._folder / f"{self._number[variant.name]}-{number}.npy"
 
-    def judge(self, way: Way, thresholds: Sequence[int]) -> Judged:
-        """Figures of one way at these thresholds, in codes, one for each part of the places."""
-        by_image: list[Sums] = []
-        for number, image in enumerate(self._images):
-            area = pixel_area_m2(image.truth) or pixel_area_m2(image.scene)
-            km2 = (area or self._config.pixel_size**2) / 1e6
-            by_image.append(
-                sums_of(
-                    read_mask(image.truth),
-                    self._codes(way, number),
-                    thresholds[self._part[image.place]],
-                    self._land[number],
-                    self._steps[way.name][number],
-                    km2,
-                    read_mask(image.labels) if image.labels else None,
-                )
-            )
+    def evaluate(self, variant: Variant, thresholds: Sequence[int]) -> Evaluation:
+        """Figures of one variant at these thresholds, in codes, one for each part of the sites."""
+        by_image = [
+            self._totals(variant, number, thresholds[self._part[image.site]])
+            for number, image in enumerate(self._images)
+        ]
+        costs = self._costs[variant.name]
         pixels = sum(image.shape[0] * image.shape[1] for image in self._images)
-        network_pixels = self._network_pixels[way.name]
-        return Judged(
-            way,
+        network_pixels = sum(cost.network_pixels for cost in costs)
+        return Evaluation(
+            variant,
             tuple(threshold / CODES for threshold in thresholds),
-            tuple(by_image),
-            statistics.median(self._seconds[way.name]),
+            SiteTotals(by_image, self._sites, self._bootstrap),
+            statistics.median(cost.seconds for cost in costs),
             network_pixels / len(self._images),
             network_pixels / pixels,
         )
 
-    def thresholds(self, way: Way) -> list[int]:
-        """Of each part of the places, in codes; fitted on the others unless one is given."""
-        wish = self._config.decision_threshold
-        if wish is None and self._parts == 1:
-            wish = way.bundle.spec.threshold
-            log.info("one place only: no threshold can be fitted, the bundle's is used")
-        if wish is not None:
-            return [code_of(wish)] * self._parts
-        return [best_threshold(others) for others in self._others(way)]
+    def _totals(self, variant: Variant, number: int, threshold: int) -> Totals:
+        image, all_codes = self._images[number], self._codes(variant, number)
+        totals = ImageTotals(image.area(self._config.pixel_size))
+        with Scene(image.scene, self._config.band_order, quiet=True) as scene:
+            for strip in strips(image.shape, SHORE):
+                codes = all_codes[strip.read.slices]
+                totals.add(
+                    strip.own,
+                    read_mask(image.truth, strip.read, self._config.kelp_value),
+                    _mask(codes, threshold),
+                    codes,
+                    scene.read_elevation(strip.read) > 0,
+                    read_mask(image.labels, strip.read) if image.labels else None,
+                    strip.above,
+                )
+        return totals.finish(self._steps[variant.name][number])[0]
 
-    def as_precise_as(self, reference: Judged) -> tuple[Judged, ...]:
-        """The ways at the thresholds at which they are as precise as `reference`.
+    def thresholds(self, variant: Variant) -> list[int]:
+        """Of each part of the sites, in codes; fitted on the others unless one is given."""
+        threshold = self._config.decision_threshold
+        if threshold is None and self._parts == 1:
+            threshold = variant.bundle.spec.threshold
+            log.info("one site only: no threshold can be fitted, the bundle's is used")
+        if threshold is not None:
+            return [code_of(threshold)] * self._parts
+        fitted: list[int] = best_threshold(self._others(variant).dice()).tolist()
+        return fitted
 
-        For each part of the places: its precision on the other ones is what every way's lowest
-        threshold is sought for, there. Ways that do not reach it are left out, with one place all.
+    def as_precise_as(self, reference: Evaluation) -> tuple[Evaluation, ...]:
+        """The variants at the thresholds at which they are as precise as `reference`.
+
+        For each part of the sites: its precision on the other ones is what every variant's lowest
+        threshold is sought for, there. Variants that do not reach it are left out, with one site
+        all.
         """
         if self._parts == 1:
             return ()
         fitted = [round(threshold * CODES) for threshold in reference.thresholds]
-        wanted = [
-            precision_by_code(others)[threshold]
-            for others, threshold in zip(self._others(reference.way), fitted, strict=True)
-        ]
-        judged = []
-        for way in self._ways:
-            reached = [
-                np.flatnonzero(precision_by_code(others)[1:] >= precision)
-                for others, precision in zip(self._others(way), wanted, strict=True)
-            ]
-            if all(map(len, reached)):
-                judged.append(self.judge(way, [1 + int(codes[0]) for codes in reached]))
-        return tuple(judged)
+        wanted = self._others(reference.variant).precision()[np.arange(self._parts), fitted]
+        found = []
+        for variant in self._variants:
+            reached = self._others(variant).precision()[:, 1:] >= wanted[:, np.newaxis]
+            if reached.any(axis=1).all():
+                found.append(self.evaluate(variant, (1 + reached.argmax(axis=1)).tolist()))
+        return tuple(found)
 
-    def _others(self, way: Way) -> NDArray[np.int64]:
-        """Pixels by code of the places outside each part, `(parts, 2, CODES + 1)`."""
-        if way.name not in self._counted:
-            by_part = np.zeros((self._parts, 2, CODES + 1), dtype=np.int64)
+    def _others(self, variant: Variant) -> Histogram:
+        """Pixels by code of the sites outside each part."""
+        if variant.name not in self._counted:
+            by_part = Histogram.empty((self._parts,))
             for number, image in enumerate(self._images):
-                counted = pixels_by_code(read_mask(image.truth), self._codes(way, number))
-                by_part[self._part[image.place]] += counted
-            self._counted[way.name] = by_part.sum(axis=0) - by_part
-        return self._counted[way.name]
+                codes = self._codes(variant, number)
+                for strip, _ in strips(image.shape):
+                    truth = read_mask(image.truth, strip, self._config.kelp_value)
+                    by_part.add(int(self._part[image.site]), truth, codes[strip.slices])
+            self._counted[variant.name] = by_part.others()
+        return self._counted[variant.name]
 
     def pictures(self, advice: Advice) -> list[tuple[str, bytes]]:
-        """The scenes that gain and lose most by slicing, with what either way made of them."""
+        """The scenes that gain and lose most by slicing, with what either variant made of them."""
         if advice.sliced is None or advice.whole is None:
             return []
         pair = (advice.whole, advice.sliced)
         dice = [
-            [FIGURES["pooled_dice"](sums) for sums in judged.by_image] for judged in pair
+            [FIGURES["pooled_dice"](totals) for totals in one.totals.by_image] for one in pair
         ]  # NaN without kelp in either
         gains = np.nan_to_num(np.subtract(dice[1], dice[0]))
         shown = []
@@ -276,16 +320,32 @@ class _Judge:
             if (gains[number] > 0) != (words == "gains") or gains[number] == 0:
                 continue
             image = self._images[number]
-            for judged, scores in zip(pair, dice, strict=True):
-                threshold = round(judged.thresholds[self._part[image.place]] * CODES)
-                codes = self._codes(judged.way, number)
-                mask = np.where(codes == MASK_NODATA, MASK_NODATA, codes >= threshold)
+            for one, scores in zip(pair, dice, strict=True):
+                threshold = round(one.thresholds[self._part[image.site]] * CODES)
                 path = self._folder / output_name(image.scene)
-                write_mask(path, mask.astype(np.uint8))
+                self._write_mask(path, self._codes(one.variant, number), threshold)
                 caption = (
-                    f"`{image.scene.name}`, which {words} most by slicing: {judged.way.name}, "
+                    f"`{image.scene.name}`, which {words} most by slicing: {one.name}, "
                     f"Dice {float(scores[number]):.3f}"
                 )
-                picture = picture_of(image.scene, path, image.truth, self._config.band_order)
+                picture = picture_of(
+                    image.scene,
+                    path,
+                    image.truth,
+                    self._config.band_order,
+                    self._config.kelp_value,
+                    self._config.ignore_georeference,
+                )
                 shown.append((caption, picture))
         return shown
+
+    def _write_mask(self, path: Path, codes: Mask, threshold: int) -> None:
+        height, width = codes.shape
+        with RasterWriter(path, (height, width), "uint8", Georeference(), MASK_NODATA, {}) as out:
+            for strip, _ in strips((height, width)):
+                out.write(strip.y, _mask(codes[strip.slices], threshold))
+
+
+def _mask(codes: Mask, threshold: int) -> Mask:
+    """Kelp where a code is at least this."""
+    return np.where(codes == MASK_NODATA, MASK_NODATA, codes >= threshold).astype(np.uint8)

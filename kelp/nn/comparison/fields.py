@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Final
 
 from kelp.evaluation.confusion import PATCH_SIZES
+from kelp.evaluation.metrics import OPEN_WATER
 from kelp.nn.comparison.result import AT_EQUAL_PRECISION
-from kelp.nn.comparison.sums import OPEN_WATER
 
 _FIGURES: Final[dict[str, str]] = {
     "pooled_dice": "Dice over the pixels of all scenes; not observed counts as no kelp",
@@ -34,12 +34,12 @@ _FIGURES: Final[dict[str, str]] = {
 
 _ESTIMATE: Final[dict[str, str]] = {
     "value": "the figure; null where undefined",
-    "low": "where the middle 95 % of the bootstrap draws of places begins; null where undefined",
+    "low": "where the middle 95 % of the bootstrap draws of sites begins; null where undefined",
     "high": "where it ends",
 }
 
-_WAY: Final[dict[str, str]] = {
-    "name": "what the way is called in tables",
+_VARIANT: Final[dict[str, str]] = {
+    "name": "what the variant is called in tables",
     "kind": "whole; whole, upsampled; sliced; seed",
     "bundle": "folder of the network",
     "tile": "side of a tile in scene pixels; null: the scene is one",
@@ -48,18 +48,19 @@ _WAY: Final[dict[str, str]] = {
     "tta": "how the 8 symmetries of the square are merged; null: not run",
     "interpolation": "how tiles are resized for the network",
     "scale": "network pixels for each scene pixel, along a side",
-    "thresholds": "kelp where p is at least this: one for each part of the places, fitted on the "
+    "thresholds": "kelp where p is at least this: one for each part of the sites, fitted on the "
     "other parts (highest pooled Dice) unless --decision_threshold is given; of the seed's merge, "
     "at which each tile votes",
-    "seconds_per_image": "median over the scenes",
+    "seconds_per_image": "median over the scenes, reading included",
     "network_pixels_per_image": "what the network saw, over all tiles and symmetries, in its own "
     "pixels; mean over the scenes",
     "network_pixels_per_scene_pixel": "the same for each pixel of a scene: the cost, independent "
     "of the machine",
     **{f"figures.{name}": words for name, words in _FIGURES.items()},
-    "at_equal_precision": "the way at other thresholds: for each part of the places the lowest at "
-    "which it is, on the other parts, as precise as advice.whole is there; null where it never is",
-    "at_equal_precision.thresholds": "one for each part of the places",
+    "at_equal_precision": "the variant at other thresholds: for each part of the sites the lowest "
+    "at which it is, on the other parts, as precise as advice.whole is there; null where it never "
+    "is",
+    "at_equal_precision.thresholds": "one for each part of the sites",
     **{f"at_equal_precision.figures.{name}": _FIGURES[name] for name in AT_EQUAL_PRECISION},
     "reliability[]": "of each tenth of the probabilities",
     "reliability[].pixels": "labelled pixels with such a probability",
@@ -73,8 +74,8 @@ FIELDS: Final[dict[str, str]] = {
     "advice": "the answer",
     "advice.slice": "whether to slice: true only where advice.difference lies above 0 wholly",
     "advice.text": "the answer in words",
-    "advice.whole": "the whole-image way with the highest pooled Dice; null without one",
-    "advice.sliced": "the sliced way with the highest pooled Dice, of the first of each network",
+    "advice.whole": "the whole-image variant with the highest pooled Dice; null without one",
+    "advice.sliced": "the sliced variant with the highest pooled Dice, the first of each network",
     "advice.difference": "pooled Dice, advice.sliced less advice.whole",
     **{f"advice.difference.{name}": words for name, words in _ESTIMATE.items()},
     "advice.training": "pooled Dice of the best network trained on tiles, as kelp predict applies "
@@ -82,12 +83,13 @@ FIELDS: Final[dict[str, str]] = {
     "there are both; value, low and high as in advice.difference",
     "scenes": "where the labelled scenes are from",
     "images": "number of scenes",
-    "places": "number of places that they show",
-    "draws": "bootstrap draws of places",
+    "places": "number of sites that they show",
+    "draws": "bootstrap draws of sites",
     "precision": "number format of the networks",
-    "left_out": "ways that would have needed a larger pass than --largest_pass",
-    "ways[]": "each way of applying a network",
-    **{f"ways[].{name}": words for name, words in _WAY.items()},
+    "pixel_size": "where the area of a pixel comes from",
+    "left_out": "variants that would have needed a larger pass than --largest_pass",
+    "ways[]": "each variant of applying a network",
+    **{f"ways[].{name}": words for name, words in _VARIANT.items()},
     **{f"ways[].figures.*.{name}": words for name, words in _ESTIMATE.items()},
     "ways[].figures.*.difference": _DIFFERENCE,
     **{f"ways[].at_equal_precision.figures.*.{name}": words for name, words in _ESTIMATE.items()},

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Final
 
 from kelp.config import CompareConfig
+from kelp.evaluation.bootstrap import Estimate
 from kelp.evaluation.confusion import PATCH_SIZES
+from kelp.evaluation.metrics import OPEN_WATER
 from kelp.nn.comparison.advice import Advice
-from kelp.nn.comparison.result import Comparison, Estimate, Judged
+from kelp.nn.comparison.result import Comparison, Evaluation
 from kelp.plotting.charts import by_class, intervals
 from kelp.plotting.html import Report
 
@@ -21,30 +23,29 @@ _SCORES: Final = (
     ("boundary_dice", "boundary Dice"),
     ("seam_score", "seam"),
 )
-_FALSE: Final = "false_kelp_share_of_open_water"
 _BESIDE: Final = ("mean_image_dice", "seam_score")
 _FOUND: Final = tuple((f"recall_{size}_px", f"{size} px") for size in PATCH_SIZES)
 
 _WIDTH: Final = 100
 """Of the words below a plain-text table."""
 _EQUAL: Final = (
-    "Thresholds at which every way is as precise as that one, fitted on other places. Precision: "
-    "as reached on the places judged; px: share of the patches of that size found; false: kelp "
-    "marked in water farther than 3 px from true kelp. No figures: never as precise."
+    "Thresholds at which every variant is as precise as that one, fitted on other sites. "
+    "Precision: as reached where it was not fitted; px: share of the patches of that size found; "
+    "false: kelp marked in water farther than 3 px from true kelp. No figures: never as precise."
 )
 
 
 def to_text(comparison: Comparison, advice: Advice) -> str:
     """Aligned plain-text tables, and the advice."""
-    head = ["way", "Dice", "95 %", "less whole", "95 %", "mean Dice", "seam", "cost", "s"]
+    head = ["variant", "Dice", "95 %", "less whole", "95 %", "mean Dice", "seam", "cost", "s"]
     rows = [head]
-    for one in comparison.judged:
-        dice = comparison.figure(one, "pooled_dice")
-        gain = comparison.difference(one, advice.whole) if advice.whole else _UNKNOWN
-        mean, seam = (comparison.figure(one, name).value for name in _BESIDE)
+    for one in comparison.evaluations:
+        dice = one.figure("pooled_dice")
+        gain = one.difference(advice.whole)
+        mean, seam = (one.figure(name).value for name in _BESIDE)
         rows.append(
             [
-                one.way.name,
+                one.name,
                 _number(dice.value),
                 _bounds(dice),
                 _number(gain.value, "+.3f"),
@@ -62,7 +63,7 @@ def to_text(comparison: Comparison, advice: Advice) -> str:
     lines = [*_aligned(rows), *textwrap.wrap(legend, _WIDTH)]
     if advice.whole and comparison.equal:
         rows = [[_number(cell) for cell in row] for row in _equal_table(comparison, advice.whole)]
-        words = f"At the precision of: {advice.whole.way.name}"
+        words = f"At the precision of: {advice.whole.name}"
         lines += ["", words, *_aligned(rows), *textwrap.wrap(_EQUAL, _WIDTH)]
     return "\n".join([*lines, "", advice.text])
 
@@ -89,30 +90,30 @@ def write_report(
     left_out: Sequence[str],
 ) -> Path:
     """One self-contained HTML file: question and answer first."""
-    images, places = len(comparison.places), max(comparison.places) + 1
     report = Report("Should I slice?").text(f"**{advice.text}**")
     report.text(
-        f"{images} labelled scenes of {places} places, {len(comparison.judged)} ways of applying "
-        "the same networks. Intervals hold the middle 95 % of "
-        f"{config.draws:,} bootstrap draws of places, the same draws for every way. "
+        f"{comparison.images} labelled scenes of {comparison.sites} sites, "
+        f"{len(comparison.evaluations)} variants of applying the same networks. Intervals "
+        f"hold the middle 95 % of {config.draws:,} bootstrap draws of sites, the same draws for "
+        "every variant. "
         f"Scenes: {scenes}. "
         + (
-            "Each part of the places is judged at the threshold that is best on the others; the "
+            "Each part of the sites is evaluated at the threshold that is best on the others; the "
             "tiles of the seed's merge vote at it."
             if config.decision_threshold is None
             else f"Kelp is where the probability is at least {config.decision_threshold:g}."
         )
     )
-    dice = {one.way.name: comparison.figure(one, "pooled_dice") for one in comparison.judged}
+    dice = {one.name: one.figure("pooled_dice") for one in comparison.evaluations}
     report.figure(
         intervals({name: (e.value, e.low, e.high) for name, e in dice.items()}, "pooled Dice"),
-        "Pooled Dice of every way, with its 95 % interval. Overlapping intervals say little: "
-        "the ways saw the same places, so look at the differences below.",
+        "Pooled Dice of every variant, with its 95 % interval. Overlapping intervals say little: "
+        "the variants saw the same sites, so look at the differences below.",
     )
     report.table(dice_table(comparison, advice.whole), "Dice and cost; differences are paired")
     report.text("## What is found, and what is not there")
     report.table(
-        _figures_table(comparison, _SCORES, ("false kelp, m² per km²", _FALSE)),
+        _figures_table(comparison, _SCORES, ("false kelp, m² per km²", OPEN_WATER)),
         "Scores of pixels. False kelp: marked, of the water farther than 3 px from true kelp. "
         "Seam: 1 = borders of tiles do not show",
     )
@@ -120,9 +121,7 @@ def write_report(
     report.figure(
         by_class(
             {
-                one.way.name: [
-                    comparison.figure(one, f"recall_{size}_px").value for size in PATCH_SIZES
-                ]
+                one.name: [one.figure(f"recall_{size}_px").value for size in PATCH_SIZES]
                 for one in _leaders(comparison, advice)
             },
             [f"{size} px" for size in PATCH_SIZES],
@@ -133,17 +132,18 @@ def write_report(
     if advice.whole and comparison.equal:
         report.table(
             _equal_table(comparison, advice.whole),
-            f"At the precision of: {advice.whole.way.name}. {_EQUAL}",
+            f"At the precision of: {advice.whole.name}. {_EQUAL}",
         )
     report.text("## Probabilities and area")
     report.table(
         _area_table(comparison),
-        "Calibration error, and kelp area by either reckoning as a share of the true one",
+        f"Calibration error, and kelp area by either reckoning as a share of the true one. Areas: "
+        f"{comparison.area}",
     )
     report.figure(
         by_class(
             {
-                one.way.name: [row["kelp_share"] for row in one.reliability()]
+                one.name: [row["kelp_share"] for row in one.totals.total.reliability.rows()]
                 for one in _leaders(comparison, advice)
             },
             [f"{k / 10:.1f}-{(k + 1) / 10:.1f}" for k in range(10)],
@@ -168,50 +168,54 @@ def write_report(
     return report.write(path)
 
 
-_UNKNOWN: Final = Estimate(None, None, None)
-
-
-def _leaders(comparison: Comparison, advice: Advice) -> list[Judged]:
-    """The ways to draw: the two that the advice is about, and the seed's merge."""
-    seeds = [one for one in comparison.judged if one.way.kind == "seed"]
+def _leaders(comparison: Comparison, advice: Advice) -> list[Evaluation]:
+    """The variants to draw: the two that the advice is about, and the seed's merge."""
+    seeds = [one for one in comparison.evaluations if one.variant.kind == "seed"]
     wanted = [advice.whole, advice.sliced, *seeds[:1]]
     return [one for one in wanted if one is not None]
 
 
-def dice_table(comparison: Comparison, whole: Judged | None) -> list[Sequence[object]]:
-    """Dice and cost of every way, for a report; differences are to `whole`."""
-    head = ("way", "pooled Dice", "95 %", "less whole", "95 %", "mean Dice", "cost", "s an image")
+def dice_table(comparison: Comparison, whole: Evaluation | None) -> list[Sequence[object]]:
+    """Dice and cost of every variant, for a report; differences are to `whole`."""
+    head = (
+        "variant",
+        "pooled Dice",
+        "95 %",
+        "less whole",
+        "95 %",
+        "mean Dice",
+        "cost",
+        "s an image",
+    )
     rows: list[Sequence[object]] = [head]
-    for one in comparison.judged:
-        dice = comparison.figure(one, "pooled_dice")
-        gain = comparison.difference(one, whole) if whole else _UNKNOWN
-        mean = comparison.figure(one, "mean_image_dice").value
-        row = (one.way.name, dice.value, _bounds(dice), gain.value, _bounds(gain, "+.3f"))
+    for one in comparison.evaluations:
+        dice = one.figure("pooled_dice")
+        gain = one.difference(whole)
+        mean = one.figure("mean_image_dice").value
+        row = (one.name, dice.value, _bounds(dice), gain.value, _bounds(gain, "+.3f"))
         rows.append((*row, mean, one.multiplier, one.seconds))
     return rows
 
 
-def _equal_table(comparison: Comparison, whole: Judged) -> list[Sequence[object]]:
-    """What each way finds at equal precision, and what it marks in kelp-free water."""
-    equal = comparison.equal
-    assert equal is not None
+def _equal_table(comparison: Comparison, whole: Evaluation) -> list[Sequence[object]]:
+    """What each variant finds at equal precision, and what it marks in kelp-free water."""
     units = [(*column, 1.0, ".3f") for column in _FOUND[:2]]
-    units.append((_FALSE, "false m²/km²", 1e6, ".0f"))
-    head = ["way", "precision"]
+    units.append((OPEN_WATER, "false m²/km²", 1e6, ".0f"))
+    head = ["variant", "precision"]
     for _, words, _, _ in units:
         head += [words, "less whole", "95 %"]
     rows: list[Sequence[object]] = [head]
-    other = equal.named(whole.way)
-    for way in (judged.way for judged in comparison.judged):
-        one = equal.named(way)
-        row: list[object] = [way.name]
+    other = comparison.equal_to(whole)
+    for variant in comparison.evaluations:
+        one = comparison.equal_to(variant)
+        row: list[object] = [variant.name]
         if one is None or other is None:
             rows.append([*row, *[None] * (len(head) - 1)])
             continue
-        row.append(equal.figure(one, "precision").value)
+        row.append(one.figure("precision").value)
         for name, _, unit, form in units:
-            figure = equal.figure(one, name).times(unit)
-            gain, signed = equal.difference(one, other, name).times(unit), f"+{form}"
+            figure = one.figure(name).times(unit)
+            gain, signed = one.difference(other, name).times(unit), f"+{form}"
             row += [_number(figure.value, form), _number(gain.value, signed), _bounds(gain, signed)]
         rows.append(row)
     return rows
@@ -223,13 +227,13 @@ def _figures_table(
     millionths: tuple[str, str] | None = None,
 ) -> list[Sequence[object]]:
     """Figures without intervals; the last column in millionths, where there is one."""
-    head = ["way", *(words for _, words in columns)]
+    head = ["variant", *(words for _, words in columns)]
     rows: list[Sequence[object]] = [head]
-    for one in comparison.judged:
-        row: list[object] = [one.way.name]
-        row += [comparison.figure(one, name).value for name, _ in columns]
+    for one in comparison.evaluations:
+        row: list[object] = [one.name]
+        row += [one.figure(name).value for name, _ in columns]
         if millionths:
-            share = comparison.figure(one, millionths[1]).value
+            share = one.figure(millionths[1]).value
             row.append(None if share is None else share * 1e6)
         rows.append(row)
     if millionths:
@@ -239,11 +243,11 @@ def _figures_table(
 
 def _area_table(comparison: Comparison) -> list[Sequence[object]]:
     names = ("calibration_error", "area_by_threshold", "area_by_probability")
-    head = ("way", "calibration error", "thresholded area", "95 %", "sum of p", "95 %")
+    head = ("variant", "calibration error", "thresholded area", "95 %", "sum of p", "95 %")
     rows: list[Sequence[object]] = [head]
-    for one in comparison.judged:
-        error, mask, expected = (comparison.figure(one, name) for name in names)
-        row = (one.way.name, error.value, mask.value, _bounds(mask))
+    for one in comparison.evaluations:
+        error, mask, expected = (one.figure(name) for name in names)
+        row = (one.name, error.value, mask.value, _bounds(mask))
         rows.append((*row, expected.value, _bounds(expected)))
     return rows
 

@@ -1,4 +1,4 @@
-"""Scenes to judge networks by: a user's folders, or the fold that no network was trained on."""
+"""Scenes to evaluate networks on: a user's folders, or the fold that no network was trained on."""
 
 from __future__ import annotations
 
@@ -6,23 +6,26 @@ import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, Protocol
 
 import pandas as pd
 
-from kelp.config import CompareConfig, TuneConfig
 from kelp.errors import BundleError, ConfigError, InputError, TableError
-from kelp.evaluation.scoring import places_of
+from kelp.evaluation.bootstrap import site_numbers
+from kelp.evaluation.pairs import sites_of
 from kelp.inference.bundle import Bundle
 from kelp.inference.inputs import find_scenes, survey
 from kelp.io.location import Url, local
-from kelp.raster.masks import raster_shape
+from kelp.raster.area import GroundArea
+from kelp.raster.georeference import Grid, require_same_grid
+from kelp.raster.labels import require_kelp_value
 from kelp.raster.window import Shape
 from kelp.tables import (
     MASK_SUFFIX,
     TRAIN,
     VAL,
     fold_column,
+    masks_in,
     output_name,
     read_table,
     require_files,
@@ -32,7 +35,27 @@ from kelp.tables import (
 log = logging.getLogger("kelp")
 
 _WAY_OUT: Final = "give labelled scenes as --data_dir and --gt_dir"
-_PLACE: Final = "aoi_id"
+_SITE: Final = "aoi_id"
+
+
+class SceneOptions(Protocol):
+    """How labelled scenes are read; see `kelp.config.shared`."""
+
+    @property
+    def metadata_fp(self) -> Path | None:
+        """Table of their sites."""
+
+    @property
+    def band_order(self) -> tuple[str, ...]:
+        """Band names of the files."""
+
+    @property
+    def kelp_value(self) -> int:
+        """Of the true masks."""
+
+    @property
+    def ignore_georeference(self) -> bool:
+        """Whether sizes alone decide."""
 
 
 @dataclass(frozen=True)
@@ -43,76 +66,91 @@ class Labelled:
     truth: Path
     labels: Path | None
     """A second mask, of other labellers."""
-    shape: Shape
-    place: int
+    grid: Grid
+    site: int
+    site_name: str
+
+    @property
+    def shape(self) -> Shape:
+        """Height and width."""
+        return self.grid.shape
+
+    def area(self, pixel_size: float) -> GroundArea:
+        """Ground area of its pixels."""
+        return GroundArea.of(self.grid.georeference, self.grid.shape, pixel_size)
 
 
 @dataclass(frozen=True)
 class Scenes:
-    """What networks are judged by."""
+    """What networks are evaluated on."""
 
     images: list[Labelled]
     words: str
     """Where they are from."""
 
+    @property
+    def sites(self) -> int:
+        """Number of sites that they show."""
+        return max(image.site for image in self.images) + 1
+
 
 class _Found(NamedTuple):
     truths: dict[Path, Path]
     """The truth of each scene."""
-    places: Path | None
-    """A table of their places."""
+    sites: Path | None
+    """A table of their sites."""
     words: str
 
 
 def labelled_scenes(
-    config: CompareConfig | TuneConfig, bundles: Sequence[Bundle], labels_dir: Path | None = None
+    options: SceneOptions,
+    bundles: Sequence[Bundle],
+    data_dir: Path | None = None,
+    gt_dir: Path | None = None,
+    labels_dir: Path | None = None,
 ) -> Scenes:
-    """The scenes with their truths and places, all of them readable.
+    """The scenes with their truths and sites, all of them readable.
 
     Args:
-        config: the user's folders, or none of them.
-        bundles: whose fold is meant otherwise.
+        options: how they are read.
+        bundles: the networks that will see them, whose held-out fold is meant without folders.
+        data_dir: folder of scenes.
+        gt_dir: folder of their true masks.
         labels_dir: folder of second masks.
 
     Raises:
-        InputError: a mask is missing or of another size, or a scene cannot be read.
+        InputError: a mask is missing or does not lie on its scene's grid, masks hold 0 and 255
+            only, or a scene cannot be read.
         TableError: the table of a run's fold, or files that it names, are no longer there.
         ConfigError: without folders, the networks were not trained on one fold.
     """
-    if config.data_dir and config.gt_dir:
-        found = _of_folders(config.data_dir, config.gt_dir)
+    if data_dir and gt_dir:
+        found = _of_folders(data_dir, gt_dir)
     else:
         found = _of_fold(bundles)
         log.info("scenes: %s", found.words)
     labels = _masks(found.truths, labels_dir, "labels_dir") if labels_dir else {}
     specs = [bundle.spec for bundle in bundles]
     truths = dict[Path | Url, Path | Url](found.truths.items())
-    tasks, failures = survey(truths, config.band_order, specs)
+    tasks, failures = survey(truths, options.band_order, specs)
     if failures:
         raise InputError(f"{len(failures)} scenes cannot be read: {'; '.join(failures.values())}")
-    for task in tasks:  # before hours of prediction, not after
-        truth = local(task.output)
-        for mask in {truth, labels.get(local(task.path), truth)}:
-            height, width = raster_shape(mask)
-            if (height, width) != task.size.shape:
-                raise InputError(
-                    f"{mask} has {height} x {width} pixels (height x width), {task.path} "
-                    f"{task.size.shape[0]} x {task.size.shape[1]}; a truth must have the size of "
-                    "its scene"
-                )
+    require_kelp_value(found.truths.values(), options.kelp_value)
     names = {tile_id_of(local(task.path)): local(task.path) for task in tasks}
-    if table := config.metadata_fp or found.places:
-        place_of = places_of(table, names)
-    else:
-        log.info("without --metadata_fp each scene counts as a place of its own")
-        place_of = {name: name for name in names}
-    numbers = {place: k for k, place in enumerate(sorted({place_of[name] for name in names}))}
-    images = [
-        Labelled(
-            path, local(task.output), labels.get(path), task.size.shape, numbers[place_of[name]]
-        )
-        for (name, path), task in zip(names.items(), tasks, strict=True)
-    ]
+    table = options.metadata_fp or found.sites
+    if table is None:
+        log.info("without --metadata_fp each scene counts as a site of its own")
+    site_of = sites_of(table, list(names))
+    numbers = site_numbers([site_of[name] for name in names])
+    images = []
+    for (name, path), number in zip(names.items(), numbers, strict=True):
+        truth, second = found.truths[path], labels.get(path)
+        for mask in (truth, second):  # before hours of prediction, not after
+            if mask is not None:
+                grid = require_same_grid(path, mask, options.ignore_georeference)
+        if not grid.located:
+            grid = require_same_grid(truth, path, options.ignore_georeference)
+        images.append(Labelled(path, truth, second, grid, number, site_of[name]))
     return Scenes(images, found.words)
 
 
@@ -123,14 +161,15 @@ def _of_folders(data_dir: Path, gt_dir: Path) -> _Found:
 
 def _masks(scenes: Iterable[Path], folder: Path, flag: str) -> dict[Path, Path]:
     """The mask of each scene in a folder."""
-    masks = {scene: folder / output_name(scene, MASK_SUFFIX) for scene in scenes}
-    absent = [path for path in masks.values() if not path.is_file()]
+    scenes, known = list(scenes), masks_in(folder)
+    absent = [scene for scene in scenes if tile_id_of(scene) not in known]
     if absent:
         raise InputError(
-            f"{absent[0]}: no such truth, {len(absent)} of {len(masks)} scenes have none; give "
-            f"the folder of their masks as --{flag}, or take the scenes away"
+            f"{folder / output_name(absent[0], MASK_SUFFIX)}: no such truth, {len(absent)} of "
+            f"{len(scenes)} scenes have none; give the folder of their masks as --{flag}, or take "
+            "the scenes away"
         )
-    return masks
+    return {scene: known[tile_id_of(scene)] for scene in scenes}
 
 
 @dataclass(frozen=True)
@@ -139,7 +178,7 @@ class _Fold:
 
     bundle: Path
     words: str
-    places: Path | None
+    sites: Path | None
     trained: frozenset[Path]
     held_out: dict[Path, Path]
     """The mask of each image."""
@@ -161,9 +200,9 @@ def _of_fold(bundles: Sequence[Bundle]) -> _Found:
     truths = {image: mask for image, mask in first.held_out.items() if image in shared}
     words = (
         f"{len(truths)} images that {first.words} validates on; each run picked its best epoch on "
-        "them, so scores may flatter a little"
+        "them, so scores may be a little optimistic"
     )
-    return _Found(truths, first.places, words)
+    return _Found(truths, first.sites, words)
 
 
 def _fold_of(bundle: Bundle) -> _Fold:
@@ -172,8 +211,10 @@ def _fold_of(bundle: Bundle) -> _Fold:
     absent = {"data_dir", "metadata_fp", "cv_split", "sahi"} - training.keys()
     if absent:
         raise BundleError(f"{bundle.path}: does not tell what it was trained on; {_WAY_OUT}")
-    path, number = Path(training["metadata_fp"]), int(training["cv_split"])
-    kind, root = ("source_", path.parent) if training["sahi"] else ("", Path(training["data_dir"]))
+    folder = _trained_in(bundle)
+    path, number = folder / training["metadata_fp"], int(training["cv_split"])
+    data = folder / training["data_dir"]
+    kind, root = ("source_", path.parent) if training["sahi"] else ("", data)
     columns = [f"{kind}image_path", f"{kind}mask_path"]
     try:
         table = read_table(path, ("tile_id", *columns))
@@ -185,9 +226,27 @@ def _fold_of(bundle: Bundle) -> _Fold:
         require_files([*held_out, *held_out.values()], path)
     except TableError as error:
         raise TableError(f"{error}; or {_WAY_OUT}") from error
-    places = path if _PLACE in table.columns else None
+    sites = path if _SITE in table.columns else None
     words = f"fold {number} of {path}"
-    return _Fold(bundle.path, words, places, frozenset(trained), held_out)
+    return _Fold(bundle.path, words, sites, frozenset(trained), held_out)
+
+
+def _trained_in(bundle: Bundle) -> Path:
+    """The folder that recorded relative paths start from: the current one of that training.
+
+    Where the table is not found from here, it is told by where the bundle lies now: the run was
+    written under the recorded `output_dir`, seen from there.
+    """
+    table, output = (Path(bundle.spec.training.get(k, "")) for k in ("metadata_fp", "output_dir"))
+    if table.is_absolute() or table.is_file():
+        return Path()
+    depth = len(output.parts)
+    for parent in bundle.path.resolve().parents:
+        if depth and parent.parts[-depth:] == output.parts:
+            start = Path(*parent.parts[:-depth])
+            if (start / table).is_file():
+                return start
+    return Path()
 
 
 def _files(rows: pd.DataFrame, columns: Sequence[str], root: Path) -> dict[Path, Path]:

@@ -14,10 +14,11 @@ import torch
 
 from kelp.config import BaselineConfig
 from kelp.errors import TableError
+from kelp.evaluation.confusion import Confusion
 from kelp.inference.backends.trees import PixelTrees, lightgbm
 from kelp.inference.spec import TREES, BundleSpec, NetworkSpec
 from kelp.nn.bundle import save_bundle
-from kelp.nn.metrics import Confusion, KelpScores
+from kelp.nn.metrics import KelpScores, monitored
 from kelp.nn.preprocess import Preprocess
 from kelp.nn.training.boosting import grow
 from kelp.nn.training.importances import IMPORTANCES, draw_importances
@@ -160,7 +161,7 @@ def _run(setup: _Setup, tracking: Tracking, progress: Progress, started: float) 
         log.info("the loss was still falling at the last tree; more --trees may do better")
     net = PixelTrees(grown.text, setup.spec, "the new model")
     confusion, loss = score(net, fold, config, progress)
-    scores = {"val/loss": loss} | {f"val/{k}": value for k, value in confusion.scores().items()}
+    scores = {"val/loss": loss} | {f"val/{k}": value for k, value in monitored(confusion).items()}
     tracking.log_point(grown.trees, scores)
     write_confusion(artifacts, confusion)
     draw_confusion(artifacts, confusion)

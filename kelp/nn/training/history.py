@@ -15,7 +15,8 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from kelp.config import TrainConfig
 from kelp.errors import ConfigError, InputError, TrainingError
-from kelp.nn.metrics import Confusion, Found
+from kelp.evaluation.confusion import Confusion
+from kelp.nn.metrics import Found, from_matrix, to_matrix
 from kelp.nn.model import KelpNet
 from kelp.nn.training.task import TRAIN_LOSS, KelpTask
 
@@ -47,14 +48,14 @@ class EpochHistory(Checkpoint):
         """What the checkpoint keeps; plain numbers, so that it loads without unpickling."""
         return {
             "history": self.history,
-            "confusions": [list(astuple(counts)) for counts in self.confusions],
+            "confusions": [list(to_matrix(counts).values()) for counts in self.confusions],
             "found": [list(astuple(found)) for found in self.found],
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the finished epochs of a resumed run."""
         self.history = [dict(metrics) for metrics in state_dict["history"]]
-        self.confusions = [Confusion(*counts) for counts in state_dict["confusions"]]
+        self.confusions = [from_matrix(cells) for cells in state_dict["confusions"]]
         unknown = [[0, 0.0, 0.0]] * len(self.history)  # in checkpoints before kelp 0.2
         self.found = [Found(*found) for found in state_dict.get("found", unknown)]
 

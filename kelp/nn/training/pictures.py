@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -14,10 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kelp.config import TrainConfig
+from kelp.evaluation.confusion import Confusion
 from kelp.inference.spec import NetworkSpec
 from kelp.io.files import atomic, output_folder, write_json
 from kelp.nn.data.dataset import Sample, collate
-from kelp.nn.metrics import THRESHOLD, Confusion
+from kelp.nn.metrics import THRESHOLD, monitored, to_matrix
 from kelp.nn.model import KelpNet
 from kelp.nn.training.chosen import SET_SIZE, choose
 from kelp.plotting import charts, preview, sheets
@@ -187,7 +187,7 @@ def write_confusions(folder: Path, epochs: Sequence[Confusion], best: int) -> No
         epochs: counts of each finished epoch.
         best: number of the best, from 1.
     """
-    by_epoch = [{"epoch": k, **asdict(counts)} for k, counts in enumerate(epochs, 1)]
+    by_epoch = [{"epoch": k, **to_matrix(counts)} for k, counts in enumerate(epochs, 1)]
     write_confusion(folder, epochs[best - 1], {"epoch": best, "epochs": by_epoch})
 
 
@@ -195,18 +195,13 @@ def write_confusion(
     folder: Path, confusion: Confusion, more: Mapping[str, object] | None = None
 ) -> None:
     """Write a confusion matrix and its scores as numbers."""
-    content = asdict(confusion) | confusion.scores() | dict(more or {})
+    content = to_matrix(confusion) | monitored(confusion) | dict(more or {})
     write_json(folder / f"{MATRIX}.json", content)
 
 
 def draw_confusion(folder: Path, confusion: Confusion) -> None:
     """Picture a confusion matrix."""
-    png = charts.confusion(
-        tp=confusion.true_positive,
-        fp=confusion.false_positive,
-        fn=confusion.false_negative,
-        tn=confusion.true_negative,
-    )
+    png = charts.confusion(tp=confusion.tp, fp=confusion.fp, fn=confusion.fn, tn=confusion.tn)
     _write(folder / f"{MATRIX}.png", png)
 
 

@@ -19,7 +19,7 @@ from kelp.nn import symmetry
 from kelp.nn.data.augmentation import Radiometry
 from kelp.nn.data.dataset import Sample
 from kelp.nn.losses import LossSettings, build_loss
-from kelp.nn.metrics import KelpScores
+from kelp.nn.metrics import KelpScores, monitored
 from kelp.nn.model import KelpNet
 from kelp.nn.training.averaging import NORM_BATCHES, build_average, renew_norms, share_norms
 from kelp.nn.training.rates import build_optimizer, build_schedulers
@@ -131,7 +131,7 @@ class KelpTask(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log the scores, pooled over the fold."""
-        scores = self.scores.confusion().scores()
+        scores = monitored(self.scores.confusion())
         self.log_dict({f"val/{name}": value for name, value in scores.items()})
 
     def on_train_epoch_end(self) -> None:

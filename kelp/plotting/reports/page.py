@@ -6,7 +6,9 @@ import json
 import math
 import platform
 import shlex
+import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,14 +17,18 @@ import numpy as np
 import kelp
 from kelp.config import ReportConfig
 from kelp.errors import InputError
+from kelp.evaluation.bootstrap import FEW_SITES, Estimate, SiteBootstrap
+from kelp.evaluation.calibration import BINS, Reliability
 from kelp.evaluation.confusion import PATCH_SIZES
-from kelp.nn.comparison.sums import BINS
+from kelp.evaluation.metrics import FIGURES, SiteTotals, Totals
+from kelp.evaluation.pairs import Pair
+from kelp.evaluation.scoring import Scores
+from kelp.evaluation.thresholds import best_threshold
 from kelp.plotting.charts import by_class, curves, lines
 from kelp.plotting.html import Report
 from kelp.plotting.preview import picture_of
-from kelp.plotting.reports.judged import Judged, Sweep
 from kelp.raster.probability import CODES
-from kelp.tables import MASK_SUFFIX, WORKERS_FILE
+from kelp.tables import WORKERS_FILE
 
 _SCORES: Final = (
     ("pooled_dice", "Dice, pooled over pixels"),
@@ -38,7 +44,6 @@ _FROM_PROBABILITIES: Final = (
     ("area_by_probability", "sum of probabilities / true area"),
     ("calibration_error", "calibration error (ECE)"),
 )
-_FEW_PLACES: Final = 8
 _SHARES: Final = (
     ("tiles", 1),
     ("reading", 1),
@@ -48,11 +53,34 @@ _SHARES: Final = (
 )
 
 
+@dataclass(frozen=True)
+class Evaluated:
+    """Masks of scenes and what they are worth."""
+
+    pairs: Sequence[Pair]
+    totals: SiteTotals
+    bootstrap: SiteBootstrap
+    scores: Scores
+
+    def dice(self) -> list[float]:
+        """Pooled Dice of each scene; NaN without kelp, true or predicted."""
+        return [float(FIGURES["pooled_dice"](one)) for one in self.totals.by_image]
+
+    @property
+    def has_probabilities(self) -> bool:
+        """Whether there are some beside every mask."""
+        return self.scores.histogram is not None
+
+    @property
+    def reliability(self) -> Reliability:
+        """Of all scenes together."""
+        return self.totals.total.reliability
+
+
 def write_page(
     path: Path,
     config: ReportConfig,
-    judged: Judged,
-    scenes: Mapping[str, Path],
+    evaluated: Evaluated,
     history: Mapping[str, Sequence[tuple[float, float]]],
     bundle: Mapping[str, Any] | None,
 ) -> Path:
@@ -61,118 +89,172 @@ def write_page(
     Args:
         path: of the HTML file.
         config: the options.
-        judged: what the masks are worth.
-        scenes: by tile id, for pictures; may be empty.
+        evaluated: what the masks are worth.
         history: training curves by name; may be empty.
         bundle: what `bundle.json` holds, if a run was named.
     """
     report = Report(config.title)
-    _answer(report, judged)
+    _answer(report, evaluated)
+    _gallery(report, config, evaluated)
     report.text("## Scores")
-    report.table(_scores_table(judged), "Intervals: 95 %, bootstrap over places")
-    _patches(report, judged)
-    _curves(report, judged, bundle)
-    _gallery(report, config, judged, scenes)
+    report.table(_scores_table(evaluated), "Intervals: 95 %, bootstrap over sites")
+    _patches(report, evaluated)
+    _curves(report, evaluated, bundle)
     _training(report, history, bundle)
-    _data(report, config, judged)
+    _data(report, config, evaluated)
     _workers(report, config.preds_dir / WORKERS_FILE)
     _again(report, config)
     return report.write(path)
 
 
-def _answer(report: Report, judged: Judged) -> None:
-    value, low, high = judged.figure("pooled_dice")
-    places = max(judged.places) + 1
-    about = f"{len(judged.names):,} scenes of {places:,} places"
-    if value is None:
-        sentence = f"**There is no kelp to judge by**, true or mapped, in {about}."
+def _answer(report: Report, evaluated: Evaluated) -> None:
+    """What a reader wants to know: is the area right, what is missed, what is false, and where."""
+    dice = evaluated.totals.figure("pooled_dice")
+    sites = evaluated.bootstrap.sites
+    about = f"{len(evaluated.pairs):,} scenes of {sites:,} sites"
+    if dice.value is None:
+        sentence = f"**There is no kelp to evaluate on**, true or mapped, in {about}."
     else:
-        bounds = f" (95 % interval {low:.3f} to {high:.3f})" if low is not None else ""
-        sentence = f"**Pooled Dice of kelp is {value:.3f}**{bounds}, over {about}."
-    if places < _FEW_PLACES:
-        sentence += f" With {places} places only, take intervals as too narrow."
+        bounds = f" (95 % interval {dice.bounds()})" if dice.low is not None else ""
+        sentence = f"**Pooled Dice of kelp is {dice.number()}**{bounds}, over {about}."
+    if sites < FEW_SITES:
+        sentence += f" With {sites} sites only, take intervals as too narrow."
     report.text(f"How well do these maps agree with the truth? {sentence}")
-    total = judged.total
+    areas = evaluated.scores.areas
+    confusion = evaluated.scores.all_pixels.confusion
     report.cards(
         {
-            "pooled Dice": _number(value),
-            "precision": _number(judged.figure("precision")[0]),
-            "recall": _number(judged.figure("recall")[0]),
-            "true kelp, km²": f"{float(total['truth_km2']):.2f}",
-            "mapped kelp, km²": f"{float(total['mask_km2']):.2f}",
+            "pooled Dice": _number(dice.value),
+            "precision": _number(confusion.precision),
+            "recall": _number(confusion.recall),
+            "true kelp, km²": f"{areas.truth_km2:.2f}",
+            "mapped kelp, km²": f"{areas.predicted_km2:.2f}",
         }
     )
+    if found := _in_words(evaluated):
+        report.text("\n".join(f"- {line}" for line in found))
 
 
-def _scores_table(judged: Judged) -> list[Sequence[object]]:
-    names = [*_SCORES, *(_FROM_PROBABILITIES if judged.by_code is not None else ())]
+def _in_words(evaluated: Evaluated) -> list[str]:
+    """Area, misses, false alarms, and the worst scene, each in a sentence."""
+    areas, total = evaluated.scores.areas, evaluated.totals.total
+    confusion = evaluated.scores.all_pixels.confusion
+    lines = []
+    if areas.truth_km2:
+        share = areas.predicted_km2 / areas.truth_km2
+        lines.append(f"Mapped area is {share:.2f} times the true area ({areas.source}).")
+    if confusion.recall is not None:
+        small = total[f"found_{PATCH_SIZES[0]}"], total[f"patches_{PATCH_SIZES[0]}"]
+        patches = (
+            f"; of {int(small[1]):,} patches of {PATCH_SIZES[0]} pixels {int(small[0]):,} are found"
+            if small[1]
+            else ""
+        )
+        lines.append(f"{1 - confusion.recall:.0%} of the kelp is missed{patches}.")
+    if confusion.precision is not None:
+        lines.append(f"{1 - confusion.precision:.0%} of what is mapped as kelp is none.")
+    if areas.scored_km2:
+        unseen = 1 - areas.observed_km2 / areas.scored_km2
+        if unseen > 0:
+            lines.append(f"{unseen:.1%} of the labelled area was not observed.")
+    if ranked := _ranked(evaluated):
+        (value, worst), number = ranked[0], len(ranked)
+        if number > 1:
+            middle = statistics.median(value for value, _ in ranked)
+            lines.append(
+                f"The worst of {number:,} scenes with kelp is `{worst}`, Dice {value:.3f}; "
+                f"half of them reach {middle:.3f}."
+            )
+    most = _most_false(evaluated)
+    if most is not None:
+        name, km2 = most
+        lines.append(f"Most false kelp is in `{name}`: {km2:.3f} km².")
+    return lines
+
+
+def _ranked(evaluated: Evaluated) -> list[tuple[float, str]]:
+    """Dice and name of the scenes with kelp, true or mapped, the worst first."""
+    named = zip(evaluated.dice(), (pair.tile_id for pair in evaluated.pairs), strict=True)
+    return sorted((value, name) for value, name in named if math.isfinite(value))
+
+
+def _most_false(evaluated: Evaluated) -> tuple[str, float] | None:
+    """The scene with the largest area of false kelp; `None` without any."""
+
+    def false_km2(totals: Totals) -> float:
+        marked = float(totals["tp"] + totals["fp"])
+        return float(totals["mask_km2"] * totals["fp"]) / marked if marked else 0.0
+
+    areas = [false_km2(totals) for totals in evaluated.totals.by_image]
+    worst = max(range(len(areas)), key=areas.__getitem__)
+    return (evaluated.pairs[worst].tile_id, areas[worst]) if areas[worst] else None
+
+
+def _scores_table(evaluated: Evaluated) -> list[Sequence[object]]:
+    names = [*_SCORES, *(_FROM_PROBABILITIES if evaluated.has_probabilities else ())]
     rows: list[Sequence[object]] = [("figure", "value", "95 %")]
     for name, words in names:
         unit = 1e6 if "m²/km²" in words else 1
-        value, bounds = _told(judged.figure(name), unit)
+        value, bounds = _cells(evaluated.totals.figure(name), unit)
         rows.append((words, value, bounds))
     return rows
 
 
-def _told(
-    figure: tuple[float | None, float | None, float | None], unit: float = 1
-) -> tuple[str, str]:
+def _cells(estimate: Estimate, unit: float = 1) -> tuple[str, str]:
     """A figure and its interval in words."""
-    value, low, high = (None if part is None else part * unit for part in figure)
-    form = ".0f" if unit > 1 else ".3f"
-    known = low is not None and high is not None
-    return (
-        "–" if value is None else f"{value:{form}}",
-        f"{low:{form}} to {high:{form}}" if known else "–",
-    )
+    form, estimate = (".0f" if unit > 1 else ".3f"), estimate.times(unit)
+    return estimate.number(form), estimate.bounds(form)
 
 
-def _patches(report: Report, judged: Judged) -> None:
-    figures = [judged.figure(f"recall_{size}_px") for size in PATCH_SIZES]
+def _patches(report: Report, evaluated: Evaluated) -> None:
+    figures = [evaluated.totals.figure(f"recall_{size}_px") for size in PATCH_SIZES]
     rows: list[Sequence[object]] = [("size, px", "patches", "found", "share", "95 %")]
     for size, figure in zip(PATCH_SIZES, figures, strict=True):
-        counts = (int(judged.total[f"{part}_{size}"]) for part in ("patches", "found"))
-        rows.append((size, *counts, *_told(figure)))
+        counts = (int(evaluated.totals.total[f"{part}_{size}"]) for part in ("patches", "found"))
+        rows.append((size, *counts, *_cells(figure)))
     report.text("## Small patches")
     report.table(rows, "True patches of which at least half of the pixels are mapped")
     report.figure(
-        by_class({"found": [figure[0] for figure in figures]}, list(PATCH_SIZES), "share found"),
+        by_class({"found": [figure.value for figure in figures]}, list(PATCH_SIZES), "share found"),
         "Share of true kelp patches found, by their size in pixels.",
     )
 
 
-def _curves(report: Report, judged: Judged, bundle: Mapping[str, Any] | None) -> None:
-    if judged.by_code is None:
+def _curves(report: Report, evaluated: Evaluated, bundle: Mapping[str, Any] | None) -> None:
+    histogram = evaluated.scores.histogram
+    if histogram is None:
         report.text(
             "## Curves\n\nNo probabilities lie beside the masks: predict with "
             "`--save_probabilities` for curves and calibration."
         )
         return
-    sweep = Sweep.of(judged.by_code)
-    best = int(np.nanargmax(np.nan_to_num(sweep.dice)))
+    dice, precision, recall = (
+        values[1:] for values in (histogram.dice(), histogram.precision(), histogram.recall())
+    )
+    best = int(best_threshold(histogram.dice()))
     used = f" The bundle decides at {bundle['threshold']:g}." if bundle else ""
     report.text(
-        f"## Curves\n\nPooled Dice is highest, {sweep.dice[best]:.3f}, at a threshold of "
-        f"{sweep.thresholds[best]:.2f} on these scenes.{used} A threshold chosen here flatters."
+        f"## Curves\n\nPooled Dice is highest, {np.nan_to_num(dice)[best - 1]:.3f}, at a threshold "
+        f"of {best / CODES:.2f} on these scenes.{used} A threshold chosen here is optimistic."
     )
-    at = list(map(float, sweep.thresholds))
+    at = [k / CODES for k in range(1, CODES + 1)]
     swept = {
         name: list(zip(at, map(float, values), strict=True))
         for name, values in (
-            ("Dice", sweep.dice),
-            ("precision", sweep.precision),
-            ("recall", sweep.recall),
+            ("Dice", dice),
+            ("precision", precision),
+            ("recall", recall),
         )
     }
     report.figure(
         lines(swept, "threshold", "share"), "Dice, precision and recall at every threshold."
     )
-    pairs = list(zip(map(float, sweep.recall), map(float, sweep.precision), strict=True))
+    pairs = list(zip(map(float, recall), map(float, precision), strict=True))
     report.figure(
         lines({"precision": pairs}, "recall", "precision"),
         "Precision against recall, over all thresholds.",
     )
-    known = [(p, share) for p, share in judged.reliability() if p is not None and share is not None]
+    known = evaluated.reliability.points()
     ideal = [(0.0, 0.0), (1.0, 1.0)]
     report.figure(
         lines({"these maps": known, "calibrated": ideal}, "mean probability", "share of kelp"),
@@ -180,34 +262,37 @@ def _curves(report: Report, judged: Judged, bundle: Mapping[str, Any] | None) ->
     )
 
 
-def _gallery(
-    report: Report, config: ReportConfig, judged: Judged, scenes: Mapping[str, Path]
-) -> None:
-    report.text("## Scenes")
-    dice = judged.dice()
-    named = zip(dice, judged.names, strict=True)
-    ranked = sorted((value, name) for value, name in named if math.isfinite(value))
-    rows: list[Sequence[object]] = [("scene", "Dice", "true kelp, km²", "mapped, km²")]
-    sums = dict(zip(judged.names, judged.by_image, strict=True))
+def _gallery(report: Report, config: ReportConfig, evaluated: Evaluated) -> None:
+    ranked = _ranked(evaluated)
+    by_name = {pair.tile_id: pair for pair in evaluated.pairs}
+    totals = dict(zip(by_name, evaluated.totals.by_image, strict=True))
     shown = [*ranked[: config.pictures]]
     shown += [pair for pair in reversed(ranked[-config.pictures :]) if pair not in shown]
-    shown = shown if config.pictures else []
+    if not config.pictures or not shown:
+        return
+    report.text("## The worst scenes, and the best")
+    rows: list[Sequence[object]] = [("scene", "Dice", "true kelp, km²", "mapped, km²")]
     for value, name in shown:
-        areas = (float(sums[name][part]) for part in ("truth_km2", "mask_km2"))
+        areas = (float(totals[name][column]) for column in ("truth_km2", "mask_km2"))
         rows.append((name, round(value, 3), *areas))
-    if len(rows) > 1:
-        report.table(rows, "The worst scenes, then the best, by their own Dice")
-    if not scenes:
+    source = evaluated.scores.areas.source
+    report.table(rows, f"The worst scenes, then the best, by their own Dice. Areas: {source}")
+    if config.data_dir is None:
         report.text("Give `--data_dir`, the folder of the scenes, to see them here.")
         return
     for k, (value, name) in enumerate(shown):
         words = "one of the worst" if k < len(shown) / 2 else "one of the best"
-        mask, truth = (
-            config.preds_dir / f"{name}{MASK_SUFFIX}",
-            config.gt_dir / f"{name}{MASK_SUFFIX}",
-        )
+        pair = by_name[name]
+        assert pair.scene is not None
         report.figure(
-            picture_of(scenes[name], mask, truth, config.band_order),
+            picture_of(
+                pair.scene,
+                pair.prediction,
+                pair.truth,
+                config.band_order,
+                config.kelp_value,
+                config.ignore_georeference,
+            ),
             f"`{name}`, {words}: Dice {value:.3f}. The last panel shows hits, misses and false "
             "alarms.",
         )
@@ -241,22 +326,21 @@ def _training(
     report.details("Settings of the training", f"```\n{settings}\n```")
 
 
-def _data(report: Report, config: ReportConfig, judged: Judged) -> None:
-    total = judged.total
-    patches = sum(int(total[f"patches_{size}"]) for size in PATCH_SIZES)
-    with_kelp = sum(float(sums["truth_km2"]) > 0 for sums in judged.by_image)
+def _data(report: Report, config: ReportConfig, evaluated: Evaluated) -> None:
+    total = evaluated.totals.total
     rows: list[Sequence[object]] = [
         ("", ""),
         ("truth", str(config.gt_dir)),
         ("maps", str(config.preds_dir)),
-        ("scenes", len(judged.names)),
-        ("places", max(judged.places) + 1),
-        ("scenes with kelp", with_kelp),
-        ("patches of kelp", patches),
+        ("scenes", len(evaluated.pairs)),
+        ("sites", evaluated.bootstrap.sites),
+        ("scenes with kelp", sum(float(one["truth_km2"]) > 0 for one in evaluated.totals.by_image)),
+        ("patches of kelp", sum(int(total[f"patches_{size}"]) for size in PATCH_SIZES)),
         ("true kelp, km²", float(total["truth_km2"])),
-        ("probabilities", "yes" if judged.by_code is not None else "no"),
+        ("area of a pixel", evaluated.scores.areas.source),
+        ("probabilities", "yes" if evaluated.has_probabilities else "no"),
     ]
-    report.text("## The data").table(rows, "What was judged")
+    report.text("## The data").table(rows, "What was evaluated")
     report.text(
         "Not observed (255) in a map counts as no kelp, in the truth it is left out. Patches are "
         "8-connected. A pixel of kelp counts whole, however sparse the canopy. Probabilities are "
@@ -292,24 +376,29 @@ def _again(report: Report, config: ReportConfig) -> None:
     )
 
 
-def figures_json(judged: Judged) -> dict[str, Any]:
+def figures_json(evaluated: Evaluated) -> dict[str, Any]:
     """The figures of the page by name, each with value, low and high."""
     names = [name for name, _ in (*_SCORES, *_FROM_PROBABILITIES)]
     names += [f"recall_{size}_px" for size in PATCH_SIZES]
-    known = judged.by_code is not None
+    known = evaluated.has_probabilities
+    reliability = [
+        [row["mean_probability"], row["kelp_share"]] for row in evaluated.reliability.rows()
+    ]
+    tile_ids = [pair.tile_id for pair in evaluated.pairs]
     return {
-        "scenes": len(judged.names),
-        "places": max(judged.places) + 1,
+        "scenes": len(tile_ids),
+        "places": evaluated.bootstrap.sites,
+        "pixel_size": evaluated.scores.areas.source,
         "figures": {
-            name: dict(zip(("value", "low", "high"), judged.figure(name), strict=True))
+            name: evaluated.totals.figure(name).to_json()
             for name in names
             if known or name not in dict(_FROM_PROBABILITIES)
         },
         "dice_by_scene": {
             name: value if math.isfinite(value) else None
-            for name, value in zip(judged.names, judged.dice(), strict=True)
+            for name, value in zip(tile_ids, evaluated.dice(), strict=True)
         },
-        "reliability": [list(pair) for pair in judged.reliability()] if known else None,
+        "reliability": reliability if known else None,
     }
 
 

@@ -9,10 +9,12 @@ from typing import Any
 
 from kelp.config import EvaluateConfig, ReportConfig
 from kelp.errors import InputError
-from kelp.evaluation.scoring import Scores, evaluate
+from kelp.evaluation.bootstrap import SiteBootstrap, site_numbers
+from kelp.evaluation.metrics import SiteTotals
+from kelp.evaluation.pairs import Pair, find_pairs, sites_of
+from kelp.evaluation.scoring import PairOptions, Scores, evaluate, score_pairs
 from kelp.io.files import output_folder, write_json
-from kelp.plotting.reports.judged import Judged, judge, scenes_of
-from kelp.plotting.reports.page import figures_json, history_of, write_page
+from kelp.plotting.reports.page import Evaluated, figures_json, history_of, write_page
 from kelp.progress import Progress, silent
 
 _SPEC = "bundle.json"
@@ -20,38 +22,49 @@ _SPEC = "bundle.json"
 
 @dataclass(frozen=True)
 class ReportResult:
-    """What was judged, and the files written."""
+    """What was evaluated, and the files written."""
 
-    judged: Judged
+    evaluated: Evaluated
     page: Path
     figures: Path
 
     def summary(self) -> str:
         """One line for the terminal."""
-        value, low, high = self.judged.figure("pooled_dice")
-        dice = "no kelp" if value is None else f"pooled Dice {value:.3f}"
-        bounds = "" if low is None or high is None else f" ({low:.3f} to {high:.3f})"
-        return f"{dice}{bounds} of {len(self.judged.names)} scenes; open {self.page}"
+        estimate = self.evaluated.totals.figure("pooled_dice")
+        dice = "no kelp" if estimate.value is None else f"pooled Dice {estimate.number()}"
+        bounds = "" if estimate.low is None else f" ({estimate.bounds()})"
+        return f"{dice}{bounds} of {len(self.evaluated.pairs)} scenes; open {self.page}"
 
 
 def make_report(config: ReportConfig, progress: Progress = silent) -> ReportResult:
-    """Judge the masks of a folder against those of another and write a page about it.
+    """Evaluate the masks of a folder against those of another and write a page about it.
 
     Raises:
-        InputError: a prediction is missing (named), a file is unreadable, sizes differ, or the
+        InputError: a prediction is missing (named), a file is unreadable, grids differ, or the
             run has no bundle.
         TableError: the metadata table has no row for a scene.
     """
     bundle = _bundle(config.run_dir)
-    judged = judge(config, progress)
+    pairs = find_pairs(config.gt_dir, config.preds_dir, config, config.data_dir)
+    options = PairOptions.of(config, config.band_order)
+    scores = score_pairs(pairs, options, progress=progress)
+    return _write(config, pairs, scores, bundle)
+
+
+def _write(
+    config: ReportConfig, pairs: list[Pair], scores: Scores, bundle: dict[str, Any] | None
+) -> ReportResult:
+    names = [pair.tile_id for pair in pairs]
+    sites = site_numbers(list(sites_of(config.metadata_fp, names).values()))
+    bootstrap = SiteBootstrap(max(sites) + 1, config.draws, config.seed)
+    evaluated = Evaluated(pairs, SiteTotals(scores.by_image, sites, bootstrap), bootstrap, scores)
     folder = output_folder(config.output_dir)
-    scenes = scenes_of(config, dict.fromkeys(judged.names, folder))
     history = history_of(config.run_dir) if config.run_dir else {}
-    page = write_page(folder / "report.html", config, judged, scenes, history, bundle)
+    page = write_page(folder / "report.html", config, evaluated, history, bundle)
     figures = folder / "report.json"
-    write_json(figures, figures_json(judged))
+    write_json(figures, figures_json(evaluated))
     config.record(folder)
-    return ReportResult(judged, page, figures)
+    return ReportResult(evaluated, page, figures)
 
 
 def evaluate_and_report(config: EvaluateConfig, progress: Progress = silent) -> Scores:
@@ -59,16 +72,17 @@ def evaluate_and_report(config: EvaluateConfig, progress: Progress = silent) -> 
     scores = evaluate(config, progress)
     if config.output_dir is None:
         return scores
-    page = make_report(
-        ReportConfig(
-            gt_dir=config.gt_dir,
-            preds_dir=config.preds_dir,
-            output_dir=config.output_dir,
-            metadata_fp=config.metadata_fp,
-            pixel_size=config.pixel_size,
-        ),
-        progress,
-    ).page
+    report = ReportConfig(
+        gt_dir=config.gt_dir,
+        preds_dir=config.preds_dir,
+        output_dir=config.output_dir,
+        metadata_fp=config.metadata_fp,
+        pixel_size=config.pixel_size,
+        kelp_value=config.kelp_value,
+        ignore_georeference=config.ignore_georeference,
+    )
+    pairs = find_pairs(config.gt_dir, config.preds_dir, config)
+    page = _write(report, pairs, scores, None).page
     return replace(scores, files=(*scores.files, page))
 
 

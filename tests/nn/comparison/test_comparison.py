@@ -19,18 +19,31 @@ from kelp.cli import main
 from kelp.config import CompareConfig, ExportConfig
 from kelp.errors import BundleError, ConfigError, InputError, TableError
 from kelp.evaluation.confusion import Figures
-from kelp.evaluation.thresholds import best_threshold, pixels_by_code, precision_by_code
+from kelp.evaluation.metrics import FIGURES
+from kelp.evaluation.thresholds import Histogram
 from kelp.inference.bundle import load_bundle
 from kelp.nn.comparison.fields import FIELDS
 from kelp.nn.comparison.scenes import labelled_scenes
-from kelp.nn.comparison.sums import FIGURES, Draws, Sums, interval, sums_of
-from kelp.nn.comparison.ways import Runtime, majority
+from kelp.nn.comparison.variants import Runtime, majority, variants_of
 from kelp.nn.model import ARCHITECTURES
 from kelp.raster.masks import read_mask
-from kelp.raster.probability import CODES
-from kelp.raster.scene import read_scene
+from kelp.raster.probability import CODES, quantise
+from kelp.raster.scene import Scene
 from kelp.raster.writer import write_mask
-from kelp.tiling.seams import Steps
+from kelp.tiling.grid import TileGrid
+
+
+class Rows:
+    """A sink of probabilities."""
+
+    def __init__(self, shape):
+        self.values = np.full(shape, np.nan, np.float32)
+
+    def write(self, y, rows):
+        self.values[y : y + len(rows)] = rows
+
+    def close(self):
+        pass
 
 
 class Shy(PixelBody):
@@ -40,106 +53,18 @@ class Shy(PixelBody):
         return super().forward(x) - 100 * (max(x.shape[-2:]) > 64)
 
 
+class Edgy(PixelBody):
+    """Sees less at the edge of what it is shown."""
+
+    def forward(self, x):
+        return functional.avg_pool2d(super().forward(x) + 9, 9, 1, 4) - 9
+
+
 class Wide(PixelBody):
     """Sees kelp only in pictures of more than 64 px: slicing ruins it."""
 
     def forward(self, x):
         return super().forward(x) - 100 * (max(x.shape[-2:]) <= 64)
-
-
-def figure(sums, name):
-    return float(FIGURES[name](sums))
-
-
-def one(truth, codes, threshold=125, land=None, steps=Steps(), km2=0.0009):  # noqa: B008
-    land = np.zeros(truth.shape, bool) if land is None else land
-    return sums_of(truth, codes, threshold, land, steps, km2)
-
-
-def random_pair(rng, shape=(40, 50)):
-    truth = (rng.random(shape) < 0.2).astype(np.uint8)
-    truth[rng.random(shape) < 0.05] = 255
-    codes = rng.integers(0, CODES + 1, shape).astype(np.uint8)
-    codes[rng.random(shape) < 0.1] = 255
-    return truth, codes
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_scores_are_those_of_evaluate(seed):
-    truth, codes = random_pair(np.random.default_rng(seed))
-    mask = np.where(codes == 255, 255, codes >= 125).astype(np.uint8)
-    wanted = Figures.of(truth, mask)
-    sums = one(truth, codes)
-    assert figure(sums, "pooled_dice") == pytest.approx(wanted.pooled_dice)
-    assert figure(sums, "mean_image_dice") == pytest.approx(wanted.mean_image_dice)
-    assert figure(sums, "precision") == pytest.approx(wanted.counts.precision)
-    assert figure(sums, "recall") == pytest.approx(wanted.counts.recall)
-    assert figure(sums, "iou") == pytest.approx(wanted.counts.iou)
-    small = wanted.patches[0]
-    assert figure(sums, "recall_1-4_px") == pytest.approx(small.found / small.patches)
-
-
-def test_areas_water_and_boundary_by_hand():
-    truth = np.zeros((30, 30), np.uint8)
-    truth[5:10, 5:10] = 1
-    codes = np.zeros((30, 30), np.uint8)
-    codes[5:10, 6:11] = 250  # one column off
-    codes[20, 20:24] = 250  # false, far away: two on land
-    land = np.zeros((30, 30), bool)
-    land[:, 22:] = True
-    sums = one(truth, codes, land=land, km2=0.01)
-    # 25 pixels, ring of 16: the rings of two squares one column apart share 4 + 4 and two sides.
-    ring = np.zeros((30, 30), bool)
-    ring[5:10, 5:10] = True
-    ring[6:9, 6:9] = False
-    said = np.roll(ring, 1, axis=1)
-    said[20, 20:24] = True
-    shared = (ring & said).sum()
-    assert figure(sums, "boundary_dice") == pytest.approx(2 * shared / (ring.sum() + said.sum()))
-    assert float(sums["truth_km2"]) == pytest.approx(0.25)
-    assert figure(sums, "area_by_threshold") == pytest.approx(29 / 25)
-    assert figure(sums, "area_by_probability") == pytest.approx(29 / 25)
-    # Water farther than 3 steps from kelp: the diamond around the square has 25 + 4 x (5 x 3 + 3).
-    water = 30 * 22 - (25 + 4 * 15 + 4 * 3)
-    assert float(sums["open_km2"]) == pytest.approx(water * 0.01)
-    assert figure(sums, "false_kelp_share_of_open_water") == pytest.approx(2 / water)
-
-
-def test_calibration_by_hand():
-    truth = np.array([[1, 0, 0, 0], [1, 1, 1, 0]], np.uint8)
-    codes = np.array([[50] * 4, [200] * 4], np.uint8)  # 0.2 with 1 of 4, 0.8 with 3 of 4
-    assert figure(one(truth, codes), "calibration_error") == pytest.approx(0.05)
-
-
-def test_nothing_is_undefined_not_zero():
-    sums = one(np.zeros((5, 5), np.uint8), np.zeros((5, 5), np.uint8))
-    for name in ("pooled_dice", "recall", "precision", "recall_1-4_px", "area_by_threshold"):
-        assert np.isnan(figure(sums, name))
-    assert np.isnan(figure(sums, "seam_score"))
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.integers(0, 2**32 - 1))
-def test_the_threshold_with_the_highest_dice(seed):
-    rng = np.random.default_rng(seed)
-    truth, codes = random_pair(rng, (12, 13))
-    found = best_threshold(pixels_by_code(truth, codes))
-    dices = [
-        Figures.of(truth, np.where(codes == 255, 255, codes >= t).astype(np.uint8)).pooled_dice
-        for t in range(1, CODES + 1)
-    ]
-    assert dices[found - 1] == pytest.approx(max(dices))
-
-
-@settings(max_examples=20, deadline=None)
-@given(st.integers(0, 2**32 - 1))
-def test_precision_at_every_threshold(seed):
-    truth, codes = random_pair(np.random.default_rng(seed), (12, 13))
-    found = precision_by_code(pixels_by_code(truth, codes))
-    for t in range(1, CODES + 1):
-        mask = np.where(codes == 255, 255, codes >= t).astype(np.uint8)
-        wanted = Figures.of(truth, mask).counts.precision
-        assert np.isnan(found[t]) if wanted is None else found[t] == pytest.approx(wanted)
 
 
 @settings(max_examples=40, deadline=None)
@@ -151,28 +76,6 @@ def test_the_seeds_map_is_the_majority_of_hard_votes_at_any_threshold(seed, thre
     votes, tiles = (layers >= threshold).sum(axis=0), np.isfinite(layers).sum(axis=0)
     np.testing.assert_array_equal(majority(layers) >= threshold, 2 * votes > tiles)
     np.testing.assert_array_equal(np.isnan(majority(layers)), tiles == 0)
-
-
-def test_draws_are_of_places_and_paired():
-    rng = np.random.default_rng(0)
-    by_place = Sums(np.stack([one(*random_pair(rng)).values for _ in range(12)]))
-    draws = Draws(12, 500, seed=3)
-    drawn = draws.of(by_place)
-    assert drawn["images"].shape == (500,)
-    assert (drawn["images"] == 12).all()
-    again = Draws(12, 500, seed=3).of(by_place)
-    np.testing.assert_array_equal(drawn.values, again.values)
-    low, high = interval(FIGURES["pooled_dice"](drawn))
-    whole = Sums(by_place.values.sum(axis=0))
-    assert low < figure(whole, "pooled_dice") < high
-    same = Sums(np.repeat(by_place.values[:1], 12, axis=0))  # places that are all alike
-    low, high = interval(FIGURES["pooled_dice"](draws.of(same)))
-    assert high - low < 1e-12
-
-
-def test_an_interval_of_little_is_not_told():
-    assert interval(np.array([np.nan] * 10 + [0.5] * 90)) is None
-    assert interval(np.array([np.nan] * 4 + [0.5] * 96)) == (0.5, 0.5)
 
 
 # The command
@@ -231,7 +134,7 @@ def test_where_slicing_helps_it_says_so(labelled, monkeypatch):
     result = compare(labelled, monkeypatch, Shy)
     assert result.advice.slice
     assert re.match(r"Slice: \+0\.\d+ Dice, 95 % interval \+0", result.advice.text)
-    assert "6 places only" in result.advice.text
+    assert "6 sites only" in result.advice.text
 
 
 def test_where_slicing_harms_it_says_so(labelled, monkeypatch):
@@ -297,8 +200,8 @@ def test_the_files_tell_all(labelled, monkeypatch):
     ]
 
 
-def test_a_way_is_what_prediction_does(labelled, monkeypatch):
-    """The sliced way, at the bundle's threshold, scores as its masks do."""
+def test_a_variant_is_what_prediction_does(labelled, monkeypatch):
+    """The sliced variant, at the bundle's threshold, scores as its masks do."""
     result = compare(labelled, monkeypatch, Shy, decision_threshold=0.4)
     bundle = load_bundle(labelled / "bundle")
     scores = Figures()
@@ -307,12 +210,12 @@ def test_a_way_is_what_prediction_does(labelled, monkeypatch):
         kelp.predict(bundle, path, out, tile=32, overlap=16, blend="hann", precision="32-true")
         truth = read_mask(labelled / "masks" / path.name.replace("satellite", "kelp"))
         scores = scores.plus(Figures.of(truth, read_mask(out)))
-    (judged,) = [
-        judged
-        for judged in result.comparison.judged
-        if judged.way.name == "sliced 32 px, overlap 16 px, hann"
+    (one,) = [
+        one
+        for one in result.comparison.evaluations
+        if one.name == "sliced 32 px, overlap 16 px, hann"
     ]
-    value = result.comparison.figure(judged, "pooled_dice").value
+    value = one.figure("pooled_dice").value
     assert value == pytest.approx(scores.pooled_dice, abs=2e-3)  # probabilities in steps of 0.004
 
 
@@ -320,14 +223,40 @@ def test_the_seeds_merge_is_a_majority_of_hard_votes(labelled, monkeypatch):
     """Pixel by pixel all tiles vote alike, so the majority is the tiles' own decision."""
     settings = {"resize_strategy": "pad", "image_size": 32, "threshold": 0.48}
     result = compare(labelled, monkeypatch, PixelBody, settings, decision_threshold=0.48)
-    by_kind = {judged.way.kind: judged for judged in result.comparison.judged}
-    seeds, whole = by_kind["seed"].total, by_kind["whole"].total
+    by_kind = {one.variant.kind: one for one in result.comparison.evaluations}
+    seeds, whole = by_kind["seed"].totals.total, by_kind["whole"].totals.total
     # 255 in neither: the seed knew no "not observed", so it may find kelp under clouds only.
     assert float(seeds["tp"]) >= float(whole["tp"]) > 0
     assert float(seeds["fn"]) <= float(whole["fn"])
 
 
-def test_a_threshold_never_saw_the_places_it_is_used_on(labelled, monkeypatch):
+def test_the_seeds_merge_row_by_row_is_that_of_whole_layers(labelled, monkeypatch):
+    """A network that pads with 0 and looks around: tiles differ, so their order would show."""
+    monkeypatch.setitem(ARCHITECTURES, "unet", lambda spec: Edgy(spec.channels))
+    bundle = load_bundle(tiny_bundle(labelled / "b", resize_strategy="pad", image_size=32))
+    variant = variants_of(bundle, "", 32, (), (), (), tta=False)[-1]
+    path = labelled / "images" / "K00_satellite.tif"
+    runtime = Runtime(torch.device("cpu"), "32-true")
+    with Scene(path) as scene:
+        sink = Rows(scene.shape)
+        variant.run(scene, sink, runtime, qa_as_nodata=True)
+        grid = TileGrid(scene.shape, 32, 16, edge="pad")
+        votes = np.full((len(grid), 112, 96), np.nan, np.float32)
+        for k, tile in enumerate(grid):
+            inside = tile.clipped(scene.shape)
+            raw = torch.from_numpy(scene.read(inside))[None]
+            with torch.inference_mode():
+                net = bundle.net.module
+                x = net.preprocess(raw)
+                x = functional.pad(x, (0, 32 - inside.width, 0, 32 - inside.height))
+                p = torch.sigmoid(net.body(x))[0, 0].numpy()
+            votes[k][inside.slices] = p[: inside.height, : inside.width]
+    wanted = majority(votes)[:100, :90]
+    assert np.isfinite(wanted).all()
+    np.testing.assert_allclose(sink.values, wanted, atol=1e-6)
+
+
+def test_a_threshold_never_saw_the_sites_it_is_used_on(labelled, monkeypatch):
     first = compare(labelled, monkeypatch, PixelBody)
     part = {}
     order = np.random.default_rng(0).permutation(6)
@@ -338,11 +267,15 @@ def test_a_threshold_never_saw_the_places_it_is_used_on(labelled, monkeypatch):
             path = labelled / "masks" / f"K{k:02d}_kelp.tif"
             write_mask(path, (read_mask(path) == 0).astype(np.uint8))
     second = compare(labelled, monkeypatch, PixelBody)
-    for before, after in zip(first.comparison.judged, second.comparison.judged, strict=True):
+    for before, after in zip(
+        first.comparison.evaluations, second.comparison.evaluations, strict=True
+    ):
         assert before.thresholds[0] == after.thresholds[0]
     changed = [
         before.thresholds[1:] != after.thresholds[1:]
-        for before, after in zip(first.comparison.judged, second.comparison.judged, strict=True)
+        for before, after in zip(
+            first.comparison.evaluations, second.comparison.evaluations, strict=True
+        )
     ]
     assert any(changed)
 
@@ -364,30 +297,32 @@ def test_recall_at_the_precision_of_the_whole_image_and_every_field_is_told(labe
     assert set(fields_of(told)) == set(FIELDS)
     ways = {way["name"]: way["at_equal_precision"] for way in told["ways"]}
     name = told["advice"]["whole"]
-    whole = next(judged for judged in comparison.judged if judged.way.name == name)
-    main = next(judged for judged in comparison.equal.judged if judged.way.kind == "sliced")
+    whole = next(one for one in comparison.evaluations if one.name == name)
+    main = next(one for one in comparison.equal if one.variant.kind == "sliced")
     part = dict(zip(np.random.default_rng(0).permutation(6), range(6), strict=True))
 
-    def precisions(way, k):
-        """At every threshold, on the places outside part `k`."""
-        counted = np.zeros((2, CODES + 1), np.int64)
-        for number, place in enumerate(comparison.places):
-            if part[place] != k:
-                scene = read_scene(labelled / "images" / f"K{number:02d}_satellite.tif")
-                p = way.run(scene, Runtime(torch.device("cpu"), "32-true"), True).probabilities
-                codes = np.where(np.isnan(p), 255, np.rint(np.nan_to_num(p) * CODES))
+    sites = [k // 2 for k in range(12)]
+
+    def precisions(variant, k):
+        """At every threshold, on the sites outside part `k`."""
+        counted = Histogram.empty(())
+        for number, site in enumerate(sites):
+            if part[site] != k:
+                with Scene(labelled / "images" / f"K{number:02d}_satellite.tif") as scene:
+                    sink = Rows(scene.shape)
+                    variant.run(scene, sink, Runtime(torch.device("cpu"), "32-true"), True)
                 truth = read_mask(labelled / "masks" / f"K{number:02d}_kelp.tif")
-                counted += pixels_by_code(truth, codes.astype(np.uint8))
-        return precision_by_code(counted)
+                counted.add((), truth, quantise(sink.values))
+        return counted.precision()
 
     for k in (0, 3):
-        wanted = precisions(whole.way, k)[round(whole.thresholds[k] * CODES)]
-        reached = precisions(main.way, k)
+        wanted = precisions(whole.variant, k)[round(whole.thresholds[k] * CODES)]
+        reached = precisions(main.variant, k)
         threshold = round(main.thresholds[k] * CODES)
         assert reached[threshold] >= wanted
         assert not (reached[1:threshold] >= wanted).any()  # it is the lowest
     assert ways[name]["figures"]["recall"]["difference"]["value"] is None
-    gain = ways[main.way.name]["figures"]["recall"]["difference"]
+    gain = ways[main.name]["figures"]["recall"]["difference"]
     assert gain["value"] > 0
     text = (labelled / "out" / "comparison.txt").read_text()
     assert f"At the precision of: {name}" in text
@@ -440,11 +375,11 @@ def test_wrong_input_is_one_line(labelled, monkeypatch, capfd):
         kelp.compare(CompareConfig(**{**config, "run_dir": (model_file,)}))
     with pytest.raises(ConfigError, match="run_dir is missing"):
         kelp.compare(CompareConfig(**{**config, "run_dir": ()}))
-    with pytest.raises(ConfigError, match="largest_pass=32: no way shows a network so little"):
+    with pytest.raises(ConfigError, match="largest_pass=32: no variant shows"):
         kelp.compare(CompareConfig(**config, largest_pass=32))
     truth = labelled / "masks" / "K03_kelp.tif"
     write_mask(truth, np.zeros((90, 100), np.uint8))
-    with pytest.raises(InputError, match=r"K03_kelp\.tif has 90 x 100 pixels .* a truth must"):
+    with pytest.raises(InputError, match=r"K03_kelp\.tif does .* 90 x 100 pixels against 100"):
         kelp.compare(CompareConfig(**config))
     truth.unlink()
     arguments = [f"--{name}={value}" for name, value in config.items() if name != "run_dir"]
@@ -491,7 +426,8 @@ def fold(tmp_path, monkeypatch):
 
 def scenes_of(*runs, **options):
     config = CompareConfig(run_dir=runs, output_dir="out", **options)
-    return labelled_scenes(config, [load_bundle(run) for run in runs], config.labels_dir)
+    bundles = [load_bundle(run) for run in runs]
+    return labelled_scenes(config, bundles, config.data_dir, config.gt_dir, config.labels_dir)
 
 
 def test_the_scenes_are_those_of_the_runs_fold(fold, caplog):
@@ -505,7 +441,7 @@ def test_the_scenes_are_those_of_the_runs_fold(fold, caplog):
     assert [image.truth for image in scenes.images] == [
         folder / "masks" / f"{name}_kelp.tif" for name in ids
     ]
-    assert [image.place for image in scenes.images] == [0, 1, 2]
+    assert [image.site for image in scenes.images] == [0, 1, 2]
     (line,) = caplog.messages
     assert line.startswith("scenes: 3 images that fold 0 of")
     assert "picked its best epoch on them" in line
@@ -513,16 +449,16 @@ def test_the_scenes_are_those_of_the_runs_fold(fold, caplog):
     assert [image.scene.name[:8] for image in alone.images] == ["TR000001", "TR000003", "TR000005"]
 
 
-def test_places_of_the_fold_come_from_its_table(fold):
+def test_sites_of_the_fold_come_from_its_table(fold):
     rows = pd.read_parquet(fold.world.table)
     rows.assign(aoi_id=7).to_parquet(fold.world.table)
-    assert [image.place for image in scenes_of(fold.run("whole")).images] == [0, 0, 0]
+    assert [image.site for image in scenes_of(fold.run("whole")).images] == [0, 0, 0]
     own = fold.root / "own.parquet"
     rows.assign(aoi_id=rows["tile_id"]).to_parquet(own)
     scenes = scenes_of(fold.run("whole"), metadata_fp=own)
-    assert [image.place for image in scenes.images] == [0, 1, 2]
+    assert [image.site for image in scenes.images] == [0, 1, 2]
     rows.drop(columns="aoi_id").to_parquet(fold.world.table)
-    assert [image.place for image in scenes_of(fold.run("whole")).images] == [0, 1, 2]
+    assert [image.site for image in scenes_of(fold.run("whole")).images] == [0, 1, 2]
 
 
 def test_an_image_without_tiles_is_left_out_of_the_fold(fold):

@@ -1,11 +1,11 @@
-"""The ways of applying a network that are compared: whole images, slices, and the seed's merge."""
+"""Variants of applying a network: whole images, slices, and the seed's hard-vote merge."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Final, Literal
+from typing import Final, Literal, Protocol
 
 import numpy as np
 import torch
@@ -17,15 +17,16 @@ from kelp.errors import ConfigError
 from kelp.inference.backends import Processor
 from kelp.inference.backends.onnx import OnnxNet
 from kelp.inference.bundle import Bundle
-from kelp.inference.predictor import predict_array
+from kelp.inference.predictor import predict
 from kelp.inference.spec import BundleSpec
 from kelp.nn.backend import TorchBackend
 from kelp.nn.device import autocast
 from kelp.nn.resize import pick, to_network
+from kelp.raster.scene import Scene
 from kelp.raster.window import Blend, Shape
 from kelp.tiling.grid import TileGrid
 
-_TILE: Final = 128
+WHOLE_IMAGE_TILE: Final = 128
 """Of a network that was trained on whole images."""
 
 Pixels = NDArray[np.float32]
@@ -41,19 +42,27 @@ class Runtime:
     batch_size: int | None = None
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What a way made of a scene."""
+class Sink(Protocol):
+    """Takes the probabilities of a scene, row by row from the top."""
 
-    probabilities: Pixels
-    """`(height, width)`, NaN = not observed."""
+    def write(self, y: int, rows: Pixels) -> None:
+        """Rows `(n, width)` from row `y` on; NaN = not observed."""
+
+    def close(self) -> None:
+        """After the last row."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a variant took for a scene."""
+
     seconds: float
     network_pixels: int
     """What the network saw, in its own pixels, over all tiles and symmetries."""
 
 
 @dataclass(frozen=True)
-class Way:
+class Variant:
     """A network and how it is applied."""
 
     name: str
@@ -66,18 +75,18 @@ class Way:
     tta: MergeMode | None = None
     _at: dict[int, Bundle] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    def run(self, scene: Pixels, runtime: Runtime, qa_as_nodata: bool) -> Outcome:
-        """Predict a scene, canonical `(7, height, width)`."""
+    def run(self, scene: Scene, sink: Sink, runtime: Runtime, qa_as_nodata: bool) -> Cost:
+        """Predict a scene, row by row."""
         started = time.perf_counter()
-        height, width = scene.shape[1:]
         if self.kind == "seed":
-            p, network_pixels = _seeds_way(self, scene, runtime)
+            network_pixels = _hard_votes(self, scene, sink, runtime)
         else:
-            tile = self.tile or max(height, width)
+            tile = self.tile or max(scene.shape)
             bundle = self._for(tile)
-            p = predict_array(
+            predict(
                 bundle,
                 scene,
+                sink,
                 tile=tile,
                 overlap=self.overlap,
                 blend=self.blend,
@@ -88,9 +97,9 @@ class Way:
                 qa_as_nodata=qa_as_nodata,
             )
             rows, columns = bundle.spec.network_shape((tile, tile))
-            crops = len(TileGrid((height, width), tile, self.overlap)) * (8 if self.tta else 1)
+            crops = len(TileGrid(scene.shape, tile, self.overlap)) * (8 if self.tta else 1)
             network_pixels = crops * rows * columns
-        return Outcome(p, time.perf_counter() - started, network_pixels)
+        return Cost(time.perf_counter() - started, network_pixels)
 
     @property
     def scale(self) -> float:
@@ -122,7 +131,7 @@ def at_scale(bundle: Bundle, tile: int, scale: float) -> Bundle:
     return bundle.described(bundle.spec.at_scale(tile, scale))
 
 
-def ways_of(
+def variants_of(
     bundle: Bundle,
     name: str,
     tile: int | None,
@@ -130,16 +139,16 @@ def ways_of(
     tiles: Sequence[int],
     interpolations: Sequence[Interpolation],
     tta: bool,
-) -> tuple[Way, ...]:
-    """All ways of applying one bundle; each but the first sliced one changes one thing of it.
+) -> tuple[Variant, ...]:
+    """All variants of applying one bundle; each but the first sliced one changes one thing of it.
 
     Args:
         bundle: a network of this package, not an ONNX file.
-        name: what the names of its ways begin with; empty for a lone bundle.
-        tile: of the sliced ways, in scene pixels; None: as `kelp predict` does it.
+        name: what the names of its variants begin with; empty for a lone bundle.
+        tile: of the sliced variants, in scene pixels; None: as `kelp predict` does it.
         overlaps: other overlaps than that.
         tiles: other tiles, at the same scale, with the same overlap where it fits.
-        interpolations: other ways of resizing tiles.
+        interpolations: others for resizing tiles.
         tta: also with the 8 symmetries of the square.
     """
     if isinstance(bundle.net, OnnxNet):
@@ -149,21 +158,21 @@ def ways_of(
         )
     prefix = f"{name}: " if name else ""
     scale = bundle.spec.scale
-    trained = max(bundle.spec.tile_size) if bundle.spec.sahi else _TILE
+    trained = max(bundle.spec.tile_size) if bundle.spec.sahi else WHOLE_IMAGE_TILE
     tile, overlap = (tile, tile // 2) if tile else _default(bundle.spec, trained)
     wrong = [other for other in overlaps if not 0 <= other < tile]
     if wrong:
         raise ConfigError(f"--overlaps {wrong[0]}: must lie between 0 and {tile - 1} px")
     main = sliced(prefix, bundle, tile, overlap, "hann")
-    ways = [Way(f"{prefix}whole image", "whole", bundle), main]
+    variants = [Variant(f"{prefix}whole image", "whole", bundle), main]
     if bundle.spec.is_pixelwise:  # nothing else could make a difference, nor does slicing
-        return tuple(ways)
+        return tuple(variants)
     if scale != 1:
         words = f"{prefix}whole image, enlarged {scale:g} times"
-        ways.insert(1, Way(words, "whole, upsampled", bundle))
-    ways.append(sliced(prefix, bundle, tile, overlap, "mean"))
-    ways += [sliced(prefix, bundle, tile, other, "hann") for other in overlaps]
-    ways += [
+        variants.insert(1, Variant(words, "whole, upsampled", bundle))
+    variants.append(sliced(prefix, bundle, tile, overlap, "mean"))
+    variants += [sliced(prefix, bundle, tile, other, "hann") for other in overlaps]
+    variants += [
         sliced(prefix, bundle, other, other // 2, "hann")
         for other in (*tiles, trained)
         if other != tile
@@ -173,11 +182,11 @@ def ways_of(
             if interpolation != bundle.spec.interpolation:
                 spec = bundle.spec.model_copy(update={"interpolation": interpolation})
                 changed = replace(main, bundle=bundle.described(spec))
-                ways.append(replace(changed, name=f"{main.name}, {interpolation}"))
+                variants.append(replace(changed, name=f"{main.name}, {interpolation}"))
     if tta:
-        ways.append(replace(main, name=f"{main.name}, 8 symmetries", tta="mean"))
-    ways.append(Way(f"{prefix}the seed's merge", "seed", bundle, trained, trained // 2))
-    return tuple({way.name: way for way in ways}.values())
+        variants.append(replace(main, name=f"{main.name}, 8 symmetries", tta="mean"))
+    variants.append(Variant(f"{prefix}the seed's merge", "seed", bundle, trained, trained // 2))
+    return tuple({one.name: one for one in variants}.values())
 
 
 def _default(spec: BundleSpec, trained: int) -> tuple[int, int]:
@@ -187,51 +196,59 @@ def _default(spec: BundleSpec, trained: int) -> tuple[int, int]:
     return trained, trained // 2
 
 
-def sliced(prefix: str, bundle: Bundle, tile: int, overlap: int, blend: Blend) -> Way:
-    """A sliced way at the scale of its bundle."""
+def sliced(prefix: str, bundle: Bundle, tile: int, overlap: int, blend: Blend) -> Variant:
+    """A sliced variant at the scale of its bundle."""
     scale = bundle.spec.scale
     shown = bundle if (tile, tile) == bundle.spec.tile_size else at_scale(bundle, tile, scale)
     words = f"{prefix}sliced {tile} px, overlap {overlap} px, {blend}"
-    return Way(words, "sliced", shown, tile, overlap, blend)
+    return Variant(words, "sliced", shown, tile, overlap, blend)
 
 
 @torch.inference_mode()
-def _seeds_way(way: Way, scene: Pixels, runtime: Runtime) -> tuple[Pixels, int]:
-    """The original's: tiles beyond the edge padded with 0, hard votes, their majority.
+def _hard_votes(variant: Variant, scene: Scene, sink: Sink, runtime: Runtime) -> int:
+    """The original's merge: tiles beyond the edge padded with 0, hard votes, their majority.
 
     Given as the probabilities that say so at every threshold (see `majority`), so that the tiles'
-    threshold is fitted like any other.
+    threshold is fitted like any other. Returns the network pixels.
     """
-    bundle, tile = way.bundle, way.tile
+    bundle, tile = variant.bundle, variant.tile
     assert tile is not None
     processor = Processor(runtime.device.type, runtime.precision, torch.get_num_threads())
     backend = bundle.on(processor)
     assert isinstance(backend, TorchBackend)
     net = backend.module
-    height, width = scene.shape[1:]
+    height, width = scene.shape
     rows, columns = bundle.spec.network_shape((tile, tile))
-    layers = np.full((4, height, width), np.nan, dtype=np.float32)
-    x = net.preprocess(torch.from_numpy(scene)[None].to(runtime.device))
-    grid = TileGrid((height, width), tile, way.overlap, edge="pad")
-    stride = tile - way.overlap
-    for place in grid:
-        part = x[:, :, place.y : place.bottom, place.x : place.right]
-        missing = tile - part.shape[3], tile - part.shape[2]
-        part = functional.pad(part, (0, missing[0], 0, missing[1]))
-        if bundle.spec.resize_strategy == "resize":
-            part = to_network(part, rows, "nearest")
-        else:
-            part = functional.pad(part, (0, columns - tile, 0, rows - tile))
-        with autocast(runtime.precision, runtime.device):
-            logits = net.body(part.contiguous(memory_format=torch.channels_last))[:, 0].float()
-        p = torch.sigmoid(logits / bundle.spec.temperature)
-        if bundle.spec.resize_strategy == "resize":
-            p = pick(p, tile, "nearest")
-        inside = place.clipped((height, width))
-        # Overlaps are half a tile at most: every second tile of an axis meets none of its like.
-        layer = layers[2 * (place.y // stride % 2) + place.x // stride % 2]
-        layer[inside.slices] = p[0, : inside.height, : inside.width].cpu().numpy()
-    return majority(layers), len(grid) * rows * columns
+    grid = TileGrid(scene.shape, tile, variant.overlap, edge="pad")
+    stride = tile - variant.overlap
+    # Overlaps are half a tile at most: every second tile of an axis meets none of its like, and
+    # a row of pixels lies in this row of tiles and the one before.
+    layers = np.full((4, 2 * tile, width), np.nan, dtype=np.float32)
+    for number, y in enumerate(grid.rows):
+        k = number % 2
+        layers[2 * k : 2 * k + 2] = np.nan
+        for at in grid.row(y):
+            inside = at.clipped((height, width))
+            raw = torch.from_numpy(scene.read(inside))[None].to(runtime.device)
+            part = net.preprocess(raw)
+            part = functional.pad(part, (0, tile - inside.width, 0, tile - inside.height))
+            if bundle.spec.resize_strategy == "resize":
+                part = to_network(part, rows, "nearest")
+            else:
+                part = functional.pad(part, (0, columns - tile, 0, rows - tile))
+            with autocast(runtime.precision, runtime.device):
+                logits = net.body(part.contiguous(memory_format=torch.channels_last))[:, 0].float()
+            p = torch.sigmoid(logits / bundle.spec.temperature)
+            if bundle.spec.resize_strategy == "resize":
+                p = pick(p, tile, "nearest")
+            layer = layers[2 * k + inside.x // stride % 2, : inside.height]
+            layer[:, inside.x : inside.right] = p[0, : inside.height, : inside.width].cpu().numpy()
+        # Rows that no later row of tiles reaches; the layers of the row before lie `stride` higher.
+        done = stride if y != grid.rows[-1] else height - y
+        before = layers[2 * (1 - k) : 4 - 2 * k, stride : stride + done]
+        sink.write(y, majority(np.concatenate([layers[2 * k : 2 * k + 2, :done], before])))
+    sink.close()
+    return len(grid) * rows * columns
 
 
 def majority(layers: Pixels) -> Pixels:
