@@ -83,6 +83,10 @@ class CoverageError(KelpError):
     """A pixel was covered by no tile. Merging never fills such a hole with a value."""
 
 
+class BugError(Exception):
+    """A bug ended some scenes of a run; the rest is done. One line; `kelp` exits with status 1."""
+
+
 @contextmanager
 def fit_to_travel() -> Iterator[None]:
     """An error leaves for another process alone, without what caused it.

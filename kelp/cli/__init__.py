@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import click
 
-from kelp.errors import KelpError
+from kelp.errors import BugError, KelpError
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -292,6 +292,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error.format_message())
     except KelpError as error:
         return _fail(error.message)
+    except BugError as error:
+        click.echo(f"kelp: {error}", err=True)
+        return 1
     except (KeyboardInterrupt, click.Abort):
         click.echo("kelp: stopped; nothing half-written was left under a final name", err=True)
         return 130

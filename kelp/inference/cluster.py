@@ -19,7 +19,7 @@ from kelp.config import PredictConfig
 from kelp.errors import BundleError, KelpError, fit_to_travel
 from kelp.inference.backends import Processor
 from kelp.inference.bundle import BackendName, Bundle, Which, load_bundles
-from kelp.inference.inputs import Task, sorted_out, survey, survey_one
+from kelp.inference.inputs import Failure, Task, sorted_out, survey, survey_one
 from kelp.inference.predictor import Predictor
 from kelp.inference.work import Runner, WorkItem, WorkQueue, WorkResult
 from kelp.io.executors import gather
@@ -81,7 +81,7 @@ class Executor(Protocol):
     def require_shared(self, folder: Path) -> None:
         """Raise `KelpError` naming one that does not see this folder."""
 
-    def survey(self, masks: Masks) -> tuple[list[Task], dict[Path | Url, str]]:
+    def survey(self, masks: Masks) -> tuple[list[Task], dict[Path | Url, Failure]]:
         """Open and check scenes, given with their masks: see `kelp.inference.inputs.survey`."""
 
     def run(
@@ -101,7 +101,7 @@ class LocalExecutor:
     def require_shared(self, folder: Path) -> None:
         """Nobody else is to see it."""
 
-    def survey(self, masks: Masks) -> tuple[list[Task], dict[Path | Url, str]]:
+    def survey(self, masks: Masks) -> tuple[list[Task], dict[Path | Url, Failure]]:
         """Open and check scenes."""
         specs = [bundle.spec for bundle in self.predictor.bundles]
         return survey(masks, self._config.band_order, specs)
@@ -145,7 +145,7 @@ class DaskExecutor:
         """Raise `KelpError` naming a worker that does not see this folder."""
         self._cluster.require_shared(folder)
 
-    def survey(self, masks: Masks) -> tuple[list[Task], dict[Path | Url, str]]:
+    def survey(self, masks: Masks) -> tuple[list[Task], dict[Path | Url, Failure]]:
         """Open and check scenes, spread over the workers."""
         there = partial(survey_there, self._setting)
         return sorted_out(masks, self._cluster.map(there, list(masks.items())))
@@ -231,7 +231,7 @@ def processor_of(setting: Setting, threads: int) -> Processor:
     return Predictor.of(config.model_copy(update={"threads": threads}), bundles).processor
 
 
-def survey_there(setting: Setting, pair: tuple[Path | Url, Path | Url]) -> Task | str:
+def survey_there(setting: Setting, pair: tuple[Path | Url, Path | Url]) -> Task | Failure:
     """`survey_one` on a worker."""
     specs = [bundle.spec for bundle in _bundles(setting)]
     return survey_one(_config(setting.config).band_order, specs, pair)
@@ -253,7 +253,6 @@ def perform_there(setting: Setting, item: WorkItem) -> WorkResult:
             del result.failures[task.path]
         result.counts += again.counts
         result.failures |= again.failures
-        result.tracebacks |= again.tracebacks
         result.busy = again.busy
     return result
 

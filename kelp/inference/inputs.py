@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import traceback
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from kelp import tables
 from kelp.errors import InputError, KelpError
@@ -38,6 +40,24 @@ class Task:
     def staged(self) -> bool:
         """Whether it is of a store, or for one."""
         return isinstance(self.path, Url) or isinstance(self.output, Url)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a scene has no map."""
+
+    message: str
+    """One line that names it."""
+    traceback: str = ""
+    """Of a bug; empty where the user can mend it."""
+
+    @classmethod
+    def of(cls, path: Path | Url, error: Exception) -> Self:
+        """What an error says of a scene."""
+        if isinstance(error, KelpError):
+            return cls(error.message)
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        return cls(f"{path}: a bug ({text})", "".join(traceback.format_exception(error)))
 
 
 def find_scenes(data: Path | Url) -> list[Path | Url]:
@@ -81,7 +101,7 @@ def digest_of(place: Path | remote.Found) -> str:
 
 def survey(
     outputs: Mapping[Path | Url, Path | Url], band_order: Sequence[str], specs: Sequence[BundleSpec]
-) -> tuple[list[Task], dict[Path | Url, str]]:
+) -> tuple[list[Task], dict[Path | Url, Failure]]:
     """Open and check scenes before the first is predicted.
 
     Args:
@@ -97,7 +117,7 @@ def survey(
 
 def survey_one(
     band_order: Sequence[str], specs: Sequence[BundleSpec], pair: tuple[Path | Url, Path | Url]
-) -> Task | str:
+) -> Task | Failure:
     """Open and check one scene, given with its mask; what is wrong with it, where it is bad.
 
     Of a scene of a store only the header is seen; its values are checked when it is fetched.
@@ -113,17 +133,17 @@ def survey_one(
                 check_scale(scene, specs, str(path))
             size, place, reading = scene.size, scene.georeference, scene.reading
         digest = digest_of(remote.look(path) if isinstance(path, Url) else path)
-    except KelpError as error:
-        return error.message
+    except Exception as error:  # noqa: BLE001  # also a bug ends its scene only
+        return Failure.of(path, error)
     return Task(path, output, size, place, reading, digest)
 
 
 def sorted_out(
-    outputs: Iterable[Path | Url], surveyed: Iterable[Task | str]
-) -> tuple[list[Task], dict[Path | Url, str]]:
+    outputs: Iterable[Path | Url], surveyed: Iterable[Task | Failure]
+) -> tuple[list[Task], dict[Path | Url, Failure]]:
     """The good scenes, and what is wrong with each bad one."""
     tasks: list[Task] = []
-    failures: dict[Path | Url, str] = {}
+    failures: dict[Path | Url, Failure] = {}
     for path, found in zip(outputs, surveyed, strict=True):
         if isinstance(found, Task):
             tasks.append(found)

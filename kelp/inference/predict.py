@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from kelp import tables
 from kelp.config import PredictConfig
-from kelp.errors import ConfigError, InputError
+from kelp.errors import BugError, ConfigError, InputError
 from kelp.inference import memory
 from kelp.inference.bundle import load_bundles
 from kelp.inference.checks import check_statistics
 from kelp.inference.cluster import Executor, Share, open_executor
-from kelp.inference.inputs import Task, find_scenes
+from kelp.inference.inputs import Failure, Task, find_scenes
 from kelp.inference.outputs import clean_up, probability_path, spread_path
 from kelp.inference.plan import NetworkMemory, check_disk, fit_memory, make_plan
 from kelp.inference.work import Runner
@@ -89,6 +89,8 @@ def predict_scenes(
 
     Raises:
         KelpError: bad input. Of several scenes the good ones are done before bad ones are named.
+        BugError: a bug of kelp ended some scenes, whose tracebacks are in `kelp-errors.log` beside
+            the maps; the others are done.
     """
     shared = client is not None or config.scheduler is not None
     config = config.absolute() if shared else config
@@ -112,10 +114,7 @@ def predict_scenes(
         counts, wrong = _predict(executor, runner, todo, progress)
     failures |= wrong
     _record(runner, executor.shares if shared else {})
-    if failures:
-        named = "; ".join(failures.values())
-        rest = ", the rest is done" if len(failures) < len(scenes) else ""
-        raise InputError(f"{len(failures)} of {len(scenes)} scenes failed{rest}: {named}")
+    _report(config, failures, len(scenes))
     made = tuple(masks.values())
     submission, previews = _submit(config, scenes, made, progress)
     peaks = [share.peak_memory for share in executor.shares.values()]
@@ -207,9 +206,9 @@ def _finished(runner: Runner, task: Task) -> bool:
 
 def _predict(
     executor: Executor, runner: Runner, todo: Sequence[Task], progress: Progress
-) -> tuple[Counts, dict[Path | Url, str]]:
-    """Predict scenes; what was done, and the error of each scene that failed."""
-    counts, failures = Counts(), dict[Path | Url, str]()
+) -> tuple[Counts, dict[Path | Url, Failure]]:
+    """Predict scenes; what was done, why others failed."""
+    counts, failures = Counts(), dict[Path | Url, Failure]()
     total, done = sum(len(runner.grid(task)) for task in todo), 0
 
     def advance(tiles: int) -> None:
@@ -222,6 +221,28 @@ def _predict(
             counts += result.counts
             failures |= result.failures
     return counts, failures
+
+
+def _report(config: PredictConfig, failures: Mapping[Path | Url, Failure], scenes: int) -> None:
+    """Raise an error that names the scenes that failed; tracebacks go into a file.
+
+    Raises:
+        InputError: scenes that cannot be predicted.
+        BugError: scenes that met a bug, maybe others as well.
+    """
+    if not failures:
+        return
+    rest = ", the rest is done" if len(failures) < scenes else ""
+    named = "; ".join(failure.message for failure in failures.values())
+    words = f"{len(failures)} of {scenes} scenes failed{rest}: {named}"
+    bugs = [
+        f"{path}\n{failure.traceback}" for path, failure in failures.items() if failure.traceback
+    ]
+    if not bugs:
+        raise InputError(words)
+    log_file = config.output_dir / tables.ERRORS_FILE
+    remote.write_text(log_file, "\n".join(bugs))
+    raise BugError(f"{words}; please report it with {log_file}")
 
 
 def _record(runner: Runner, workers: Mapping[str, Share]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ import kelp
 from kelp.config import PredictConfig
 from kelp.errors import BusyError, InputError, KelpError
 from kelp.inference import memory
-from kelp.inference.inputs import Task
+from kelp.inference.inputs import Failure, Task
 from kelp.inference.outputs import (
     JournalFile,
     Outputs,
@@ -66,22 +65,15 @@ class WorkResult:
 
     item: WorkItem
     counts: Counts = field(default_factory=Counts)
-    failures: dict[Path | Url, str] = field(default_factory=dict)
-    """The error of each scene that failed."""
-    tracebacks: dict[Path | Url, str] = field(default_factory=dict)
-    """Of those among them that met a bug."""
+    failures: dict[Path | Url, Failure] = field(default_factory=dict)
+    """Of the scenes that failed."""
     busy: tuple[Task, ...] = ()
     """Scenes, among those that failed, that another process is writing."""
     peak_memory: int = 0
 
     def note(self, task: Task, error: Exception) -> None:
         """A scene failed: by its user's mistake, or by a bug."""
-        if isinstance(error, KelpError):
-            self.failures[task.path] = error.message
-        else:
-            text = " ".join(f"{type(error).__name__}: {error}".split())
-            self.failures[task.path] = f"{task.path}: a bug ({text})"
-            self.tracebacks[task.path] = "".join(traceback.format_exception(error))
+        self.failures[task.path] = Failure.of(task.path, error)
         if isinstance(error, BusyError):
             self.busy += (task,)
 

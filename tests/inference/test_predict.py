@@ -13,11 +13,12 @@ from world import coast, read_tif, write_tif
 
 import kelp
 from kelp.cli import main
+from kelp.errors import InputError
 from kelp.inference.predictor import Predictor
 from kelp.io.files import host
 from kelp.raster.bands import BANDS
 from kelp.raster.masks import Georeference, georeference_of, read_mask
-from kelp.raster.scene import read_scene
+from kelp.raster.scene import Scene, read_scene
 from kelp.raster.statistics import About, StatsFile
 from kelp.raster.validity import observed
 
@@ -171,15 +172,6 @@ def test_an_ensemble_of_a_bundle_with_itself_is_that_bundle(scenes, bundle, tmp_
         )
 
 
-@pytest.mark.parametrize("merge", ["mean", "max", "min", "gmean"])
-def test_tta_changes_nothing_for_a_pixel_network(scenes, bundle, tmp_path, merge):
-    predict(scenes, bundle, tmp_path / "one")
-    assert predict(scenes, bundle, tmp_path / "tta", "--tta", "--tta_merge_mode", merge) == 0
-    for name in masks(tmp_path / "one"):
-        different = read_mask(tmp_path / "one" / name) != read_mask(tmp_path / "tta" / name)
-        assert different.mean() < 0.001
-
-
 def test_qa_as_nodata_false_maps_what_is_under_clouds(scenes, bundle, tmp_path):
     predict(scenes, bundle, tmp_path / "a")
     predict(scenes, bundle, tmp_path / "b", "--no-qa-as-nodata")
@@ -225,6 +217,35 @@ def test_a_mask_that_cannot_be_written_is_named_and_the_others_are_done(
     ]
 
 
+@pytest.mark.parametrize("when", ["looking at it", "predicting it"])
+def test_a_bug_in_one_scene_is_logged_and_the_others_are_done(
+    scenes, bundle, tmp_path, capfd, monkeypatch, when
+):
+    """Planted: reading the second scene divides by zero, at once or only when it is predicted."""
+    read = Scene.read
+
+    def broken(scene, tile=None):
+        if scene.path.name.startswith("AA000001") and (when == "looking at it" or looked):
+            return 1 / 0
+        looked.extend([1] * scene.path.name.startswith("AA000001"))
+        return read(scene, tile)
+
+    looked = []
+    monkeypatch.setattr(Scene, "read", broken)
+    out = tmp_path / "out"
+    (scenes / "AB_satellite.tif").write_bytes(b"no raster")
+    assert predict(scenes, bundle, out) == 1
+    (line,) = capfd.readouterr().err.strip().splitlines()
+    assert "2 of 4 scenes failed, the rest is done" in line
+    assert "AA000001_satellite.tif: a bug (ZeroDivisionError: division by zero)" in line
+    assert "AB_satellite.tif: not a readable raster" in line
+    text = (out / "kelp-errors.log").read_text()
+    assert "AA000001_satellite.tif\nTraceback (most recent call last):" in text
+    assert "AB_" not in text
+    assert sorted(masks(out)) == ["AA000000_kelp.tif", "AA000002_kelp.tif"]
+    assert not [p for p in out.iterdir() if p.name.startswith(".")]
+
+
 def test_probabilities_of_an_earlier_run_do_not_stay(scenes, bundle, tmp_path):
     out = tmp_path / "out"
     predict(scenes, bundle, out, "--soft_labels")
@@ -258,9 +279,15 @@ def test_the_record_holds_what_was_resolved(scenes, bundle, tmp_path):
 def test_another_scale_is_named(scenes, bundle, tmp_path, capfd, values, named):
     pixels = read_scene(scenes / "AA000000_satellite.tif").astype(np.float32)
     pixels[:5] = values(pixels[:5])
-    write_tif(tmp_path / "r" / "R_satellite.tif", pixels)
+    path = write_tif(tmp_path / "r" / "R_satellite.tif", pixels)
     assert predict(tmp_path / "r", bundle, tmp_path / "out") == 2
     assert named in capfd.readouterr().err
+    loaded = kelp.load_bundle(bundle)
+    with pytest.raises(InputError, match=f"R_satellite.tif: looks like {named}"):
+        kelp.predict(loaded, path, tmp_path / "m.tif")
+    with pytest.raises(InputError, match=f"the array: looks like {named}"):
+        kelp.predict_array(loaded, pixels)
+    assert not (tmp_path / "m.tif").exists()
 
 
 def test_the_statistics_folder_is_only_a_check(scenes, tmp_path, capfd):

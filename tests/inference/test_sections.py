@@ -214,8 +214,8 @@ def test_a_damaged_section_is_named_and_made_again(scene, tmp_path):
     content[len(content) // 2] ^= 1
     rows.write_bytes(content)
     outcome = run.perform(unit)
-    (message,) = outcome.failures.values()
-    assert "damaged; run the same command again" in message
+    (failure,) = outcome.failures.values()
+    assert "damaged; run the same command again" in failure.message
     predict(*scene, out, save_probabilities=True, save_spread=True)
     assert rasters(out) == rasters(alone)
 
@@ -276,5 +276,5 @@ def test_a_failing_scene_drops_its_other_sections(scene, tmp_path):
     assert list(outcome.failures) == [tasks[0].path]
     work.done(outcome)
     assert work.next() is None
-    assert "L_satellite.tif" in outcome.failures[tasks[0].path]
+    assert "L_satellite.tif" in outcome.failures[tasks[0].path].message
     assert WorkItem((tasks[0],)).sections == ()

@@ -134,7 +134,8 @@ def labelled_scenes(
     truths = dict[Path | Url, Path | Url](found.truths.items())
     tasks, failures = survey(truths, options.band_order, specs)
     if failures:
-        raise InputError(f"{len(failures)} scenes cannot be read: {'; '.join(failures.values())}")
+        named = "; ".join(failure.message for failure in failures.values())
+        raise InputError(f"{len(failures)} scenes cannot be read: {named}")
     require_kelp_value(found.truths.values(), options.kelp_value)
     names = {tile_id_of(local(task.path)): local(task.path) for task in tasks}
     table = options.metadata_fp or found.sites
