@@ -341,7 +341,10 @@ def locked(path: Path, wait: bool = False) -> Iterator[None]:
 
 
 def output_folder(path: Path) -> Path:
-    """Create `path` if needed and make sure that files can be written into it."""
+    """Create `path` if needed and make sure that files can be written into it.
+
+    What killed processes left there of temporaries goes (`discard_partials`).
+    """
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -350,6 +353,7 @@ def output_folder(path: Path) -> Path:
         ) from error
     if not os.access(path, os.W_OK | os.X_OK):
         raise InputError(f"{path}: the output folder is not writable; choose another one")
+    discard_partials(path)
     return path
 
 

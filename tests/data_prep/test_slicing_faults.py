@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -164,3 +166,39 @@ def test_a_stopped_slice_leaves_whole_tiles_and_no_process(tmp_path, how):
         assert read_tif(path).shape[1:] == (32, 32)
     if how == signal.SIGINT:
         assert not list(used.output_dir.rglob(".*.tif"))
+
+
+def tree(folder):
+    """Every file of a folder with its content, hidden ones, too."""
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="forks")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of forks beside threads
+@pytest.mark.parametrize("seed", range(4))
+def test_two_slices_into_one_folder_with_kills_end_as_one_alone(tmp_path, seed):
+    """Killed at random moments, beside another one or alone; then once more: the same bytes."""
+    world = make_world(tmp_path, n_train=3)
+    alone = config(world, output_dir=tmp_path / "alone", stride=8)
+    slice_dataset(alone)
+    together = config(world, output_dir=tmp_path / "together", stride=8)
+    moments, context = random.Random(seed), multiprocessing.get_context("fork")
+    for _ in range(3):
+        both = [context.Process(target=slice_dataset, args=(together,)) for _ in range(2)]
+        for process in both:
+            process.start()
+        both[0].join(moments.uniform(0, 0.3))
+        both[0].kill()
+        both[1].join(moments.uniform(0, 0.3) if moments.random() < 0.5 else None)
+        both[1].kill()
+        for process in both:
+            process.join()
+        assert {process.exitcode for process in both} <= {0, -signal.SIGKILL}
+    slice_dataset(together)
+    wanted = tree(alone.output_dir)
+    found = tree(together.output_dir)
+    assert found.keys() == wanted.keys()
+    settings = Path("kelp-slice.yaml")  # names its own folder
+    assert {k: v for k, v in found.items() if k != settings} == {
+        k: v for k, v in wanted.items() if k != settings
+    }
