@@ -17,8 +17,7 @@ from kelp.inference.spec import BundleSpec
 from kelp.raster import indices
 from kelp.raster.bands import BANDS, OPTICAL
 from kelp.raster.validity import observed
-from kelp.raster.window import Tile
-from kelp.tiling.strip import Source
+from kelp.raster.window import RasterSource, Tile
 
 log = logging.getLogger("kelp")
 
@@ -55,7 +54,7 @@ def check_statistics(spec: BundleSpec, folder: Path) -> None:
             )
 
 
-def check_scale(source: Source, specs: Sequence[BundleSpec], name: str) -> None:
+def check_scale(source: RasterSource, specs: Sequence[BundleSpec], name: str) -> None:
     """Raise `InputError` where a scene's optical values are on another scale than the bundles'.
 
     Compared are the medians of observed pixels with the bundle's q01-q99, give or take.
@@ -87,7 +86,7 @@ def check_scale(source: Source, specs: Sequence[BundleSpec], name: str) -> None:
             raise InputError(f"{name}: {found} ({'; '.join(odd)})")
 
 
-def _sample(source: Source, side: int) -> NDArray[np.float32]:
+def _sample(source: RasterSource, side: int) -> NDArray[np.float32]:
     """At most `side` x `side` pixels spread over a scene, as a canonical array.
 
     Small windows on a regular grid: a large file is not decoded as a whole for them.

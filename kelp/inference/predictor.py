@@ -37,9 +37,9 @@ from kelp.raster import bands, validity
 from kelp.raster.bands import BANDS
 from kelp.raster.masks import Georeference, decoding
 from kelp.raster.scene import Scene, SceneSize
-from kelp.raster.window import Blend, Shape, Tile
+from kelp.raster.window import Blend, RasterSource, Shape, Tile
 from kelp.tiling.engine import Counts, Engine, Job, Sink, WriteRows
-from kelp.tiling.strip import Slicing, Source
+from kelp.tiling.strip import Slicing
 
 _BATCH: Final = 8
 _SIDE: Final = 224  # px of the network, of crops that the batch is meant for
@@ -212,7 +212,7 @@ class Predictor:
         for bundle in self.bundles:
             scene.require(needed_bands(bundle.spec))
 
-    def check_scale(self, source: Source, name: str) -> None:
+    def check_scale(self, source: RasterSource, name: str) -> None:
         """Raise `InputError` where a scene's values are on another scale than the networks know."""
         check_scale(source, [bundle.spec for bundle in self.bundles], name)
 
@@ -270,7 +270,7 @@ class Predictor:
 
     def predict(
         self,
-        source: Source,
+        source: RasterSource,
         sink: Sink | Path,
         *,
         max_memory: int | None = None,
@@ -316,7 +316,7 @@ class Predictor:
 
 def predict(
     bundle: Bundle | Sequence[Bundle],
-    source: Source | Path | str,
+    source: RasterSource | Path | str,
     sink: Sink | Path | str,
     *,
     threshold: float | None = None,
@@ -331,7 +331,7 @@ def predict(
     Args:
         bundle: a loaded bundle, or several that are averaged.
         source: a raster file, or anything with `shape` and `read(tile)` (see
-            `kelp.tiling.strip.Source`).
+            `kelp.raster.window.RasterSource`).
         sink: the mask's file, or anything with `write(y, rows)` and `close()`.
         threshold: kelp where p is at least this, for a mask file; default: the bundle's.
         band_order: names of the file's bands, where it does not tell.

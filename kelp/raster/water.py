@@ -14,14 +14,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Final, Literal, Protocol, Self
+from typing import Any, Final, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kelp.errors import InputError
 from kelp.raster.bands import DEM, NODATA, OPTICAL, QA
-from kelp.raster.window import Shape, Tile
+from kelp.raster.window import RasterSource, Shape, Tile
 
 Anchoring = Literal["none", "constant", "local"]
 """Optical bands as they are; shifted by one number a scene and band; or by a smooth field."""
@@ -51,17 +51,6 @@ _NEAR: Final = 0.5
 """In squared cells: how little neighbours weigh beside a cell's own water."""
 
 
-class Pixels(Protocol):
-    """A scene, read by windows."""
-
-    @property
-    def shape(self) -> Shape:
-        """Height and width."""
-
-    def read(self, tile: Tile, /) -> NDArray[np.float32]:
-        """A window inside the scene as a canonical array `(7, height, width)`."""
-
-
 @dataclass(frozen=True)
 class WaterReference:
     """Levels of clear water over a scene.
@@ -84,7 +73,7 @@ class WaterReference:
     @classmethod
     def estimate(
         cls,
-        source: Pixels,
+        source: RasterSource,
         anchoring: Anchoring = "local",
         target: Sequence[float] = WATER_LEVELS,
     ) -> Self:
@@ -213,7 +202,7 @@ class WaterReference:
 class Anchored:
     """A scene whose windows come with their water at the reference's target."""
 
-    source: Pixels
+    source: RasterSource
     reference: WaterReference
 
     @property

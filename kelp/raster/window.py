@@ -6,9 +6,11 @@ Positions are `(y, x)`, shapes `(height, width)`, always in pixels, never the ot
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from rasterio.windows import Window
 
 Shape = tuple[int, int]
@@ -56,3 +58,14 @@ class Tile:
             max(0, min(self.bottom, height) - self.y),
             max(0, min(self.right, width) - self.x),
         )
+
+
+class RasterSource(Protocol):
+    """A scene that is read by windows: a file, a product of a satellite, an array."""
+
+    @property
+    def shape(self) -> Shape:
+        """Height and width."""
+
+    def read(self, tile: Tile, /) -> NDArray[np.float32]:
+        """A window inside the scene as a canonical array `(7, height, width)`."""

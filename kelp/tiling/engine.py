@@ -23,10 +23,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kelp.raster.bands import BANDS
-from kelp.raster.window import Tile
+from kelp.raster.window import RasterSource, Tile
 from kelp.tiling.grid import TileGrid
 from kelp.tiling.merge import MergerState, StripMerger
-from kelp.tiling.strip import Pixels, Slicing, Source, Strip
+from kelp.tiling.strip import Pixels, Slicing, Strip
 
 Predict = Callable[[Pixels], Pixels]
 """Raw DN `(n, 7, h, w)` (canonical, NaN = missing) to probabilities `(n, h, w)`."""
@@ -82,7 +82,7 @@ class Section:
 class Job:
     """A scene to predict, or a section of one."""
 
-    source: Source
+    source: RasterSource
     sink: Sink
     journal: Journal | None = None
     spread: WriteRows | None = None

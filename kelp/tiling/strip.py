@@ -11,21 +11,10 @@ from numpy.typing import NDArray
 from kelp.errors import ConfigError
 from kelp.raster.bands import BANDS, DEM, reflected
 from kelp.raster.validity import observed
-from kelp.raster.window import Blend, Shape, Tile
+from kelp.raster.window import Blend, RasterSource, Shape, Tile
 from kelp.tiling.grid import TileGrid
 
 Pixels = NDArray[np.float32]
-
-
-class Source(Protocol):
-    """Where a scene's pixels come from."""
-
-    @property
-    def shape(self) -> Shape:
-        """Height and width."""
-
-    def read(self, tile: Tile, /) -> Pixels:
-        """A window inside the scene as a canonical array `(7, height, width)`."""
 
 
 class Area(Protocol):
@@ -96,7 +85,7 @@ class Strip:
         top: the row from which on it is predicted.
     """
 
-    def __init__(self, source: Source, slicing: Slicing, top: int = 0) -> None:
+    def __init__(self, source: RasterSource, slicing: Slicing, top: int = 0) -> None:
         self._source = source
         self._tile = slicing.tile
         self._stride = slicing.stride[0]

@@ -178,7 +178,7 @@ def _read_image(
                 f"{source.image}: has {scene.shape[0]} x {scene.shape[1]} pixels, none in the "
                 f"tile at x={tile.x}, y={tile.y}; slice the images again"
             )
-        return scene.read(tile), tile
+        return scene.read(tile or Tile(0, 0, *scene.shape)), tile
 
 
 def _moved(tile: Tile, draw: Draw, shape: Shape) -> Tile:

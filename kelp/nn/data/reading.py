@@ -16,28 +16,17 @@ from safetensors import SafetensorError, safe_open
 from kelp.errors import InputError
 from kelp.raster.masks import read_mask
 from kelp.raster.scene import Scene
-from kelp.raster.window import Shape, Tile
+from kelp.raster.window import RasterSource, Shape, Tile
 
 _SMALL: Final = (np.uint8, np.uint16)
 _HELD: Final = 1024
 """Files of a store that a process keeps mapped; a mapping holds no file handle."""
 
 
-class Pixels(Protocol):
-    """An image, read by windows."""
-
-    @property
-    def shape(self) -> Shape:
-        """Height and width."""
-
-    def read(self, tile: Tile | None = None) -> NDArray[np.float32]:
-        """A window that lies inside the image (default: all) as a canonical array."""
-
-
 class Reader(Protocol):
     """Brings the pixels of images and masks; workers get a copy of it."""
 
-    def image(self, path: Path) -> AbstractContextManager[Pixels]:
+    def image(self, path: Path) -> AbstractContextManager[RasterSource]:
         """Open an image. Raises `InputError` when it cannot be read."""
 
     def mask(self, path: Path, tile: Tile | None) -> NDArray[np.uint8]:
@@ -101,7 +90,7 @@ class Packed:
     masks: Mapping[Path, Place]
     files: Files
 
-    def image(self, path: Path) -> AbstractContextManager[Pixels]:
+    def image(self, path: Path) -> AbstractContextManager[RasterSource]:
         """An image."""
         place = self.images.get(path)
         return self.files.image(path) if place is None else nullcontext(place)
