@@ -1,17 +1,24 @@
-# Two commands do everything: `make demo` and `make test`. Both set up .venv first.
+# `make demo` and `make test` do everything, `make check` what is quick. All set up .venv first.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # uv installs the same wheels as pip, about eight times faster.
 INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python
+FAST := tests/test_layers.py tests/test_docs.py tests/test_cli.py tests/tiling/test_grid.py \
+	tests/tiling/test_merge.py tests/evaluation tests/raster/test_raster.py tests/raster/test_indices.py \
+	tests/data_prep/test_slicing.py tests/plotting/test_html.py
 
-.PHONY: demo test lint wheel docs clean
+.PHONY: demo check test lint wheel docs clean
 
 demo: $(VENV)/.ready
 	$(BIN)/kelp demo --output_dir demo
 
 test: lint wheel
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+# Before a commit: format, lint, types, and the tests of what needs no network and no process.
+check: lint
+	$(BIN)/python -m pytest -q -m "not slow" $(FAST)
 
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff format --check .
@@ -30,7 +37,7 @@ docs: $(VENV)/.ready-dev
 	$(INSTALL) --editable ".[docs]"
 	$(BIN)/mkdocs build --strict
 
-# The environment is made anew only when the dependencies change.
+# The environment is rebuilt only when the dependencies change.
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv

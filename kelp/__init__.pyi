@@ -14,7 +14,7 @@ from .inference.predictor import predict_array as predict_array
 from .nn.comparison.compare import compare as compare
 from .nn.comparison.tune import tune as tune
 from .nn.export import export as export
-from .nn.search.run import sweep as sweep
+from .nn.search import sweep as sweep
 from .nn.training.baseline import train_baseline as train_baseline
 from .nn.training.fit import train as train
 from .nn.training.folds import train_folds as train_folds

@@ -59,7 +59,7 @@ COMMANDS: Final = {
         "Boosted trees on single pixels: what a network has to beat.",
     ),
     "sweep": Command(
-        "kelp.nn.search.run:sweep",
+        "kelp.nn.search:sweep",
         "A search for better options of training: many runs, the best one's settings.",
     ),
     "tune": Command(

@@ -17,18 +17,18 @@ class SweepConfig(Config):
     train_config: Path = option(help="Config file of kelp train: what all trials share")
     space: Path = option(help="YAML file of the options to search, with their ranges or values")
     output_dir: Path = option(
-        help="Folder for the runs, mlflow.db, study.db, trials.csv, best.yaml and importances.png; "
-        "a sweep that was begun there goes on"
+        help="Folder for the runs, mlflow.db, study.db, trials.csv, best.yaml and report.html; "
+        "a sweep that was started there is resumed"
     )
     trials: int = option(
-        20, help="Finished trials wanted, those of earlier sessions included", unit="trials", ge=1
+        20, help="Trials to finish, those of earlier calls included", unit="trials", ge=1
     )
     timeout: float | None = option(
-        None, help="Begin no trial after this time; default: no limit", unit="seconds", gt=0
+        None, help="Start no trial after this time; default: no limit", unit="seconds", gt=0
     )
     sampler: Sampler = option(
         "tpe",
-        help="How options are chosen: from what did well (tpe), by chance, or all combinations",
+        help="How options are chosen: from what scored well (tpe), at random, or all combinations",
     )
     pruner: Pruner = option(
         "median", help="End trials that do worse than the median of those before at the same epoch"

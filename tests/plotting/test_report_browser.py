@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import subprocess
 
 import pytest
+from browser import BROWSER, needs_browser
 
 from kelp.plotting.charts import by_class, curves, lines
 from kelp.plotting.html import Report
 
-BROWSER = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
+pytestmark = needs_browser
 
 FLAGS = (
     "--headless",

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import subprocess
 
 import geopandas
 import numpy as np
 import pytest
 from affine import Affine
+from browser import BROWSER, needs_browser
 from coasts import UTM, write_map
 from rasterio.crs import CRS
 from shapely import box
@@ -19,11 +19,6 @@ from world import write_tif
 import kelp
 from kelp.cli import main
 from kelp.raster.masks import Georeference
-
-BROWSER = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
-browser = pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
 
 PROBE = """
 <script>
@@ -125,7 +120,7 @@ def test_figures_of_the_page(coast, tmp_path):
     assert page_of(coast, tmp_path / "again.html", "--title", "A <coast>") == text
 
 
-@browser
+@needs_browser
 def test_a_browser_shows_it(coast, tmp_path):
     page = tmp_path / "map.html"
     text = page_of(coast, page, "--aoi", coast / "r.gpkg", "--series_dir", coast / "s")
@@ -149,7 +144,7 @@ def test_a_browser_shows_it(coast, tmp_path):
     assert (found["unnamed"], found["small"], found["overflow"]) == (0, 0, 0)
 
 
-@browser
+@needs_browser
 def test_a_phone_shows_it(coast, tmp_path):
     page = tmp_path / "map.html"
     text = page_of(coast, page, "--aoi", coast / "r.gpkg")

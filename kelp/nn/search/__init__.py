@@ -1,1 +1,0 @@
-"""`kelp sweep`: a search for better options of `kelp train`."""
