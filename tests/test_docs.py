@@ -60,9 +60,9 @@ EXAMPLES = [(name_of(page), *example) for page in PAGES for example in commands_
 
 
 def test_there_are_examples():
-    # The pages that a newcomer reads show every step of the road.
+    # The pages that a newcomer reads show every step.
     in_readme = [command for page, command, _ in EXAMPLES if page == "README.md"]
-    assert in_readme == ["slice", "train", "predict", "predict"]
+    assert in_readme == ["predict", "slice", "train", "predict", "predict"]
     shown = {command for _, command, _ in EXAMPLES}
     assert shown == set(COMMANDS) - {"demo"}  # `make demo` is how it is started
 
@@ -160,8 +160,9 @@ def test_tests_that_are_named_exist(page):
         assert name in functions, f"{name_of(page)}: {path}::{name}"
 
 
-def test_commands_that_show_a_claim_find_a_test():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("page", [ROOT / "README.md", DOCS / "comparison.md"], ids=name_of)
+def test_commands_that_show_a_claim_find_a_test(page):
+    text = page.read_text(encoding="utf-8")
     shown = re.findall(r'`pytest ((?:tests/[\w/]+\.py ?)+)(?:-k ("[^"]+"|\w+))?`', text)
     assert len(shown) == text.count("`pytest ")
     for paths, expression in shown:

@@ -385,8 +385,8 @@ def test_options_that_do_not_fit_prune_their_trial(configure, fake, caplog):
         kelp.sweep(config)
     (refused,) = [row for row in rows(config.output_dir) if row["state"] == "pruned"]
     assert (refused["swa"], refused["ema_decay"], refused["run_id"]) == ("True", "0.9", "")
-    assert refused["reason"].startswith("refused: swa=True and ema_decay: two averages")
-    assert any("refused: swa=True" in line for line in caplog.messages)
+    assert refused["reason"].startswith("refused: --swa True and --ema_decay: two averages")
+    assert any("refused: --swa True" in line for line in caplog.messages)
     assert len(trainer.seen) == 3
 
 
