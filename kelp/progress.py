@@ -1,4 +1,4 @@
-"""How long work tells how far it is: one callback, and the silent one."""
+"""Progress of long work: one callback, and the silent one."""
 
 from __future__ import annotations
 
@@ -13,4 +13,4 @@ class Progress(Protocol):
 
 
 def silent(stage: str, done: int, total: int) -> None:
-    """Tell nobody. The default wherever a `Progress` is taken."""
+    """Report nothing. The default wherever a `Progress` is taken."""

@@ -97,7 +97,7 @@ COMMANDS: Final = {
     ),
     "compare": Command(
         "kelp.nn.comparison.compare:compare",
-        "Should I slice? Ways of applying networks, side by side.",
+        "Should I slice? Variants of applying networks, side by side.",
     ),
     "ensemble": Command(
         "kelp.evaluation.ensembling:ensemble",

@@ -1,4 +1,4 @@
-"""What a person at the terminal sees while work goes on: a bar, or plain lines in a log."""
+"""Progress at the terminal: a bar, or plain lines in a log."""
 
 from __future__ import annotations
 

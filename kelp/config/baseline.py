@@ -7,7 +7,7 @@ from kelp.config.fold import FoldConfig, FoldNumber
 
 
 class BaselineConfig(FoldConfig):
-    """Boosted trees that judge each pixel on its own: what a network has to beat."""
+    """Boosted trees that classify each pixel on its own: what a network has to beat."""
 
     cv_split: FoldNumber = option(0, help="Number of the validation fold", unit="fold")
     sahi: bool = option(False, help="The table is one of tiles")

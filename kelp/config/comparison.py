@@ -51,7 +51,7 @@ class LabelledConfig(NetworkOptions, BootstrapOptions, BandOrderOptions, QaOptio
 
 
 class CompareConfig(LabelledConfig, ThresholdOptions, PixelSizeOptions):
-    """Should I slice? Ways of applying networks to labelled scenes, side by side."""
+    """Should I slice? Variants of applying networks to labelled scenes, side by side."""
 
     labels_dir: Path | None = option(
         None, help="Folder of other, noisy <tile_id>_kelp.tif masks, for a second score beside"
@@ -67,7 +67,7 @@ class CompareConfig(LabelledConfig, ThresholdOptions, PixelSizeOptions):
     tta: bool = option(False, help="Also with the 8 symmetries of the square (8 times the cost)")
     largest_pass: int = option(
         2048,
-        help="Largest side that a network is shown at once; wider ways are left out",
+        help="Largest side that a network is shown at once; variants that need more are left out",
         unit="px",
         ge=32,
     )
@@ -79,4 +79,4 @@ class TuneConfig(LabelledConfig):
     temperature: bool = option(
         True, help="Also fit the temperature, which makes probabilities mean what they say"
     )
-    store: bool = option(True, help="Write what was fitted into the bundles; False: only tell")
+    store: bool = option(True, help="Write what was fitted into the bundles; False: only report")

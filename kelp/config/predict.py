@@ -99,7 +99,7 @@ class PredictConfig(
         unit="threads",
         ge=1,
     )
-    overwrite: bool = option(False, help="Make finished outputs anew")
+    overwrite: bool = option(False, help="Make finished outputs again")
     preview_submission: bool = option(
         False, help="Also write submission.tar and previews/ for the first images"
     )
@@ -165,7 +165,9 @@ class EnsembleConfig(SiteOptions, ThresholdOptions, TruthOptions):
                 "--gt_dir fits weights and threshold; leave out --weights and --decision_threshold"
             )
         if self.metadata_fp and not self.gt_dir:
-            raise ConfigError("--metadata_fp tells places for fitting; it goes with --gt_dir")
+            raise ConfigError(
+                "--metadata_fp says which scenes show the same site, for fitting: give --gt_dir too"
+            )
         if not self.predictions_dirs:
             raise ConfigError("--predictions_dirs is missing; name at least one folder")
         if self.weights and len(self.weights) != len(self.predictions_dirs):

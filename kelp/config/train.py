@@ -303,7 +303,7 @@ class TrainConfig(FoldConfig, DeviceOptions):
 
     # run
     resume_from: Path | None = option(
-        None, help="Run folder of a killed run: go on where it stopped", resumable=True
+        None, help="Run folder of a stopped run, which is resumed", resumable=True
     )
     devices: Devices = option(
         1,

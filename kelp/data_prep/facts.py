@@ -1,6 +1,6 @@
 """The facts of all tiles of an image at once.
 
-`survey.facts` of each tile gives the same (a property test says so); here every pixel is judged
+`survey.facts` of each tile gives the same (a property test says so); here every pixel is classified
 once, however many tiles it lies in: a virtual dataset costs little beside reading the images.
 """
 

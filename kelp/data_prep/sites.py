@@ -1,7 +1,7 @@
 """Which images show the same place? Decided by their DEM (elevation model) alone.
 
 Water, clouds and kelp change from date to date; terrain does not. Two images of one place share
-terrain at some unknown shift, so they are found the way photographs are registered:
+terrain at some unknown shift, so they are found as photographs are registered:
 
 1. `embed` looks for landmarks (peaks, saddles, headlands: extrema of the Hessian's determinant)
    and describes each by the heights around it. A landmark depends on its surroundings only, so
@@ -155,7 +155,7 @@ def group_places(
         dems: DEM planes, float32 `(height, width)` in metres, NaN = unknown. Read once, one by
             one; about 30 kB of each are kept.
         threshold: similarity in (0, 1] from which two images show one place.
-        progress: told about the comparisons.
+        progress: called with the comparisons.
 
     Raises:
         ConfigError: the threshold lies outside (0, 1].

@@ -261,7 +261,7 @@ def _relative(path: Path, folder: Path) -> str:
 
 
 def _tell_size(config: SliceConfig, rows: pd.DataFrame) -> None:
-    """Say how much will be written, judged by some tiles of the first image."""
+    """Say how much will be written, estimated from some tiles of the first image."""
     sources = [_sources(config, tile_id)[0] for tile_id in rows["tile_id"]]
     with Scene(sources[0], config.band_order, quiet=True) as scene:
         tiles = list(_grid(config, scene.shape))

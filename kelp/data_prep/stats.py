@@ -223,7 +223,7 @@ def _sources(config: StatsConfig) -> list[Source]:
     if set(tables.TILE_KEY) <= set(table.columns):
         absent = sorted(_TILE_COLUMNS - set(table.columns))
         if absent:
-            raise TableError(f"{path}: lacks the column {', '.join(absent)}; make it anew")
+            raise TableError(f"{path}: lacks the column {', '.join(absent)}; make it again")
         sources = _tiles(rows, config.data_dir, path)
     else:
         names = rows["tile_id"].astype(str) + tables.IMAGE_SUFFIX

@@ -71,7 +71,7 @@ def image_format(scene: Scene, named: bool) -> TileFormat:
         return TileFormat(dtype, NODATA, descriptions, zeros)
     if np.dtype(dtype).itemsize > 2:
         raise InputError(
-            f"{scene.path}: {dtype} has no room for the nodata value {NODATA}; "
+            f"{scene.path}: {dtype} cannot hold the nodata value {NODATA}; "
             "give the file a nodata tag other than 0, or convert it to int32"
         )
     return TileFormat("int32", NODATA, descriptions, zeros)

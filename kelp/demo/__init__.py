@@ -1,1 +1,1 @@
-"""`kelp demo`: the whole road, small, on simulated coasts and one real scene, to a report."""
+"""`kelp demo`: the whole pipeline, small, on simulated coasts and one real scene, to a report."""

@@ -1,4 +1,4 @@
-"""`kelp demo`: the whole road, small, on simulated coasts and one real scene, to a report."""
+"""`kelp demo`: the whole pipeline, small, on simulated coasts and one real scene, to a report."""
 
 from __future__ import annotations
 

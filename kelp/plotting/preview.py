@@ -281,7 +281,7 @@ def _place(axes: Axes, panel: _Panel) -> None:
         spine.set(color=style.RULE, linewidth=0.4)  # thin: it covers the outermost pixels
     axes.set_title(panel.title, loc="left", size=11.5, weight="bold", color=style.INK, pad=5)
     height, width = panel.picture.shape[:2]
-    if width > 0.9 * height:  # a narrow panel has no room for two titles
+    if width > 0.9 * height:  # two titles do not fit a narrow panel
         axes.set_title(panel.note, loc="right", size=9, color=style.QUIET_INK, pad=5)
 
 

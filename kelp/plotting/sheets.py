@@ -28,7 +28,7 @@ Plane = NDArray[np.float32]
 
 _RGB, _CIR, _SWIR = ("R", "G", "B"), ("NIR", "R", "G"), ("SWIR", "NIR", "R")
 _MARGIN, _GAP, _LABEL, _HEADING, _LINE, _FOOTER, _NARROWEST = 16, 6, 132, 46, 17, 44, 760
-_ROWS: Final = 16  # of an input sheet; more go on beside them
+_ROWS: Final = 16  # of an input sheet; more continue beside them
 _PHOTO_COLORS: Final = 40  # of the sheets of which there are many
 _INPUT_COLORS: Final = 96  # with the ramps and letters, a palette is full
 _GAMMA: Final = 0.6  # of bands: lifts the dark water, where kelp grows
@@ -158,7 +158,7 @@ def input_sheet(
     """A PNG with a column for each tile and a row for each thing that a network sees of it.
 
     Composites; then the network's channels, each between the 1 % and 99 % quantiles of the
-    statistics that it is normalised with; then the truth. After 16 rows it goes on beside them.
+    statistics that it is normalised with; then the truth. After 16 rows it continues beside them.
 
     Args:
         tiles: at least one.

@@ -25,7 +25,7 @@ def choose(rows: pd.DataFrame, data: TileDataset, sets: int) -> list[int]:
 
     Args:
         rows: of a table of images or tiles.
-        data: the same rows as samples, read where the table does not tell how much kelp they hold.
+        data: the same rows as samples, read where the table does not say how much kelp they hold.
         sets: at most.
     """
     kelp = _kelp(rows, data)
@@ -62,11 +62,11 @@ def _set(left: Sequence[int], kelp: NDArray[np.float64], images: Sequence[str]) 
 
 def _add(chosen: list[int], rows: Sequence[int], wanted: int, images: Sequence[str]) -> None:
     """Fill up to `wanted` with rows of images that are not there yet, then with any."""
-    for anew in (True, False):
+    for only_new in (True, False):
         for i in rows:
             if len(chosen) >= wanted:
                 return
-            if i not in chosen and not (anew and images[i] in {images[k] for k in chosen}):
+            if i not in chosen and not (only_new and images[i] in {images[k] for k in chosen}):
                 chosen.append(i)
 
 

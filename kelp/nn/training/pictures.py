@@ -48,7 +48,7 @@ _PANELS: Final = {
 class Album:
     """The same few validation samples, pictured from the first epoch to the last.
 
-    They follow from the rows alone, so a resumed run goes on with them. Nothing here draws random
+    They follow from the rows alone, so a resumed run pictures the same. Nothing here draws random
     numbers or leaves the network otherwise than it was.
 
     Args:
@@ -92,17 +92,17 @@ class Album:
 
     def take(self, probabilities: Tensor, batch: int) -> None:
         """What validation predicted in a batch, counted from 0, of all rows in their order."""
-        for place, number in enumerate(self.numbers[:SET_SIZE]):
+        for position, number in enumerate(self.numbers[:SET_SIZE]):
             if number // self.config.batch_size == batch:
-                height, width = self.samples[place].target.shape
+                height, width = self.samples[position].target.shape
                 p = probabilities[number % self.config.batch_size, :height, :width]
-                self.taken[place] = p.float().cpu().numpy()
+                self.taken[position] = p.float().cpu().numpy()
 
     def draw_epoch(self, net: KelpNet, epoch: int, words: str) -> list[str]:
         """The predictions of the network at the end of an epoch, and their errors."""
         samples = self.samples[:SET_SIZE]
         if len(self.taken) == len(samples):
-            p = [self.taken[place] for place in range(len(samples))]
+            p = [self.taken[position] for position in range(len(samples))]
         else:  # validation is limited, or shared with others
             p = self._predict(net, samples)
         heading = f"Epoch {epoch} of {self.config.epochs}"
@@ -173,8 +173,8 @@ def _tile(row: Mapping[Hashable, Any], sample: Sample) -> SheetTile:
 def draw_curves(folder: Path, history: Sequence[Mapping[str, float]], best: int) -> None:
     """Picture loss, scores and learning rate by epoch, the best one marked, as `curves.png`."""
     curves = {
-        place: [(k, epoch[name]) for k, epoch in enumerate(history, 1)]
-        for name, place in _PANELS.items()
+        line: [(k, epoch[name]) for k, epoch in enumerate(history, 1)]
+        for name, line in _PANELS.items()
     }
     _write(folder / CURVES, charts.curves(curves, best))
 
