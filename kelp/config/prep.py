@@ -32,7 +32,7 @@ class MetadataConfig(BandOrderOptions, WorkerOptions, SchedulerOptions, TruthOpt
     )
     similarity_threshold: float | None = option(
         None,
-        help="DEM similarity above which two images show the same site; default: the calibrated one",
+        help="DEM similarity above which two images show the same site; default: calibrated",
         unit="0-1",
         gt=0,
         le=1,

@@ -1,4 +1,4 @@
-"""`kelp indices`: the spectral indices as text, each formula printed by the code that computes it."""
+"""`kelp indices`: the spectral indices as text, formulas printed by the code that computes them."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def write_report(path: Path, outcome: Outcome, raw: Path, predictions: Path) -> 
     scores, training = outcome.scores, outcome.training
     figures = scores.all_pixels
     report = Report("kelp demo").text(
-        "The whole pipeline from scenes to a map: simulated coasts were sliced, a small network was "
+        "The pipeline from scenes to a map: simulated coasts were sliced, a small network was "
         "trained on the slices for some minutes, and unseen places were predicted in overlapping "
         "slices whose probabilities are averaged.\n\n"
         "**Simulated data.** Scores here say that the tool works, not how well kelp is found "
