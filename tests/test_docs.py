@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 import kelp
-from kelp.cli import COMMANDS, _build, config_class
+from kelp.cli import COMMANDS, build_command, config_class
 from kelp.raster.indices import INDICES
 
 ROOT = Path(kelp.__file__).parent.parent
@@ -70,7 +70,7 @@ def test_there_are_examples():
 @pytest.mark.parametrize(("page", "command", "arguments"), EXAMPLES)
 def test_examples_are_valid(page, command, arguments):
     """Options exist, values are allowed, and none that is required is left out."""
-    values = _build(command).make_context(command, list(arguments)).params
+    values = build_command(command).make_context(command, list(arguments)).params
     given = {k: v for k, v in values.items() if v is not None and k not in ("config_file", "quiet")}
     config = config_class(command)
     if values["config_file"]:

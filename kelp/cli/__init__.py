@@ -147,7 +147,7 @@ class _Program(click.Group):
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        return _build(cmd_name) if cmd_name in COMMANDS else None
+        return build_command(cmd_name) if cmd_name in COMMANDS else None
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         # click's own would build every command only to show its first line.
@@ -171,7 +171,7 @@ def _positive(argument: str, flags: set[str]) -> str:
     return argument
 
 
-def _build(name: str) -> click.Command:
+def build_command(name: str) -> click.Command:
     """The click command of a configuration class: one flag for each field."""
     command = COMMANDS[name]
     config = config_class(name)

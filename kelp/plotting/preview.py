@@ -33,7 +33,8 @@ Mask = NDArray[np.uint8]
 LARGEST_SIDE: Final = 1024
 """Scenes with a longer side are shown smaller, several pixels as one."""
 
-_ROWS: Final = 256  # of the picture, read at a time
+STRIP_ROWS: Final = 256
+"""Rows of the picture that are read at a time."""
 _LEAST_DPI: Final = 125
 # Inches: a panel's width, its caption, and what stands above and below all panels.
 _PANEL_INCHES, _CAPTION, _HEADING, _LEGEND = 3.9, 0.4, 0.4, 0.5
@@ -168,7 +169,7 @@ def _step(shape: tuple[int, int]) -> int:
 
 
 def _strips(shape: tuple[int, int], step: int) -> list[Tile]:
-    rows = _ROWS * step
+    rows = STRIP_ROWS * step
     return [Tile(y, 0, min(rows, shape[0] - y), shape[1]) for y in range(0, shape[0], rows)]
 
 

@@ -22,7 +22,7 @@ from kelp.plotting import preview, rendering, style
 from kelp.plotting.preview import panels, picture_of, write_previews
 from kelp.raster import bands
 from kelp.raster.bands import BANDS
-from kelp.raster.scene import read_scene
+from kelp.raster.scene import Scene, read_scene
 from kelp.raster.writer import MASK_COLORS, write_mask
 
 KELP, NO_KELP = MASK_COLORS[1][:3], MASK_COLORS[0][:3]
@@ -212,13 +212,14 @@ def test_a_file_read_in_strips_is_the_array_at_once(tmp_path, monkeypatch):
     mask[257, 11], mask[0, 0], mask[280:, :] = 1, 1, 255
     write_scene(tmp_path / "AB_satellite.tif", pixels)
     write_mask(tmp_path / "AB_kelp.tif", mask)
-    asked = []
-    monkeypatch.setattr(
-        preview, "_strips", lambda *a, strips=preview._strips: asked.append(a) or strips(*a)
-    )
-    monkeypatch.setattr(preview, "_ROWS", 16)
+    strips, read = [], Scene.read
+    monkeypatch.setattr(Scene, "read", lambda scene, t: strips.append(t) or read(scene, t))
+    monkeypatch.setattr(preview, "STRIP_ROWS", 16)
     file = picture_of(tmp_path / "AB_satellite.tif", tmp_path / "AB_kelp.tif")
-    assert len(list(preview._strips(*asked[0]))) == 7
+    assert [(strip.y, strip.height) for strip in strips] == [
+        *((48 * k, 48) for k in range(6)),
+        (288, 12),
+    ]
     array = read_scene(tmp_path / "AB_satellite.tif")
     assert file == panels(array, prediction=mask, title="AB")
 

@@ -8,7 +8,7 @@ from test_seed import TRAIN
 from world import make_world
 
 import kelp
-from kelp.cli import _build, main
+from kelp.cli import build_command, main
 from kelp.config import SliceConfig, TrainConfig
 from kelp.config.base import read_yaml
 from kelp.data_prep.slicing import slice_dataset
@@ -22,7 +22,7 @@ OF_A_DATA_SET = {*PLACES, "dataset_stats_fp", "cv_split"}
 
 def test_the_seeds_recipe_says_what_its_command_says():
     words = shlex.split(TRAIN.replace("\\\n", " ").replace("$(FOLD_NUMBER)", "0"))
-    flags = _build("train").make_context("train", words[2:]).params
+    flags = build_command("train").make_context("train", words[2:]).params
     given = {k: v for k, v in flags.items() if v is not None and k in TrainConfig.model_fields}
     given = {name: value for name, value in given.items() if name not in OF_A_DATA_SET}
     assert len(given) > 30
