@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kelp.config import ExportConfig
+from kelp.config import ExportConfig, TrainConfig
 from kelp.data_prep.stats import channel_statistics
 from kelp.inference.bundle import load_bundle
 from kelp.inference.predictor import Predictor
@@ -39,6 +39,7 @@ from kelp.nn.bundle import save_bundle
 from kelp.nn.device import has_bf16
 from kelp.nn.export import export
 from kelp.nn.model import KelpNet
+from kelp.nn.training.plan import network_spec
 from kelp.raster.bands import BANDS
 from kelp.raster.indices import IndexSettings
 from kelp.raster.scene import read_scene
@@ -62,14 +63,14 @@ def crops_of(pixels: Batch, count: int, seed: int) -> Batch:
 
 
 def make_files(folder: Path, encoder: str, pixels: Batch) -> tuple[Path, Path]:
-    spec = BundleSpec(
-        bands=BANDS,
-        statistics=channel_statistics([pixels], BANDS, IndexSettings()),
-        sahi=True,
-        tile_size=(TILE, TILE),
-        image_size=CROP,
-        resize_strategy="resize",
-        encoder=encoder,
+    options = {"image_size": CROP, "encoder": encoder, "sahi": True}
+    config = TrainConfig(data_dir=folder, metadata_fp=folder, output_dir=folder, **options)
+    network = network_spec(config, (TILE, TILE)).model_dump()
+    spec = BundleSpec.model_validate(
+        {
+            **network,
+            "statistics": channel_statistics([pixels], BANDS, IndexSettings("dn", True, True)),
+        }
     )
     torch.manual_seed(0)
     bundle = save_bundle(folder / "bundle", KelpNet(spec), spec)

@@ -42,7 +42,7 @@ import torch
 from measuring import Row
 
 import kelp
-from kelp.config import PredictConfig
+from kelp.config import PredictConfig, TrainConfig
 from kelp.data_prep.stats import channel_statistics
 from kelp.inference.bundle import load_bundles
 from kelp.inference.cluster import Setting, perform_there
@@ -54,6 +54,7 @@ from kelp.inference.work import Runner, WorkQueue
 from kelp.io.executors import gather
 from kelp.nn.bundle import save_bundle
 from kelp.nn.model import KelpNet
+from kelp.nn.training.plan import network_spec
 from kelp.raster.bands import BANDS
 from kelp.raster.indices import IndexSettings
 from kelp.raster.scene import read_scene
@@ -133,18 +134,11 @@ def make(folder: Path, side: int, images: int) -> Path:
     for number in range(images):
         write(folder / "small" / f"{number:04d}.tif", simulate_scene(number, 350, 350).pixels)
     some = (read_scene(path) for path in sorted((folder / "small").iterdir()))
-    stats = channel_statistics(some, BANDS, IndexSettings())
-    spec = BundleSpec(
-        bands=BANDS,
-        statistics=stats,
-        sahi=True,
-        tile_size=(128, 128),
-        image_size=224,
-        resize_strategy="resize",
-        encoder="tu-tf_efficientnet_lite0",
-        prediction_tile=352,
-        prediction_overlap=64,
-    )
+    stats = channel_statistics(some, BANDS, IndexSettings("dn", True, True))
+    options = {"image_size": 224, "encoder": "tu-tf_efficientnet_lite0", "sahi": True}
+    config = TrainConfig(data_dir=folder, metadata_fp=folder, output_dir=folder, **options)
+    network = network_spec(config, (128, 128)).model_dump()
+    spec = BundleSpec.model_validate({**network, "statistics": stats})
     torch.manual_seed(0)
     return save_bundle(folder / "bundle", KelpNet(spec), spec)
 

@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from measuring import Row
 from numpy.typing import NDArray
 
-from kelp.config import PredictConfig
+from kelp.config import PredictConfig, TrainConfig
 from kelp.config.train import Precision
 from kelp.data_prep.stats import channel_statistics
 from kelp.inference import predict
@@ -47,6 +47,7 @@ from kelp.nn.backend import TorchBackend, TorchNet
 from kelp.nn.bundle import load_network, save_bundle
 from kelp.nn.device import autocast, resolve_device, resolve_precision
 from kelp.nn.model import KelpNet
+from kelp.nn.training.plan import network_spec
 from kelp.raster.bands import BANDS, DEM
 from kelp.raster.indices import IndexSettings
 from kelp.raster.scene import read_scene
@@ -60,14 +61,14 @@ Pixels = NDArray[np.float32]
 
 
 def make_bundle(folder: Path, encoder: str, scene: Pixels) -> Bundle:
-    spec = BundleSpec(
-        bands=BANDS,
-        statistics=channel_statistics([scene], BANDS, IndexSettings()),
-        sahi=True,
-        tile_size=(TILE, TILE),
-        image_size=CROP,
-        resize_strategy="resize",
-        encoder=encoder,
+    options = {"image_size": CROP, "encoder": encoder, "sahi": True}
+    config = TrainConfig(data_dir=folder, metadata_fp=folder, output_dir=folder, **options)
+    network = network_spec(config, (TILE, TILE)).model_dump()
+    spec = BundleSpec.model_validate(
+        {
+            **network,
+            "statistics": channel_statistics([scene], BANDS, IndexSettings("dn", True, True)),
+        }
     )
     torch.manual_seed(0)
     return load_bundle(save_bundle(folder, KelpNet(spec), spec))

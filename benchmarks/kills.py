@@ -32,10 +32,12 @@ import torch
 from measuring import Row
 from rasterio.transform import from_origin
 
+from kelp.config import TrainConfig
 from kelp.data_prep.stats import channel_statistics
 from kelp.inference.spec import BundleSpec
 from kelp.nn.bundle import save_bundle
 from kelp.nn.model import KelpNet
+from kelp.nn.training.plan import network_spec
 from kelp.raster.bands import BANDS
 from kelp.raster.indices import IndexSettings
 from kelp.raster.scene import read_scene
@@ -136,14 +138,16 @@ def make_case(folder: Path, height: int, width: int) -> Case:
     ) as out:
         out.write(simulate_scene(0, height, width).pixels.astype(np.int16))
         out.descriptions = BANDS
-    spec = BundleSpec(
-        bands=BANDS,
-        statistics=channel_statistics([read_scene(path)], BANDS, IndexSettings()),
-        sahi=True,
-        tile_size=(TILE, TILE),
-        image_size=64,
-        resize_strategy="resize",
-        encoder="tu-resnet18",
+    options = {"image_size": 64, "encoder": "tu-resnet18", "sahi": True}
+    config = TrainConfig(data_dir=folder, metadata_fp=folder, output_dir=folder, **options)
+    network = network_spec(config, (TILE, TILE)).model_dump()
+    spec = BundleSpec.model_validate(
+        {
+            **network,
+            "statistics": channel_statistics(
+                [read_scene(path)], BANDS, IndexSettings("dn", True, True)
+            ),
+        }
     )
     torch.manual_seed(0)
     bundle = save_bundle(folder / "bundle", KelpNet(spec), spec)

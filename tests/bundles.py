@@ -41,6 +41,16 @@ def use_pixel_network(monkeypatch) -> None:
 def tiny_spec(**changes) -> BundleSpec:
     values = {
         "bands": BANDS,
+        "spectral_indices": (),
+        "index_input": "dn",
+        "mask_using_qa": True,
+        "mask_using_water_mask": True,
+        "fill_missing_pixels_with_torch_nan": True,
+        "normalization_strategy": "quantile",
+        "interpolation": "nearest",
+        "architecture": "unet",
+        "decoder_channels": (256, 128, 64, 32, 16),
+        "decoder_attention_type": "none",
         "statistics": STATISTICS,
         "sahi": True,
         "tile_size": (32, 32),

@@ -24,21 +24,22 @@ class NetworkSpec(BaseModel):
     """How raw digital numbers become probabilities; see `kelp.nn.model.KelpNet`.
 
     Also of boosted trees (`kelp.inference.backends.trees.PixelTrees`), which ignore all sizes.
+    Defaults are those of `kelp train`; what has one here came after the first bundles.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     bands: tuple[str, ...]
-    spectral_indices: tuple[str, ...] = ()
-    index_input: IndexInput = "dn"
-    mask_using_qa: bool = True
-    mask_using_water_mask: bool = True
-    fill_missing_pixels_with_torch_nan: bool = True
-    normalization_strategy: Normalization = "quantile"
+    spectral_indices: tuple[str, ...]
+    index_input: IndexInput
+    mask_using_qa: bool
+    mask_using_water_mask: bool
+    fill_missing_pixels_with_torch_nan: bool
+    normalization_strategy: Normalization
     statistics: dict[str, ChannelStats]
     """Of each channel, in raw units: DN for bands, index units for indices."""
 
-    sahi: bool = False
+    sahi: bool
     """Trained on tiles and to be applied in tiles of `tile_size`."""
     tile_size: Shape
     """Height and width of a training image or tile, in its own pixels."""
@@ -48,13 +49,13 @@ class NetworkSpec(BaseModel):
     """Overlap of neighbouring tiles at prediction; None: half a tile."""
     image_size: int
     """Side of the network's input, in pixels."""
-    resize_strategy: ResizeStrategy = "pad"
-    interpolation: Interpolation = "nearest"
+    resize_strategy: ResizeStrategy
+    interpolation: Interpolation
 
-    architecture: Architecture | Literal["lightgbm"] = "unet"
-    encoder: str = "tu-efficientnet_b5"
-    decoder_channels: tuple[int, ...] = (256, 128, 64, 32, 16)
-    decoder_attention_type: Literal["scse", "none"] = "none"
+    architecture: Architecture | Literal["lightgbm"]
+    encoder: str
+    decoder_channels: tuple[int, ...]
+    decoder_attention_type: Literal["scse", "none"]
 
     temperature: float = Field(1.0, gt=0)
     """Logits are divided by this: `kelp tune` fits it, so that probabilities mean what they say."""

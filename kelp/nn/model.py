@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kelp.config import TrainConfig
 from kelp.config.choices import Architecture, Precision
 from kelp.errors import ConfigError
 from kelp.inference.spec import NetworkSpec
@@ -135,7 +136,7 @@ def build_smp(spec: NetworkSpec) -> nn.Module:
     """
     check_encoder(spec.encoder)
     options: dict[str, Any] = {"encoder_depth": len(spec.decoder_channels)}
-    default = NetworkSpec.model_fields
+    default = TrainConfig.model_fields
     for name, architectures in (
         ("decoder_channels", _WITH_DECODER_CHANNELS),
         ("decoder_attention_type", _WITH_ATTENTION),

@@ -39,11 +39,11 @@ _LARGEST: Final = 1e7
 class IndexSettings:
     """What turns bands into index channels, the same in statistics, training and prediction."""
 
-    index_input: IndexInput = "dn"
+    index_input: IndexInput
     """The stored integers as they are, or surface reflectance."""
-    mask_using_qa: bool = True
+    mask_using_qa: bool
     """Index channels are missing where QA = 1."""
-    mask_using_water_mask: bool = True
+    mask_using_water_mask: bool
     """Index channels are missing on land (DEM > 0)."""
 
 

@@ -27,7 +27,7 @@ from kelp.raster.streaming import TOLERANCE
 from kelp.raster.window import Tile
 
 CHANNELS = channel_names(BANDS, INDICES)
-SETTINGS = IndexSettings()
+SETTINGS = IndexSettings("dn", True, True)
 SHAPE = (7, 11)
 
 
@@ -388,8 +388,8 @@ def test_a_file_must_fit_the_run(tmp_path):
     with pytest.raises(StatsError, match=r"s\.json: lacks the channel SABI"):
         file.check(("NIR", "SABI"), SETTINGS, path)
     with pytest.raises(StatsError, match="index_input dn, this run has reflectance"):
-        file.check(("NDVI",), IndexSettings("reflectance"), path)
+        file.check(("NDVI",), IndexSettings("reflectance", True, True), path)
     with pytest.raises(StatsError, match="mask_using_qa=True, this run has False"):
-        file.check(("NDVI",), IndexSettings(mask_using_qa=False), path)
+        file.check(("NDVI",), IndexSettings("dn", False, True), path)
     # Without index channels the settings change nothing.
     file.check(("NIR", "QA"), IndexSettings("dn", False, False), path)

@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from bundles import STATISTICS, tiny_bundle, use_pixel_network
+from bundles import STATISTICS, tiny_bundle, tiny_spec, use_pixel_network
 from inference.test_predict import predict
 from onnx import TensorProto, helper, numpy_helper
 from world import coast, read_tif, write_tif
@@ -162,11 +162,7 @@ def test_what_the_file_says_of_itself(exported):
 
 def test_deepness_gives_the_network_raw_numbers():
     """Its arithmetic, restated: a 255th of every value, less the mean, by the deviation."""
-    settings = module.deepness_settings(
-        kelp.inference.spec.BundleSpec(
-            bands=BANDS, statistics=STATISTICS, tile_size=(32, 32), image_size=32
-        )
-    )
+    settings = module.deepness_settings(tiny_spec(image_size=32))
     mean, std = (np.array(settings[f"standardization_{k}"], np.float32)[0] for k in ("mean", "std"))
     for raw in (np.arange(65536, dtype=np.uint16), np.arange(-32768, 32768, dtype=np.int16)):
         fed = (np.float32(raw * 1.0 / 255.0) - mean) / std

@@ -475,6 +475,7 @@ def test_a_damaged_study_is_one_line(configure, fake):
 def test_without_the_extra_the_message_says_what_to_install(configure, monkeypatch, capfd, package):
     config = configure()
     monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, "kelp.nn.search")
     flags = [f"--{name}={getattr(config, name)}" for name in ("train_config", "space")]
     assert main(["sweep", *flags, f"--output_dir={config.output_dir}"]) == 2
     (line,) = capfd.readouterr().err.splitlines()

@@ -228,7 +228,7 @@ def test_index_planes_are_computed_then_masked_and_bands_stay(as_torch):
 
 def test_the_land_mask_itself_is_not_masked():
     bands = planes(dn(REFLECTANCE))
-    elevation, ndvi = index_planes(["DEMWM", "NDVI"], bands, IndexSettings())
+    elevation, ndvi = index_planes(["DEMWM", "NDVI"], bands, IndexSettings("dn", True, True))
     assert (elevation == 12).all()
     assert np.isnan(ndvi).all()
 
@@ -236,7 +236,7 @@ def test_the_land_mask_itself_is_not_masked():
 def test_batches_of_tensors():
     batch = torch.rand(4, 7, 3, 5) * 20_000
     bands = {name: batch[:, i] for i, name in enumerate(BANDS)}
-    for plane in index_planes(tuple(INDICES), bands, IndexSettings()):
+    for plane in index_planes(tuple(INDICES), bands, IndexSettings("dn", True, True)):
         assert plane.shape == (4, 3, 5)
         assert plane.dtype == torch.float32
 

@@ -128,13 +128,18 @@ def trees_spec(config: BaselineConfig, tile_size: Shape, statistics: StatsFile) 
         mask_using_qa=config.mask_using_qa,
         mask_using_water_mask=config.mask_using_water_mask,
         fill_missing_pixels_with_torch_nan=config.fill_missing_pixels_with_torch_nan,
+        normalization_strategy="quantile",
         statistics={name: statistics.channels[name] for name in channels},
         sahi=config.sahi,
         tile_size=tile_size,
         prediction_overlap=0,
         image_size=max(tile_size),
+        resize_strategy="pad",
+        interpolation="nearest",
         architecture=TREES,
         encoder="none",
+        decoder_channels=(),
+        decoder_attention_type="none",
         temperature=1.0,
     )
 

@@ -140,7 +140,7 @@ def test_so_they_are_with_a_nodata_tag_of_zero(tmp_path, dtype):
         file_statistics(
             [StatsSource(s.image, s.tile) for s in fold.train_sources],
             ("DEM", "NIR"),
-            IndexSettings(),
+            IndexSettings("dn", True, True),
         )
         for fold, _ in kinds
     ]

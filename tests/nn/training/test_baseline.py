@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from bundles import STATISTICS, tiny_bundle, use_pixel_network
+from bundles import tiny_bundle, tiny_spec, use_pixel_network
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from laws import LAWS
@@ -32,7 +32,6 @@ from kelp.data_prep.slicing import slice_dataset
 from kelp.errors import BundleError, ConfigError, InputError, KelpError, TableError
 from kelp.inference.backends.trees import PixelTrees, features
 from kelp.inference.backends.treetext import checked_model
-from kelp.inference.spec import BundleSpec
 from kelp.nn.data.dataset import Source
 from kelp.nn.preprocess import Preprocess
 from kelp.nn.training import pixels
@@ -338,7 +337,7 @@ def test_drawing_sees_only_what_is_observed_and_does_as_prediction(world):
     """The features of drawn pixels are those of the whole image, bit by bit."""
     image = world.train_dir / "images" / "TR000000_satellite.tif"
     source = Source(image, truth_of(image))
-    spec = BundleSpec(bands=BANDS, statistics=STATISTICS, tile_size=(50, 70), image_size=70)
+    spec = tiny_spec(tile_size=(50, 70), image_size=70)
     preprocess, config = Preprocess(spec), tiny_config(num_workers=0, pixels_per_image=300)
     drawn = sample_pixels([source], preprocess, config, 0, silent)
     whole = features(spec, read_scene(image))
