@@ -8,6 +8,7 @@ from .errors import KelpError as KelpError
 from .evaluation.ensembling import ensemble as ensemble
 from .evaluation.scoring import evaluate as evaluate
 from .inference.bundle import load_bundle as load_bundle
+from .inference.packaged import models as models
 from .inference.predict import predict_scenes as predict_scenes
 from .inference.predictor import predict as predict
 from .inference.predictor import predict_array as predict_array

@@ -74,6 +74,10 @@ COMMANDS: Final = {
         "kelp.inference.predict:predict_scenes",
         "Masks and probabilities of scenes, in slices or whole.",
     ),
+    "models": Command(
+        "kelp.inference.packaged:models",
+        "The networks that come with kelp.",
+    ),
     "export": Command(
         "kelp.nn.export:export",
         "A network as an ONNX file for other programs.",

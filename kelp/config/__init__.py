@@ -13,6 +13,7 @@ from kelp.config.predict import DemoConfig as DemoConfig
 from kelp.config.predict import EnsembleConfig as EnsembleConfig
 from kelp.config.predict import EvaluateConfig as EvaluateConfig
 from kelp.config.predict import ExportConfig as ExportConfig
+from kelp.config.predict import ModelsConfig as ModelsConfig
 from kelp.config.predict import PredictConfig as PredictConfig
 from kelp.config.predict import PreviewConfig as PreviewConfig
 from kelp.config.predict import SubmitConfig as SubmitConfig

@@ -45,8 +45,10 @@ class PredictConfig(
     )
     output_dir: Location = option(help="Folder for <name>_kelp.tif, or its URL")
     run_dir: Paths = option(
-        help="Run folder, its artifacts/, a bundle, or an .onnx file; several, or the parent of "
-        "--cv_split all: an ensemble"
+        (),
+        help="Run folder, its artifacts/, a bundle, an .onnx file, or the name of a packaged "
+        "network (kelp models); several, or the parent of --cv_split all: an ensemble; default: "
+        "the packaged one",
     )
     weights: Floats = option(
         (), help="Weights of an ensemble's networks, in their order; default: equal", unit="factors"
@@ -108,8 +110,6 @@ class PredictConfig(
 
     @model_validator(mode="after")
     def _overlap_fits(self) -> Self:
-        if not self.run_dir:
-            raise ConfigError("--run_dir is missing; name a run folder or a bundle")
         _check_weights(self.weights)
         if (
             self.sahi_tile_size is not None
@@ -121,6 +121,10 @@ class PredictConfig(
                 f"--sahi_tile_size {self.sahi_tile_size} px"
             )
         return self
+
+
+class ModelsConfig(Config):
+    """The networks that come with kelp: sensors, scores and limits."""
 
 
 class ExportConfig(CheckpointOptions):

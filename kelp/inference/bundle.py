@@ -33,6 +33,11 @@ WEIGHTS_FILE: Final = "weights.safetensors"
 NETWORK_FILE: Final = "network.onnx"
 CARD_FILE: Final = "README.md"
 
+PACKAGED: Final = Path(__file__).parent / "networks"
+"""Holds a bundle for each network that comes with kelp, under its name."""
+DEFAULT_NETWORK: Final = "coasts"
+"""What `kelp predict` without `--run_dir` runs."""
+
 Which = Literal["best", "latest"]
 BackendName = Literal["auto", "torch", "onnx"]
 _FOLDERS: Final[dict[Which, str]] = {"best": "bundle", "latest": "bundle-latest"}
@@ -83,7 +88,7 @@ def load_bundle(path: Path | str, which: Which = "best", backend: BackendName = 
         BundleError: a file is missing, the schema is unknown, or the weights were altered.
         KelpError: the backend is not installed.
     """
-    path = Path(path)
+    path = packaged(Path(path))
     if path.suffix.lower() == SUFFIX and not path.is_dir():
         if backend == "torch":
             raise KelpError(f"{path}: an ONNX file runs in ONNX Runtime only; leave --backend out")
@@ -100,6 +105,30 @@ def load_bundle(path: Path | str, which: Which = "best", backend: BackendName = 
     return Bundle(folder, spec, net)
 
 
+def packaged_names() -> list[str]:
+    """Names of the networks that come with kelp."""
+    if not PACKAGED.is_dir():
+        return []
+    return sorted(path.name for path in PACKAGED.iterdir() if (path / SPEC_FILE).is_file())
+
+
+def packaged(path: Path) -> Path:
+    """The bundle of a packaged network, where a path is its name and no file; else the path.
+
+    Raises:
+        BundleError: a bare name that is neither a file nor a packaged network.
+    """
+    if path.exists() or len(path.parts) != 1 or path.suffix:
+        return path
+    known = packaged_names()
+    if path.name in known:
+        return PACKAGED / path.name
+    raise BundleError(
+        f"{path}: no such folder, and no packaged network; name a run folder, a bundle or one of: "
+        f"{', '.join(known) or 'none in this installation'} (kelp models)"
+    )
+
+
 def load_bundles(
     run_dir: Sequence[Path], which: Which = "best", backend: BackendName = "auto"
 ) -> list[Bundle]:
@@ -109,6 +138,7 @@ def load_bundles(
 
 def find_bundle(path: Path, which: Which = "best") -> Path:
     """The bundle folder of a run folder, its `artifacts/`, or a bundle itself."""
+    path = packaged(path)
     name = _FOLDERS[which]
     candidates = (path / "artifacts" / name, path / name)
     for folder in (path, *candidates):

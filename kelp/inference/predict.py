@@ -15,7 +15,7 @@ from kelp import tables
 from kelp.config import PredictConfig
 from kelp.errors import BugError, ConfigError, InputError
 from kelp.inference import memory
-from kelp.inference.bundle import load_bundles
+from kelp.inference.bundle import DEFAULT_NETWORK, load_bundles, packaged
 from kelp.inference.checks import check_statistics
 from kelp.inference.cluster import Executor, Share, open_executor
 from kelp.inference.inputs import Failure, Task, find_scenes
@@ -92,6 +92,7 @@ def predict_scenes(
         BugError: a bug of kelp ended some scenes, whose tracebacks are in `kelp-errors.log` beside
             the maps; the others are done.
     """
+    config = _with_networks(config)
     shared = client is not None or config.scheduler is not None
     config = config.absolute() if shared else config
     scenes = find_scenes(config.data_dir)
@@ -167,6 +168,14 @@ def _measured(runner: Runner, budget: int) -> NetworkMemory:
     measured = NetworkMemory.measure(runner.predictor, runner.predictor.slicing.tile, budget)
     remote.write_text(path, json_text({"settings": key, **asdict(measured)}))
     return measured
+
+
+def _with_networks(config: PredictConfig) -> PredictConfig:
+    """The configuration with the bundles of packaged networks in place of their names."""
+    if not config.run_dir:
+        log.info("network: %s, which comes with kelp; --run_dir names another", DEFAULT_NETWORK)
+    networks = config.run_dir or (Path(DEFAULT_NETWORK),)
+    return config.model_copy(update={"run_dir": tuple(map(packaged, networks))})
 
 
 def _refuse_extras(config: PredictConfig, scenes: Sequence[Path | Url]) -> None:

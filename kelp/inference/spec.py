@@ -138,3 +138,7 @@ class BundleSpec(NetworkSpec):
     """The run's resolved configuration."""
     versions: dict[str, str] = {}
     weights_sha256: str = ""
+    sensors: tuple[str, ...] = ()
+    """What it was made for, as in "Landsat 8"."""
+    limits: tuple[str, ...] = ()
+    """What a user must know of it, a sentence each."""
