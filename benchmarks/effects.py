@@ -28,9 +28,9 @@ from numpy.typing import NDArray
 
 import kelp
 from kelp import config
+from kelp.evaluation.bootstrap import SiteBootstrap, interval
 from kelp.evaluation.confusion import PATCH_SIZES, Figures
 from kelp.evaluation.thresholds import parts_of
-from kelp.nn.comparison.sums import Draws, interval
 from kelp.raster.bands import MASK_NODATA
 from kelp.raster.masks import read_mask
 from kelp.raster.scene import read_scene
@@ -124,7 +124,7 @@ class Judge:
     def __init__(self, truth: NDArray[np.uint8]) -> None:
         self.truth = truth
         self.part = parts_of(len(truth), 0)  # a test image is a place of its own
-        self.draws = Draws(len(truth), 2000, 0)
+        self.draws = SiteBootstrap(len(truth), 2000, 0)
 
     def outcomes(self, codes: Codes) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """TP, FP, FN of each image `(images, 3)`, and patches and those found by size."""

@@ -134,15 +134,15 @@ def judge(runs: list[Path], images: Path, truth: Path, out: Path) -> measuring.R
 
 def reach(found: Comparison) -> measuring.Row:
     """The network trained on tiles as `kelp predict` applies it, against whole images."""
-    ways = {(one.way.name.split(":")[0], one.way.kind): one for one in reversed(found.judged)}
+    ways = {(one.name.split(":")[0], one.variant.kind): one for one in reversed(found.evaluations)}
     whole, ours = ways["whole", "whole"], ways["sliced", "sliced"]
     row: measuring.Row = {
-        "whole": str(found.figure(whole, "pooled_dice")),
-        "sliced": str(found.figure(ours, "pooled_dice")),
-        "gain": str(found.difference(ours, whole)),
-        "over the seed's merge": str(found.difference(ours, ways["sliced", "seed"])),
-        "over the enlarged image": str(found.difference(ours, ways["sliced", "whole, upsampled"])),
-        "seam": str(found.figure(ours, "seam_score")),
+        "whole": str(whole.figure("pooled_dice")),
+        "sliced": str(ours.figure("pooled_dice")),
+        "gain": str(ours.difference(whole)),
+        "over the seed's merge": str(ours.difference(ways["sliced", "seed"])),
+        "over the enlarged image": str(ours.difference(ways["sliced", "whole, upsampled"])),
+        "seam": str(ours.figure("seam_score")),
         "cost": round(ours.multiplier / whole.multiplier, 1),
         "cost of the enlarged image": round(
             ways["sliced", "whole, upsampled"].multiplier / whole.multiplier, 1

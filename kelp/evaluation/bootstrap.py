@@ -86,6 +86,9 @@ class Estimate:
             return "–"
         return f"{self.low:{form}} to {self.high:{form}}"
 
+    def __str__(self) -> str:
+        return self.number() if self.low is None else f"{self.number()} ({self.bounds()})"
+
     def to_json(self) -> dict[str, float | None]:
         """By name."""
         return asdict(self)

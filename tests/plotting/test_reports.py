@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -135,6 +136,41 @@ def test_the_same_again_is_the_same_page(tmp_path):
     record = tmp_path / "out" / "kelp-report.yaml"
     assert main(["report", "--config", str(record)]) == 0
     assert (tmp_path / "out" / "report.html").read_bytes() == first
+
+
+def test_scenes_of_any_suffix_are_shown(tmp_path):
+    config = make_folders(tmp_path)
+    scenes = tmp_path / "scenes"
+    (scenes / "AA000001_satellite.tif").rename(scenes / "AA000001_satellite.TIF")
+    (scenes / "AA000002_satellite.tif").rename(scenes / "AA000002_satellite.tiff")
+    assert kelp.make_report(config).page.read_text().count("the worst") >= 1
+
+
+def test_tall_scenes_are_read_in_strips(tmp_path):
+    """8,000 x 300 pixels, land in half of the open water: 67 MB as seven bands, 2.4 MB a mask."""
+    truth = np.zeros((8000, 300), np.uint8)
+    truth[100:140, 100:140] = 1
+    prediction = truth.copy()
+    prediction[6000, 100:102] = prediction[6000, 200:203] = 1  # two of them in the sea
+    scene = np.full((7, *truth.shape), 8000, np.int16)
+    scene[5] = 0
+    scene[6, :, :150], scene[6, :, 150:] = 0, 20
+    write_tif(tmp_path / "scenes" / "AA_satellite.tif", scene, tiled=True)
+    for folder, mask in (("truth", truth), ("masks", prediction)):
+        write_tif(tmp_path / folder / "AA_kelp.tif", mask[np.newaxis])
+    folders = {"gt_dir": tmp_path / "truth", "preds_dir": tmp_path / "masks"}
+    config = ReportConfig(
+        **folders, data_dir=tmp_path / "scenes", output_dir=tmp_path / "out", pictures=0, draws=100
+    )
+    tracemalloc.start()
+    found = kelp.make_report(config).evaluated.totals
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 30e6
+    # Kelp and three pixels around it are no open water: 40 x 40 and its diamond-shaped rim.
+    water = 8000 * 150 - (40 * 40 + 4 * 40 * 3 + 4 * (2 + 1))
+    share = found.figure("false_kelp_share_of_open_water").value
+    assert share == pytest.approx(2 / water)
 
 
 def test_what_cannot_be_evaluated_is_refused(tmp_path):

@@ -177,7 +177,7 @@ def _run(setup: _Setup, tracking: Tracking, progress: Progress, started: float) 
         epoch=grown.trees,
         stats_file=stats_file.name,
         rows={"train": len(fold.train), "val": len(fold.val)},
-        training=config.model_dump(mode="json"),
+        training=config.absolute().model_dump(mode="json"),
     )
     bundle = save_bundle(artifacts / BUNDLE, net, described, [stats_file])
     pictures = [f"{name}.{kind}" for name in (MATRIX, IMPORTANCES) for kind in ("json", "png")]

@@ -250,7 +250,7 @@ def _saver(setup: _Setup, recorded: TrainConfig, stats_file: Path) -> SaveBundle
             epoch=epoch,
             stats_file=stats_file.name,
             rows={"train": len(fold.train), "val": len(fold.val)},
-            training=recorded.model_dump(mode="json"),
+            training=recorded.absolute().model_dump(mode="json"),
         )
         save_bundle(folder, net, spec, [stats_file])
 

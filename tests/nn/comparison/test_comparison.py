@@ -8,11 +8,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from affine import Affine
 from bundles import PixelBody, tiny_bundle
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
-from world import make_world
+from world import make_world, read_tif, write_tif
 
 import kelp
 from kelp.cli import main
@@ -26,6 +27,7 @@ from kelp.nn.comparison.fields import FIELDS
 from kelp.nn.comparison.scenes import labelled_scenes
 from kelp.nn.comparison.variants import Runtime, majority, variants_of
 from kelp.nn.model import ARCHITECTURES
+from kelp.raster.bands import BANDS
 from kelp.raster.masks import read_mask
 from kelp.raster.probability import CODES, quantise
 from kelp.raster.scene import Scene
@@ -526,6 +528,51 @@ def test_the_command_needs_no_folders_and_scores_other_labels_beside(fold):
     (labels / "TR000002_kelp.tif").unlink()
     with pytest.raises(InputError, match="masks as labels_dir"):
         scenes_of(run, labels_dir=labels)
+
+
+def test_scenes_are_found_from_any_folder_where_relative_paths_were_recorded(fold, monkeypatch):
+    """As `kelp train --data_dir raw --output_dir runs` records them in the folder of the world."""
+    table = fold.world.table.relative_to(fold.root)
+    training = {"data_dir": str(fold.world.data_dir.relative_to(fold.root)), "cv_split": 0}
+    training |= {"metadata_fp": str(table), "output_dir": "runs", "sahi": False}
+    run = tiny_bundle(fold.root / "runs" / "kelp" / "1" / "bundle", training=training)
+    monkeypatch.chdir(fold.root)
+    here = scenes_of(run).images
+    assert len(here) == 3
+    (fold.root / "elsewhere").mkdir()
+    monkeypatch.chdir(fold.root / "elsewhere")
+    assert [image.scene for image in scenes_of(run).images] == [image.scene for image in here]
+    run.parent.parent.parent.rename(fold.root / "moved")
+    with pytest.raises(TableError, match=r"no such table; .*or give labelled scenes as"):
+        scenes_of(fold.root / "moved" / "kelp" / "1" / "bundle")
+
+
+def test_a_truth_that_lies_elsewhere_or_says_255_is_refused(fold):
+    run = fold.run("whole")
+    mask = fold.world.train_dir / "masks" / "TR000002_kelp.tif"
+    image = fold.world.train_dir / "images" / "TR000002_satellite.tif"
+    for path, x in ((mask, 15), (image, 0)):
+        where = {"crs": "EPSG:32621", "transform": Affine(30, 0, 500_000 + x, 0, -30, 0)}
+        write_tif(path, read_tif(path), **where)
+    options = {"band_order": BANDS}
+    with pytest.raises(InputError, match=r"TR000002_kelp\.tif does not .* \+0\.5 columns"):
+        scenes_of(run, **options)
+    options["ignore_georeference"] = True
+    assert len(scenes_of(run, **options).images) == 3
+    for path in (fold.world.train_dir / "masks").iterdir():
+        write_tif(path, np.where(read_tif(path) == 1, 255, 0).astype(np.uint8))
+    with pytest.raises(InputError, match=r"holds 0 and 255 only .*kelp_value=255"):
+        scenes_of(run, **options)
+    assert len(scenes_of(run, kelp_value=255, **options).images) == 3
+
+
+def test_with_no_sliced_variant_there_is_nothing_to_compare(labelled, monkeypatch):
+    """Tiles of 128 px are shown as 256 px; the scenes, 100 x 90 px, fit into 128."""
+    settings = {"tile_size": (128, 128), "image_size": 256, "resize_strategy": "resize"}
+    result = compare(labelled, monkeypatch, PixelBody, settings, largest_pass=128)
+    assert [one.name for one in result.comparison.evaluations] == ["whole image"]
+    assert result.advice.text.startswith("No answer: no sliced variant is small enough to be run")
+    assert not result.advice.slice
 
 
 def test_no_kelp_at_all_has_no_answer(labelled, monkeypatch):

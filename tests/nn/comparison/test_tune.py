@@ -6,15 +6,19 @@ import numpy as np
 import pytest
 import torch
 from bundles import PixelBody, tiny_bundle, use_pixel_network
+from scipy import special
 
 import kelp
 from kelp.cli import main
 from kelp.config import PredictConfig, TuneConfig
 from kelp.errors import ConfigError, InputError
+from kelp.evaluation.calibration import EDGES
+from kelp.evaluation.intervals import read_held_out
 from kelp.inference.bundle import load_bundle, read_spec
 from kelp.nn.bundle import describe_bundle
 from kelp.nn.model import ARCHITECTURES
 from kelp.raster.masks import read_mask, read_probability
+from kelp.raster.scene import read_scene
 from kelp.raster.writer import write_mask
 
 
@@ -122,6 +126,29 @@ def test_what_was_fitted_is_what_prediction_uses(labelled, run, capsys):
     assert again.temperature == (spec.temperature, pytest.approx(spec.temperature, rel=0.03))
     assert abs(again.scores["difference"].value) < 0.02
     assert again.kept == pytest.approx(spec.threshold, abs=0.03)
+
+
+def test_held_out_areas_are_those_of_the_maps(labelled, run):
+    """Of every scene, with thresholds of other sites, over what is labelled and observed."""
+    truth = read_mask(labelled / "masks" / "K03_kelp.tif")
+    truth[:10] = 255
+    write_mask(labelled / "masks" / "K03_kelp.tif", truth)
+    found = tune(labelled, run).tuned[0]
+    spec = read_spec(run)
+    assert spec.held_out_sites == found.held_out
+    assert len(found.held_out) == 12
+    assert len({one.site for one in found.held_out}) == 6
+    one = next(one for one in found.held_out if one.scene == "K03")
+    bundle = load_bundle(run)
+    p = kelp.predict_array(bundle, read_scene(labelled / "images" / "K03_satellite.tif"))
+    known = np.isfinite(p) & (truth != 255)
+    assert one.observed_share == pytest.approx(known.sum() / (truth != 255).sum(), abs=1e-4)
+    assert one.truth_m2 == 900 * (known & (truth == 1)).sum()
+    assert one.expected_m2 == pytest.approx(900 * float(p[known].sum()), rel=0.01)
+    first = found.calibration.held_out_classes[1]  # K02 and K03 are of the second site
+    threshold = special.expit(EDGES[first])
+    assert one.presence_m2 == 900 * (p[known] >= threshold).sum()
+    assert read_held_out(run).pairs == found.held_out
 
 
 def test_nothing_is_stored_unless_wished_for(labelled, run):

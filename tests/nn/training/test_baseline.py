@@ -467,9 +467,9 @@ def test_tune_and_compare_take_the_run(run, bundle, tmp_path):
     result = kelp.compare(
         CompareConfig(run_dir=[run[1].bundle], output_dir=tmp_path / "compared", draws=100)
     )
-    ways = [one.way.name for one in result.comparison.judged]
+    ways = [one.name for one in result.comparison.evaluations]
     assert ways == ["whole image", "sliced 128 px, overlap 64 px, hann"]
-    assert result.comparison.judged[0].multiplier == pytest.approx(70 / 50)  # square tiles
+    assert result.comparison.evaluations[0].multiplier == pytest.approx(70 / 50)  # square tiles
     assert "Do not slice, no gain can be shown: +0.000" in result.text
 
 
@@ -484,7 +484,7 @@ def test_compare_puts_it_beside_a_network(run, world, tmp_path, monkeypatch):
             output_dir=tmp_path / "compared",
         )
     )
-    ways = [one.way.name for one in result.comparison.judged]
+    ways = [one.name for one in result.comparison.evaluations]
     assert [name for name in ways if name.startswith("bundle: ")] == [
         "bundle: whole image",
         "bundle: sliced 128 px, overlap 64 px, hann",
