@@ -76,6 +76,11 @@ class Options(TypedDict, total=False):
     """With `skip_land`: with water this near, px, a tile counts as water; default: 3."""
 
 
+def _default(name: str) -> Any:
+    """Of an option of `kelp predict`: declared there, once."""
+    return PredictConfig.model_fields[name].default
+
+
 class Predictor:
     """Networks with everything that their maps depend on, applied to any number of scenes.
 
@@ -110,7 +115,9 @@ class Predictor:
         # torch, if one of them needs it, says for all what they run on.
         self._main = min(self.bundles, key=lambda bundle: bundle.net.runtime != "torch")
         self.processor = processor or self._main.net.processor(
-            options.get("device", "auto"), options.get("precision"), options.get("threads")
+            options.get("device", _default("device")),
+            options.get("precision"),
+            options.get("threads"),
         )
         self.threshold = float(
             np.average([b.spec.threshold for b in given], weights=self.weights or None)
@@ -120,11 +127,11 @@ class Predictor:
         self.slicing = Slicing(
             tile,
             overlap,
-            options.get("blend", "hann"),
+            options.get("blend", _default("blend")),
             options.get("batch_size") or fitting_batch(self.bundles, tile, self.processor.device),
-            options.get("qa_as_nodata", True),
+            options.get("qa_as_nodata", _default("qa_as_nodata")),
             options.get("skip_land", False),
-            options.get("land_tolerance", 3),
+            options.get("land_tolerance", _default("land_tolerance")),
         )
         self.cache = 0
         """Bytes for decoded blocks of scenes; see `plan`."""
