@@ -10,7 +10,7 @@ import pandas as pd
 import pyarrow
 
 from kelp.errors import InputError, TableError
-from kelp.io.files import atomic, input_folder
+from kelp.io.files import RASTERS, atomic, input_folder
 from kelp.io.location import Url
 from kelp.sensors import scene_name
 
@@ -94,7 +94,7 @@ def scenes_in(folder: Path) -> dict[str, Path]:
     return {
         tile_id_of(path): path
         for path in input_folder(folder)
-        if path.suffix.lower() in (".tif", ".tiff", ".vrt")
+        if path.name.lower().endswith(RASTERS)
         and not any(_without(path.name, suffix) for suffix in products)
     }
 

@@ -160,7 +160,7 @@ def _from_folders(data_dir: Path) -> list[_Source]:
 
 
 def _images(data_dir: Path, split: str) -> list[_Source]:
-    found = input_folder(data_dir / split / "images", f"*{IMAGE_SUFFIX}")
+    found = input_folder(data_dir / split / "images", f"*{IMAGE_SUFFIX}", rasters=True)
     return [_source(data_dir, tables.tile_id_of(path), split) for path in found]
 
 

@@ -211,7 +211,7 @@ def _sources(config: StatsConfig) -> list[Source]:
     if path is None:
         if config.cv_split is not None:
             raise ConfigError("--cv_split needs --metadata_fp: the table that holds the folds")
-        images = input_folder(config.data_dir / "images", f"*{_SATELLITE}*.tif")
+        images = input_folder(config.data_dir / "images", f"*{_SATELLITE}*.tif", rasters=True)
         return [Source(image) for image in images]
     table = tables.read_table(path, ["tile_id", "original_split"])
     training = table["original_split"] == tables.TRAIN

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Final, Self
 
 from kelp import tables
 from kelp.errors import InputError, KelpError
@@ -16,10 +16,10 @@ from kelp.inference.checks import check_scale, needed_bands
 from kelp.inference.plan import SMALLEST_CACHE
 from kelp.inference.spec import BundleSpec
 from kelp.io import remote
-from kelp.io.files import check_name, input_folder
+from kelp.io.files import RASTERS, check_name, input_folder, report_unused
 from kelp.io.location import Url, locate
 from kelp.raster.masks import Georeference, decoding
-from kelp.raster.scene import SUFFIXES, Scene, SceneSize
+from kelp.raster.scene import Scene, SceneSize
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,10 @@ class Failure:
         return cls(f"{path}: a bug ({text})", "".join(traceback.format_exception(error)))
 
 
+_SIDECARS: Final = (".aux.xml", ".msk", ".ovr")
+"""Ends of names of files that GDAL reads beside rasters."""
+
+
 def find_scenes(data: Path | Url) -> list[Path | Url]:
     """The scenes of a folder, of a list, or the one that is named."""
     found = remote.objects_at(data) if isinstance(data, Url) else _files_at(data)
@@ -71,10 +75,12 @@ def find_scenes(data: Path | Url) -> list[Path | Url]:
         scenes = [locate(line) for line in lines if line]
     else:
         products = (tables.MASK_SUFFIX, tables.PROBABILITY_SUFFIX, tables.SPREAD_SUFFIX)
-        found = [p for p in found if p.suffix.lower() in SUFFIXES]
+        others = [p.name for p in found if not p.name.lower().endswith((*RASTERS, *_SIDECARS))]
+        report_unused(data, others)
+        found = [p for p in found if p.suffix.lower() in RASTERS]
         scenes = [p for p in found if not p.name.endswith(products)]
     if not scenes:
-        raise InputError(f"{data}: holds no scene ({', '.join(SUFFIXES)})")
+        raise InputError(f"{data}: holds no scene ({', '.join(RASTERS)})")
     names = [tables.output_name(path) for path in scenes]
     times = Counter(names)
     for path, name in zip(scenes, names, strict=True):

@@ -19,8 +19,9 @@ import socket
 import sys
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from fnmatch import fnmatchcase as fnmatch
 from pathlib import Path
 from tokenize import TokenError
 from typing import IO, Any, Final
@@ -29,6 +30,9 @@ from zipfile import BadZipFile
 from kelp.errors import InputError
 
 log = logging.getLogger("kelp")
+
+RASTERS: Final = (".tif", ".tiff", ".vrt")
+"""Ends of the names of files that are taken for rasters, in any case of letters."""
 
 LONGEST_NAME: Final = 255
 """Bytes of a file's name that all usual file systems take."""
@@ -357,17 +361,47 @@ def output_folder(path: Path) -> Path:
     return path
 
 
-def input_folder(path: Path, pattern: str = "*") -> list[Path]:
+def input_folder(path: Path, pattern: str = "*", rasters: bool = False) -> list[Path]:
     """Files of a folder that match `pattern`, sorted by name; hidden files are left out.
+
+    What looks like one of them and is not used is named in one line of notice: broken links,
+    folders and pipes under such names, and, where all `rasters` should match, those that do not.
 
     Raises `InputError` when the folder is missing or holds no such file.
     """
     if not path.is_dir():
         raise InputError(f"{path}: no such folder; check the path")
-    found = sorted(p for p in path.glob(pattern) if p.is_file() and not p.name.startswith("."))
+    found: list[Path] = []
+    unused: list[str] = []
+    for entry in sorted(path.iterdir()):
+        if entry.name.startswith("."):
+            continue
+        is_raster = entry.name.lower().endswith(RASTERS)
+        matches = fnmatch(entry.name, pattern)
+        if matches and entry.is_file():
+            found.append(entry)
+        elif matches and (is_raster or pattern != "*"):
+            unused.append(f"{entry.name} ({_kind_of(entry)})")
+        elif rasters and is_raster:
+            unused.append(entry.name)
+    report_unused(path, unused)
     if not found:
         raise InputError(f"{path}: the folder holds no {pattern} file")
     return found
+
+
+def report_unused(folder: object, names: Sequence[str]) -> None:
+    """One line of notice that names what lies in a folder and is not used, the first three."""
+    if names:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        log.warning("%s: not used: %s%s", folder, ", ".join(names[:3]), more)
+
+
+def _kind_of(entry: Path) -> str:
+    """What an entry is that is no file."""
+    if entry.is_dir():
+        return "a folder"
+    return "a broken link" if entry.is_symlink() else "no regular file"
 
 
 def amount(size: int) -> str:

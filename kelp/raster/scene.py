@@ -33,9 +33,6 @@ from kelp.raster.window import Shape, Tile
 
 log = logging.getLogger("kelp")
 
-SUFFIXES: Final = (".tif", ".tiff", ".vrt")
-"""Of files that are taken for scenes, in any case of letters."""
-
 _reported: Final[set[str]] = set()
 """Files with untagged fillers of which this process has given notice."""
 

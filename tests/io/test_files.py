@@ -21,6 +21,7 @@ from kelp.io.files import (
     check_name,
     discard_partials,
     hidden,
+    input_folder,
     locked,
     open_locked,
     scratch_folder,
@@ -261,3 +262,23 @@ def test_a_killed_process_holds_no_lock(tmp_path, monkeypatch):
         file.seek(0)
         assert file.read() == b"rows"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_folder_holds_and_nobody_uses_is_named(tmp_path, caplog):
+    for name in ("a_satellite.tif", "b_satellite.tif", "c.tif", "d.TIFF", "notes.md"):
+        (tmp_path / name).touch()
+    (tmp_path / "link_satellite.tif").symlink_to(tmp_path / "gone")
+    (tmp_path / "x_satellite.tif").mkdir()
+    os.mkfifo(tmp_path / "pipe_satellite.tif")
+    (tmp_path / ".hidden_satellite.tif").mkdir()
+    found = input_folder(tmp_path, "*_satellite.tif", rasters=True)
+    assert [path.name for path in found] == ["a_satellite.tif", "b_satellite.tif"]
+    assert caplog.messages == [
+        f"{tmp_path}: not used: c.tif, d.TIFF, link_satellite.tif (a broken link) and 2 more"
+    ]
+    caplog.clear()
+    assert len(input_folder(tmp_path)) == 5
+    assert caplog.messages == [
+        f"{tmp_path}: not used: link_satellite.tif (a broken link), "
+        "pipe_satellite.tif (no regular file), x_satellite.tif (a folder)"
+    ]
