@@ -6,7 +6,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Final
 
 from kelp.progress import Progress, silent
@@ -32,13 +32,16 @@ def reporting(quiet: bool) -> Iterator[Progress]:
     sys.excepthook = lambda kind, *rest: kind is UnicodeDecodeError or hooks[0](kind, *rest)
     sys.unraisablehook = lambda told: told.object == _GDAL_LOG or hooks[1](told)
     try:
-        if quiet:
-            yield silent
-        elif sys.stderr.isatty():
-            with _bar() as progress:
-                yield progress
-        else:
-            yield _lines(log)
+        from rasterio import Env
+
+        with ExitStack() as stack:
+            stack.enter_context(Env())  # outside of one GDAL and PROJ write to stderr themselves
+            if quiet:
+                yield silent
+            elif sys.stderr.isatty():
+                yield stack.enter_context(_bar())
+            else:
+                yield _lines(log)
     finally:
         sys.excepthook, sys.unraisablehook = hooks
         log.removeHandler(handler)
