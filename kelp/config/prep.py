@@ -19,7 +19,7 @@ from kelp.config.shared import (
 )
 from kelp.errors import ConfigError
 
-WorldName = Literal["calibrated", "specks", "murky"]
+WorldName = Literal["calibrated", "specks", "murky", "varied"]
 
 
 class MetadataConfig(BandOrderOptions, WorkerOptions, SchedulerOptions, TruthOptions):
@@ -116,7 +116,7 @@ class SimulateConfig(WorkerOptions):
     size: int = option(350, help="Side of an image", unit="px", ge=16)
     world: WorldName = option(
         "calibrated",
-        help="Like published figures; many small dense patches (specks); or turbid, cloudy, "
-        "with faint kelp and poorer labels (murky)",
+        help="Like published figures; many small dense patches (specks); turbid, cloudy, with "
+        "faint kelp and poorer labels (murky); or with all that disturbs real scenes (varied)",
     )
     seed: int = option(0, help="Seed: the same seed gives the same bytes", unit="integer", ge=0)

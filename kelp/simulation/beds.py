@@ -183,15 +183,27 @@ def _uphill(offshore: Field, centre: tuple[int, int]) -> tuple[float, float]:
 
 
 def density(
-    rng: np.random.Generator, patches: NDArray[np.int32], world: World = CALIBRATED
+    rng: np.random.Generator,
+    patches: NDArray[np.int32],
+    world: World = CALIBRATED,
+    thin: Field | None = None,
 ) -> Field:
-    """Share of a pixel that kelp covers: float32 0-1, soft at the edges of patches."""
+    """Share of a pixel that kelp covers: float32 0-1, soft at the edges of patches.
+
+    Args:
+        rng: randomness of the image.
+        patches: numbered patches of kelp, 0 = none.
+        world: settings of the coast.
+        thin: cover outside the patches, as a multiple of that of the scene's beds.
+    """
     height, width = patches.shape
-    mean = float(np.clip(np.exp(rng.normal(np.log(world.cover), 0.55)), 0.02, 0.35))
+    mean = float(np.clip(np.exp(rng.normal(np.log(world.cover), world.cover_spread)), 0.02, 0.35))
     texture = fractal(rng, (height, width), 1.5, 6)
     of_patch = np.exp(rng.normal(0, 0.25, patches.max() + 1)).astype(np.float32)
     cover = np.clip(mean * of_patch[patches] + 0.05 * texture, 0.01, 0.6)
     cover = np.where(patches > 0, cover, 0).astype(np.float32)
+    if thin is not None:
+        cover = np.maximum(cover, np.float32(mean) * thin * (patches == 0))
     soft: Field = np.float32(0.85) * ndimage.gaussian_filter(cover, 1.2, mode="nearest", truncate=3)
     # Beds thin out: half of what is measured 3 px outside of drawn edges is not blur.
     soft += np.float32(0.15) * ndimage.gaussian_filter(cover, 4, mode="nearest", truncate=2)

@@ -11,7 +11,7 @@ from scipy import ndimage
 
 from kelp.raster.bands import BANDS
 from kelp.raster.window import Shape
-from kelp.simulation import sensor
+from kelp.simulation import nuisance, sensor
 from kelp.simulation.beds import Sites, density, grow, make_sites
 from kelp.simulation.labels import draw_labels
 from kelp.simulation.terrain import Field, Mask, Terrain, fractal, make_terrain
@@ -83,12 +83,19 @@ def take_picture(
     top, left = y + int(drift[0]), x + int(drift[1])
     seen = _part(place.terrain, (top, left), shape)
     patches = grow(rng, seen, place.sites, (top, left), place.world)
-    cover = density(rng, patches, place.world)
-    optical, surf = _surface(rng, seen, cover, place.world)
+    own = rng.spawn(1)[0] if place.world.disturbed else None
+    thin = nuisance.thin_canopy(own, patches, seen, place.world) if own else None
+    cover = density(rng, patches, place.world, thin)
+    optical, surf = _surface(rng, seen, cover, place.world, own)
+    if own:
+        nuisance.thin_clouds(own, optical, place.world)
     bright = surf | (seen.sand > 0.4)
     qa, opacity = sensor.add_clouds(rng, optical, place.world)
     flagged = rng.random(shape, dtype=np.float32) < rng.uniform(-0.1, 0.2)
     qa |= bright & flagged
+    if own:
+        nuisance.misregister(own, optical, place.world)
+        nuisance.band_lines(own, optical, place.world)
     masks, told = sensor.missing(rng, optical)
     pixels = np.empty((len(BANDS), *shape), dtype=np.int32)
     pixels[:5] = sensor.record(rng, optical, opacity)
@@ -114,19 +121,31 @@ def _column(values: tuple[float, ...]) -> Field:
 
 
 def _surface(
-    rng: np.random.Generator, seen: Terrain, cover: Field, world: World
+    rng: np.random.Generator, seen: Terrain, cover: Field, world: World,
+    own: np.random.Generator | None,
 ) -> tuple[Field, Mask]:
-    """The five optical bands without atmosphere and sensor, and where surf breaks."""
+    """The five optical bands without atmosphere and sensor, and where surf breaks.
+
+    `own` draws what disturbs a scene, where the world has that.
+    """
     surf = _surf(rng, seen)
-    water = _water(rng, seen, world)
-    water += cover * (_column(_KELP) - water)
+    water = _water(rng, seen, world, own)
+    kelp = _column(_KELP)
+    if own:
+        nuisance.disturb_water(own, water, seen, world)
+        kelp = nuisance.canopy(own, world, kelp)
+    water += cover * (kelp - water)
     water += _column(_SURF) * surf
     land = _ground(rng, seen)
+    if own:
+        nuisance.shade(own, land)
+        nuisance.between_tides(own, water, seen, world)
     # The sensor sees a little beyond its pixel: the shore is soft.
     share = ndimage.gaussian_filter(seen.land.astype(np.float32), 0.6, truncate=3)
     water += share * (land - water)
     noise = rng.standard_normal(water.shape, dtype=np.float32)
-    water += noise * _column(_NOISE)
+    level = _column(_NOISE)
+    water += noise * (level * nuisance.noise_factor(own, world) if own else level)
     return water, surf > 0.3
 
 
@@ -138,13 +157,17 @@ def _surf(rng: np.random.Generator, seen: Terrain) -> Field:
     return surf
 
 
-def _water(rng: np.random.Generator, seen: Terrain, world: World) -> Field:
+def _water(
+    rng: np.random.Generator, seen: Terrain, world: World, own: np.random.Generator | None
+) -> Field:
     """Scene means that haze correlates, texture, shallows, and at times mud or glint."""
     mean, sd = (np.array(values) for values in _WATER)
     haze = rng.standard_normal()
     level = mean + sd * (np.sqrt(0.8) * haze + np.sqrt(0.2) * rng.standard_normal(5))
     level = np.maximum(level, 7210)
     amplitude = rng.uniform(80, 200)
+    if own:
+        amplitude *= nuisance.calm(own, world)
     common = fractal(rng, seen.shape, 1.25, 60)
     own = fractal(rng, seen.shape, 1.25, 60)
     mix = _column((0.5, 0.6, 0.9, 1.0, 1.0)) * common

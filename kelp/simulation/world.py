@@ -27,6 +27,31 @@ class World:
     """Share of patches that volunteers miss."""
     shifted: float = 0.25
     """Share of masks that are 3 to 8 px off."""
+    cover_spread: float = 0.55
+    """Standard deviation of the logarithm of `cover` between images."""
+    canopy: float = 0.0
+    """How far the look of pure kelp differs between images, as a multiple of our guess."""
+    noise_spread: float = 0.0
+    """Standard deviation of the logarithm of the sensor's noise between images."""
+    unrest: float = 0.0
+    """Share of images with masses of water of other colour, with swell, with white caps."""
+    tidal: float = 0.0
+    """Share of images with wet weed along the shore."""
+    veils: float = 0.0
+    """Share of images with veils, and of those with small clouds, that QA does not tell of."""
+    misregistration: float = 0.0
+    """Standard deviation of the shift between bands, px."""
+    banding: float = 0.0
+    """Median strength of bands along the scan lines, DN."""
+    sparse: float = 0.0
+    """Share of images with thin canopy around beds and along the shore, which nobody draws."""
+    relief: bool = False
+    """Whether slopes lie in the shade."""
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether scenes hold anything of `kelp.simulation.nuisance`."""
+        return self.unrest > 0
 
 
 CALIBRATED: Final = World()
@@ -35,4 +60,8 @@ WORLDS: Final[Mapping[WorldName, World]] = {
     "calibrated": CALIBRATED,
     "specks": World(cover=0.25, patches=3.0),
     "murky": World(cover=0.11, clouds=0.02, mud=0.4, glint=0.3, lost=0.12, shifted=0.4),
+    "varied": World(
+        cover_spread=0.7, clouds=0.01, mud=0.12, glint=0.2, canopy=1.0, noise_spread=0.5,
+        unrest=0.5, tidal=0.6, veils=0.35, misregistration=0.3, banding=25, sparse=0.65, relief=True,
+    ),
 }
