@@ -46,6 +46,9 @@ FACTS: Final = (
 )
 """Columns that describe an image, or a tile of its own (not its parent)."""
 
+WATER: Final = ("water_swir", "water_nir", "water_r", "water_g", "water_b")
+"""Columns of a table of tiles: DN of clear water around each, as the whole image tells it."""
+
 TILE_KEY: Final = ("tile_id", "x", "y")
 """Key of a row of a table of tiles; `x` and `y` are the column and row offset in pixels."""
 

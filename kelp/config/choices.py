@@ -35,7 +35,7 @@ Scheduler = Literal[
     "onecycle", "cosine", "cosine_with_warm_restarts", "cyclic", "reduce_lr_on_plateau", "none"
 ]
 Normalization = Literal[
-    "quantile", "z-score", "min-max", "per-sample-quantile", "per-sample-min-max"
+    "quantile", "z-score", "min-max", "water", "per-sample-quantile", "per-sample-min-max"
 ]
 ResizeStrategy = Literal["pad", "resize"]
 Interpolation = Literal["nearest", "nearest-exact", "bilinear", "bicubic"]

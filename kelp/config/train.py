@@ -25,6 +25,7 @@ from kelp.config.choices import (
 from kelp.config.fold import FoldConfig, number
 from kelp.config.shared import DeviceOptions
 from kelp.errors import ConfigError
+from kelp.raster.bands import Anchoring
 
 Devices = Annotated[Annotated[int, Field(ge=1)] | Literal["auto"], BeforeValidator(number)]
 
@@ -109,10 +110,16 @@ class TrainConfig(FoldConfig, DeviceOptions):
         default_of=_by_sahi(whole="nearest", sliced="bilinear"),
         help="How --resize_strategy resize resamples; default: nearest, with --sahi bilinear",
     )
+    anchoring: Anchoring = option(
+        "none",
+        help="Shift the optical bands of each image to where its clear water has fixed levels, at "
+        "prediction too: by one number each (constant), or by what the water around says (local)",
+    )
     normalization_strategy: Normalization = option(
-        "quantile",
-        help="Scale channels by q01-q99, by mean and deviation, or by min-max; per-sample-…: by "
-        "the range of each tile or image alone, at prediction too",
+        default_of=lambda options: "quantile" if options.get("anchoring") == "none" else "water",
+        help="Scale channels by q01-q99, by mean and deviation, or by min-max; water: optical "
+        "bands by their distance to clear water; per-sample-…: by the range of each tile or image "
+        "alone, at prediction too; default: water, without --anchoring quantile",
     )
 
     # sampling

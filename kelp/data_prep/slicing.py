@@ -43,7 +43,8 @@ from kelp.raster.georeference import require_same_grid
 from kelp.raster.labels import require_kelp_value
 from kelp.raster.masks import Georeference, georeference_of, read_mask
 from kelp.raster.scene import Scene
-from kelp.raster.window import Shape
+from kelp.raster.water import WaterReference
+from kelp.raster.window import Shape, Tile
 from kelp.tables import IMAGE_SUFFIX, MASK_SUFFIX, TILES_TABLE, TRAIN
 from kelp.tiling.grid import TileGrid
 
@@ -87,7 +88,24 @@ class _Sliced(NamedTuple):
     x: NDArray[np.int64]
     y: NDArray[np.int64]
     facts: dict[str, NDArray[Any]]
+    water: NDArray[np.float64]
+    """DN of clear water around each tile, `(tiles, 5)`; NaN where the image shows none."""
     left_out: int
+
+
+@dataclass(frozen=True)
+class _Held:
+    """An image that is in memory already, read by windows."""
+
+    pixels: NDArray[np.float32]
+
+    @property
+    def shape(self) -> Shape:
+        height, width = self.pixels.shape[1:]
+        return height, width
+
+    def read(self, tile: Tile, /) -> NDArray[np.float32]:
+        return self.pixels[:, *tile.slices]
 
 
 def slice_dataset(config: SliceConfig, progress: Progress = silent) -> SliceResult:
@@ -192,6 +210,7 @@ def _slice_image(config: SliceConfig, tile_id: str) -> _Sliced:
     require_same_grid(image_path, mask_path, config.ignore_georeference)
     mask = read_mask(mask_path, kelp_value=config.kelp_value)
     tiles = list(_grid(config, shape))
+    water = WaterReference.estimate(_Held(pixels))
     facts = tile_facts(pixels, mask, [tile.clipped(shape) for tile in tiles])
     kept = facts["valid_pixels_pct"] >= config.min_valid_fraction
     tiles = [tile for tile, keep in zip(tiles, kept, strict=True) if keep]
@@ -209,6 +228,7 @@ def _slice_image(config: SliceConfig, tile_id: str) -> _Sliced:
         np.array([tile.x for tile in tiles], dtype=np.int64),
         np.array([tile.y for tile in tiles], dtype=np.int64),
         {name: column[kept] for name, column in facts.items()},
+        np.array([water.level(tile) for tile in tiles]).reshape(-1, len(tables.WATER)),
         int(np.count_nonzero(~kept)),
     )
 
@@ -231,6 +251,8 @@ def _tile_table(config: SliceConfig, rows: pd.DataFrame, sliced: list[_Sliced]) 
     own: dict[str, Any] = {"tile_id": rows["tile_id"].to_numpy()[parent], "x": x, "y": y}
     for name in tables.FACTS:
         own[name] = np.concatenate([one.facts[name] for one in sliced])
+    for band, name in enumerate(tables.WATER):
+        own[name] = np.concatenate([one.water[:, band] for one in sliced])
     sources = [_sources(config, tile_id) for tile_id in rows["tile_id"]]
     for kind, folder, files in (
         ("image", IMAGES, [image for image, _ in sources]),

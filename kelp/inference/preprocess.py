@@ -9,12 +9,14 @@ from typing import Any, Final
 
 from kelp.errors import StatsError
 from kelp.inference.spec import NetworkSpec
-from kelp.raster.bands import BANDS, NODATA, QA
+from kelp.raster.bands import BANDS, NODATA, OPTICAL, QA
 from kelp.raster.indices import index_planes
 
 # Saturated or broken pixels lie dozens of ranges away; bounding them keeps bf16 and batch
 # statistics sane, while 0-1 (the q01-q99 range) and the fill value stay where they are.
 _LARGEST: Final = 10.0
+_WATER_SPAN: Final = 1500.0
+"""DN; by about as much is NIR of dense kelp above that of clear water."""
 
 
 def stored_numbers(spec: NetworkSpec) -> tuple[list[float], list[float], list[float]]:
@@ -31,7 +33,7 @@ def stored_numbers(spec: NetworkSpec) -> tuple[list[float], list[float], list[fl
         )
     stats = [spec.statistics[name] for name in spec.channels]
     match spec.normalization_strategy:
-        case "quantile":
+        case "quantile" | "water":
             pairs = [(s.q01, s.q99 - s.q01) for s in stats]
         case "z-score":
             pairs = [(s.mean, s.std) for s in stats]
@@ -40,6 +42,12 @@ def stored_numbers(spec: NetworkSpec) -> tuple[list[float], list[float], list[fl
         case _:  # of QA alone
             pairs = [(0.0, 1.0) for _ in stats]
     fill = [s.min if spec.fill_missing_pixels_with_torch_nan else 0.0 for s in stats]
+    if spec.normalization_strategy == "water":
+        for name, level in zip(OPTICAL, spec.water_levels, strict=True):
+            if name in spec.channels:
+                at = spec.channels.index(name)
+                pairs[at] = (level, _WATER_SPAN)
+                fill[at] = level if spec.fill_missing_pixels_with_torch_nan else 0.0
     return fill, [offset for offset, _ in pairs], [max(divisor, 1e-6) for _, divisor in pairs]
 
 

@@ -8,10 +8,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from kelp.config.choices import Architecture, Interpolation, Normalization, ResizeStrategy
 from kelp.evaluation.intervals import HeldOutSite
-from kelp.raster.bands import IndexInput
+from kelp.raster.bands import Anchoring, IndexInput
 from kelp.raster.indices import IndexSettings, channel_names
 from kelp.raster.streaming import ChannelStats
-from kelp.raster.window import Shape
+from kelp.raster.water import WATER_LEVELS, WaterReference
+from kelp.raster.window import RasterSource, Shape
 
 SCHEMA_VERSION: Final = 1
 STRIDE: Final = 32
@@ -36,8 +37,13 @@ class NetworkSpec(BaseModel):
     mask_using_water_mask: bool
     fill_missing_pixels_with_torch_nan: bool
     normalization_strategy: Normalization
+    anchoring: Anchoring = "none"  # of bundles that know nothing of it
+    """How a scene's optical bands are shifted so that its clear water has `water_levels`."""
+    water_levels: tuple[float, ...] = WATER_LEVELS
+    """DN of clear water, bands in the order of `kelp.raster.bands.OPTICAL`."""
     statistics: dict[str, ChannelStats]
-    """Of each channel, in raw units: DN for bands, index units for indices."""
+    """Of each channel, in raw units: DN for bands, index units for indices; of scenes as they are,
+    before any anchoring."""
 
     sahi: bool
     """Trained on tiles and to be applied in tiles of `tile_size`."""
@@ -64,6 +70,10 @@ class NetworkSpec(BaseModel):
     def index_settings(self) -> IndexSettings:
         """Index input and masks."""
         return IndexSettings(self.index_input, self.mask_using_qa, self.mask_using_water_mask)
+
+    def reference(self, source: RasterSource) -> WaterReference:
+        """The water reference of a scene, which is read once for it; not, without anchoring."""
+        return WaterReference.estimate(source, self.anchoring, self.water_levels)
 
     def network_shape(self, tile: Shape) -> Shape:
         """What the network sees of a tile, `(height, width)` in its own pixels."""

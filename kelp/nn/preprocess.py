@@ -21,7 +21,9 @@ class Preprocess(nn.Module):
     Missing values stay NaN through the indices, then become their channel's stored minimum
     (or 0, as the spec says) before normalising: `(x - q01) / (q99 - q01)` for quantile,
     `(x - mean) / std` for z-score, `(x - min) / (max - min)` for min-max; the divisor is at
-    least 1e-6.
+    least 1e-6. `water`: optical bands `(x - level) / 1500`, missing ones 0, with the spec's levels
+    of clear water, so that kelp, which lifts NIR by some 1000 DN, is of size 1; other channels as
+    in quantile.
 
     The per-sample strategies take these numbers from the observed values of each sample instead
     (`kelp.nn.normalization`). QA, which is 0 or 1, keeps its stored ones: a sample that is cloudy

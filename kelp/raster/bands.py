@@ -38,6 +38,9 @@ REFLECTANCE_OFFSET: Final = -0.2
 IndexInput = Literal["reflectance", "dn"]
 """What spectral indices are computed on: surface reflectance, or raw integers."""
 
+Anchoring = Literal["none", "constant", "local"]
+"""Optical bands as they are; shifted by one number a scene and band; or by a smooth field."""
+
 PIXEL_SIZE_M: Final = 30.0
 """Side of a Landsat pixel in metres, assumed where a raster has no CRS."""
 

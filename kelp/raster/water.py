@@ -12,19 +12,16 @@ depend on the windows in which the scene is read, and reading needs a few rows a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, Final, Literal, Self
+from typing import Any, Final, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kelp.errors import InputError
-from kelp.raster.bands import DEM, NODATA, OPTICAL, QA
+from kelp.raster.bands import DEM, NODATA, OPTICAL, QA, Anchoring
 from kelp.raster.window import RasterSource, Shape, Tile
-
-Anchoring = Literal["none", "constant", "local"]
-"""Optical bands as they are; shifted by one number a scene and band; or by a smooth field."""
 
 WATER_LEVELS: Final = (7574.0, 7794.0, 7828.0, 8136.0, 8162.0)
 """DN of clear water that scenes are shifted to: means over 3,000 tiles of the competition (Team
@@ -62,6 +59,8 @@ class WaterReference:
         clear: clear-water pixels that were found in each cell, `(rows, columns)`.
         target: levels that the water is shifted to.
         knows_elevation: whether the DEM is known anywhere.
+        origin: `(y, x)` in the scene of the upper left pixel of what is read: of a file that was
+            cut out of it.
     """
 
     shape: Shape
@@ -69,6 +68,7 @@ class WaterReference:
     clear: NDArray[np.int64]
     target: tuple[float, ...] = WATER_LEVELS
     knows_elevation: bool = True
+    origin: tuple[int, int] = (0, 0)
 
     @classmethod
     def estimate(
@@ -159,6 +159,10 @@ class WaterReference:
                 np.add(plane, shift, out=plane, where=(plane != NODATA) & (plane < _SATURATED))
         return out
 
+    def cut(self, y: int, x: int) -> Self:
+        """The same reference for a file that was cut out of the scene at `(y, x)`."""
+        return replace(self, origin=(self.origin[0] + y, self.origin[1] + x))
+
     def to_json(self) -> dict[str, Any]:
         """For records; `from_json` gives it back."""
         return {
@@ -167,6 +171,7 @@ class WaterReference:
             "clear": self.clear.tolist(),
             "target": list(self.target),
             "knows_elevation": self.knows_elevation,
+            "origin": list(self.origin),
         }
 
     @classmethod
@@ -178,7 +183,9 @@ class WaterReference:
             levels = levels.reshape(-1, levels.shape[1] if levels.size else 1, len(OPTICAL))
             clear = np.array(content["clear"], dtype=np.int64)
             target = tuple(float(value) for value in content["target"])
-            return cls((height, width), levels, clear, target, bool(content["knows_elevation"]))
+            y, x = (int(start) for start in content["origin"])
+            known = bool(content["knows_elevation"])
+            return cls((height, width), levels, clear, target, known, (y, x))
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise InputError("not a water reference as kelp writes it") from error
 
@@ -188,8 +195,9 @@ class WaterReference:
         Each pixel by itself, from its place in the scene: windows do not matter to the last bit.
         """
         rows, columns = self.levels.shape[:2]
-        up, down, t = _between(np.arange(tile.y, tile.y + tile.height), self.shape[0], rows)
-        left, right, u = _between(np.arange(tile.x, tile.x + tile.width), self.shape[1], columns)
+        y, x = tile.y + self.origin[0], tile.x + self.origin[1]
+        up, down, t = _between(np.arange(y, y + tile.height), self.shape[0], rows)
+        left, right, u = _between(np.arange(x, x + tile.width), self.shape[1], columns)
         grid = np.moveaxis(self.levels, 2, 0)
         upper = grid[:, up][:, :, left] * (1 - u) + grid[:, up][:, :, right] * u
         lower = grid[:, down][:, :, left] * (1 - u) + grid[:, down][:, :, right] * u
@@ -210,8 +218,9 @@ class Anchored:
         """Height and width."""
         return self.source.shape
 
-    def read(self, tile: Tile, /) -> NDArray[np.float32]:
-        """A window inside the scene as a canonical array."""
+    def read(self, tile: Tile | None = None) -> NDArray[np.float32]:
+        """A window inside the scene (default: all) as a canonical array."""
+        tile = tile or Tile(0, 0, *self.shape)
         return self.reference.apply(self.source.read(tile), tile)
 
 

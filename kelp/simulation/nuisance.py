@@ -40,7 +40,7 @@ def canopy(rng: np.random.Generator, world: World, usual: Field) -> Field:
 def thin_canopy(
     rng: np.random.Generator, patches: NDArray[np.int32], seen: Terrain, world: World
 ) -> Field:
-    """Cover of thin canopy beside the beds, as a multiple of that of the scene's beds; 0-0.65.
+    """Cover of thin canopy beside the beds, as a multiple of that of the scene's beds.
 
     On real tiles the near-infrared of water without a label is raised by 300 to 800 DN around beds
     and along shores, where the drawn beds themselves are raised by 700 to 1400: volunteers draw
@@ -54,13 +54,13 @@ def thin_canopy(
         distance = ndimage.distance_transform_edt(patches == 0).astype(np.float32)
         reach = np.float32(np.exp(rng.uniform(0.7, 2.9))) * (0.6 + fractal(rng, shape, 1.5, 25))
         belt = np.clip((reach - distance) / 2, 0, 1)
-        thin = np.maximum(thin, belt * np.float32(rng.uniform(0.2, 0.65)))
+        thin = np.maximum(thin, belt * np.float32(rng.uniform(world.thinnest, world.thickest)))
     if ashore:
         reach = np.float32(np.exp(rng.uniform(0.7, 3.2))) * fractal(rng, shape, 1.7, 40)
         belt = np.clip((reach - seen.offshore) / 2, 0, 1)
-        thin = np.maximum(thin, belt * np.float32(rng.uniform(0.15, 0.6)))
+        thin = np.maximum(thin, belt * np.float32(rng.uniform(world.thinnest, world.thickest)))
     thin *= np.clip(0.8 + 0.3 * fractal(rng, shape, 1.2, 12), 0.1, 1.3)
-    return (np.clip(thin, 0, 0.65) * water).astype(np.float32)
+    return (np.clip(thin, 0, world.thickest) * water).astype(np.float32)
 
 
 def noise_factor(rng: np.random.Generator, world: World) -> np.float32:

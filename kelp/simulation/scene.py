@@ -121,7 +121,10 @@ def _column(values: tuple[float, ...]) -> Field:
 
 
 def _surface(
-    rng: np.random.Generator, seen: Terrain, cover: Field, world: World,
+    rng: np.random.Generator,
+    seen: Terrain,
+    cover: Field,
+    world: World,
     own: np.random.Generator | None,
 ) -> tuple[Field, Mask]:
     """The five optical bands without atmosphere and sensor, and where surf breaks.
@@ -158,7 +161,7 @@ def _surf(rng: np.random.Generator, seen: Terrain) -> Field:
 
 
 def _water(
-    rng: np.random.Generator, seen: Terrain, world: World, own: np.random.Generator | None
+    rng: np.random.Generator, seen: Terrain, world: World, disturbed: np.random.Generator | None
 ) -> Field:
     """Scene means that haze correlates, texture, shallows, and at times mud or glint."""
     mean, sd = (np.array(values) for values in _WATER)
@@ -166,8 +169,8 @@ def _water(
     level = mean + sd * (np.sqrt(0.8) * haze + np.sqrt(0.2) * rng.standard_normal(5))
     level = np.maximum(level, 7210)
     amplitude = rng.uniform(80, 200)
-    if own:
-        amplitude *= nuisance.calm(own, world)
+    if disturbed:
+        amplitude *= nuisance.calm(disturbed, world)
     common = fractal(rng, seen.shape, 1.25, 60)
     own = fractal(rng, seen.shape, 1.25, 60)
     mix = _column((0.5, 0.6, 0.9, 1.0, 1.0)) * common

@@ -45,6 +45,9 @@ class World:
     """Median strength of bands along the scan lines, DN."""
     sparse: float = 0.0
     """Share of images with thin canopy around beds and along the shore, which nobody draws."""
+    thinnest: float = 0.15
+    thickest: float = 0.65
+    """Cover of that thin canopy, as a multiple of that of the scene's beds."""
     relief: bool = False
     """Whether slopes lie in the shade."""
 
@@ -61,7 +64,18 @@ WORLDS: Final[Mapping[WorldName, World]] = {
     "specks": World(cover=0.25, patches=3.0),
     "murky": World(cover=0.11, clouds=0.02, mud=0.4, glint=0.3, lost=0.12, shifted=0.4),
     "varied": World(
-        cover_spread=0.7, clouds=0.01, mud=0.12, glint=0.2, canopy=1.0, noise_spread=0.5,
-        unrest=0.5, tidal=0.6, veils=0.35, misregistration=0.3, banding=25, sparse=0.65, relief=True,
+        cover_spread=0.7,
+        clouds=0.01,
+        mud=0.12,
+        glint=0.2,
+        canopy=1.0,
+        noise_spread=0.5,
+        unrest=0.5,
+        tidal=0.6,
+        veils=0.35,
+        misregistration=0.3,
+        banding=25,
+        sparse=0.65,
+        relief=True,
     ),
 }

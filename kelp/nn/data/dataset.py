@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import Dataset, default_collate
 
+from kelp import tables
 from kelp.errors import InputError, KelpError
 from kelp.nn.data.reading import Files, Reader
 from kelp.raster import bands, validity
@@ -34,6 +35,17 @@ class Sample(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Parent:
+    """The image that a tile's file was cut from, and what the table knows of it."""
+
+    image: Path
+    y: int
+    x: int
+    levels: tuple[float, ...] | None = None
+    """DN of clear water around the tile (`kelp.raster.water`); NaN where there is none."""
+
+
+@dataclass(frozen=True)
 class Source:
     """Where a sample's pixels are: two whole files, or a window of them."""
 
@@ -41,6 +53,8 @@ class Source:
     mask: Path
     tile: Tile | None = None
     """The window; it may stick out of the image at the right and lower edge."""
+    parent: Parent | None = None
+    """Of a file that was cut out of an image: that image."""
 
 
 class Draw(NamedTuple):
@@ -66,7 +80,11 @@ def sources_of(
     """
     materialised = rows["image_path"].notna().to_numpy() & (not windows)
     return [
-        Source(root / str(row["image_path"]), root / str(row["mask_path"]))
+        Source(
+            root / str(row["image_path"]),
+            root / str(row["mask_path"]),
+            parent=_parent(row, table_folder),
+        )
         if is_file
         else Source(
             table_folder / str(row["source_image_path"]),
@@ -75,6 +93,14 @@ def sources_of(
         )
         for is_file, row in zip(materialised, rows.to_dict("records"), strict=True)
     ]
+
+
+def _parent(row: Mapping[Hashable, Any], table_folder: Path) -> Parent | None:
+    if not isinstance(row.get("source_image_path"), str):
+        return None
+    levels = [row.get(name) for name in tables.WATER]
+    known = None if None in levels else tuple(float(level) for level in levels)  # type: ignore[arg-type]
+    return Parent(table_folder / row["source_image_path"], int(row["y"]), int(row["x"]), known)
 
 
 class TileDataset(Dataset[Sample]):

@@ -151,6 +151,7 @@ def _prepare(
     Only the first process does what takes long: the network's weights and numbers are brought to
     the others when they meet.
     """
+    from kelp.nn.data.anchoring import anchored
     from kelp.nn.data.datamodule import FoldData, read_fold, require_bands
     from kelp.nn.data.packing import pack
 
@@ -168,7 +169,8 @@ def _prepare(
     if processes.is_first:
         statistics = run_statistics(config, fold.train_sources, progress)
         _normalise(net, statistics.file)
-    data.reader = pack(fold.train_sources + fold.val_sources, config, progress)
+    sources = fold.train_sources + fold.val_sources
+    data.reader = anchored(pack(sources, config, progress), sources, config, progress)
     return _Setup(
         config, processes, device, precision, data, statistics, net, checkpoint, first_epoch, every
     )

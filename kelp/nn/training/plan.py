@@ -193,6 +193,7 @@ def network_spec(config: TrainConfig, tile_size: Shape) -> NetworkSpec:
         mask_using_water_mask=config.mask_using_water_mask,
         fill_missing_pixels_with_torch_nan=config.fill_missing_pixels_with_torch_nan,
         normalization_strategy=config.normalization_strategy,
+        anchoring=config.anchoring,
         statistics=dict.fromkeys(channels, unit_stats(0, 0)),
         sahi=config.sahi,
         tile_size=tile_size,
@@ -207,7 +208,7 @@ def network_spec(config: TrainConfig, tile_size: Shape) -> NetworkSpec:
     )
 
 
-def _application(config: TrainConfig, tile_size: Shape) -> dict[str, int]:
+def _application(config: TrainConfig, tile_size: Shape) -> dict[str, Any]:
     """How prediction cuts scenes by default; see docs/experiments.md for what it is worth."""
     if not config.sahi or config.resize_strategy == "pad":
         return {}
