@@ -59,7 +59,7 @@ def thin_canopy(
         reach = np.float32(np.exp(rng.uniform(0.7, 3.2))) * fractal(rng, shape, 1.7, 40)
         belt = np.clip((reach - seen.offshore) / 2, 0, 1)
         thin = np.maximum(thin, belt * np.float32(rng.uniform(world.thinnest, world.thickest)))
-    thin *= np.clip(0.8 + 0.3 * fractal(rng, shape, 1.2, 12), 0.1, 1.3)
+    thin *= np.clip(0.85 + 0.3 * fractal(rng, shape, 1.2, 12), 0.1, 1.2)
     return (np.clip(thin, 0, world.thickest) * water).astype(np.float32)
 
 

@@ -45,8 +45,8 @@ class World:
     """Median strength of bands along the scan lines, DN."""
     sparse: float = 0.0
     """Share of images with thin canopy around beds and along the shore, which nobody draws."""
-    thinnest: float = 0.15
-    thickest: float = 0.65
+    thinnest: float = 0.2
+    thickest: float = 0.9
     """Cover of that thin canopy, as a multiple of that of the scene's beds."""
     relief: bool = False
     """Whether slopes lie in the shade."""
@@ -75,7 +75,7 @@ WORLDS: Final[Mapping[WorldName, World]] = {
         veils=0.35,
         misregistration=0.3,
         banding=25,
-        sparse=0.65,
+        sparse=0.75,
         relief=True,
     ),
 }
