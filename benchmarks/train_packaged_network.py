@@ -311,6 +311,14 @@ def best_code(tables: NDArray[np.int64]) -> int:
     return 1 + int(np.argmax([dice_of(tables, code)[0] for code in range(1, CODES)]))
 
 
+def false_share(tables: NDArray[np.int64], code: int) -> NDArray[np.float64]:
+    """False kelp of each scene, as a share of what is observed."""
+    wrong: NDArray[np.float64] = tables[:, 0, code:].sum(axis=1) / np.maximum(
+        1, tables.sum(axis=(1, 2))
+    )
+    return wrong
+
+
 def scored(tables: NDArray[np.int64], code: int) -> dict[str, Any]:
     """What a threshold makes of scenes."""
     dice, precision, recall, by_scene = dice_of(tables, code)
@@ -329,9 +337,9 @@ def scored(tables: NDArray[np.int64], code: int) -> dict[str, Any]:
         "dice": round(dice, 4), "precision": round(precision, 4), "recall": round(recall, 4),
         "mean_dice": round(float(np.mean(by_scene[~np.isnan(by_scene)])), 4) if (~np.isnan(by_scene)).any() else None, "scenes": len(tables),
         "worst_false_pixels": int(tables[:, 0, code:].sum(axis=1).max()),
-        "worst_false_share": round(float((tables[:, 0, code:].sum(axis=1) / np.maximum(1, tables.sum(axis=(1, 2)))).max()), 5),
+        "worst_false_share": round(float(false_share(tables, code).max()), 5),
         "calibration_error": round(float(gap / max(1, pooled.sum())), 5),
-        "by_scene": [None if np.isnan(d) else round(float(d), 3) for d in by_scene] if len(tables) < 20 else [],
+        "by_scene": [None if np.isnan(d) else round(float(d), 3) for d in by_scene],
     }  # fmt: skip
 
 

@@ -111,7 +111,7 @@ class TrainConfig(FoldConfig, DeviceOptions):
         help="How --resize_strategy resize resamples; default: nearest, with --sahi bilinear",
     )
     anchoring: Anchoring = option(
-        "none",
+        "local",
         help="Shift the optical bands of each image to where its clear water has fixed levels, at "
         "prediction too: by one number each (constant), or by what the water around says (local)",
     )

@@ -243,7 +243,7 @@ def _training(config: DemoConfig, **data: Any) -> TrainConfig:
         dem_nan_pixels_pct_importance_factor=0.25,
         dem_zero_pixels_pct_importance_factor=-1,
         encoder="tu-tf_efficientnet_lite0",
-        lr=1e-3,
+        lr=2e-3,
         lr_scheduler="onecycle",
         loss="combo",
         epochs=config.epochs,

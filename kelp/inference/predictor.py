@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
@@ -37,9 +38,12 @@ from kelp.raster import bands, validity
 from kelp.raster.bands import BANDS
 from kelp.raster.masks import Georeference, decoding
 from kelp.raster.scene import Scene, SceneSize
+from kelp.raster.water import Anchored
 from kelp.raster.window import Blend, RasterSource, Shape, Tile
 from kelp.tiling.engine import Counts, Engine, Job, Sink, WriteRows
 from kelp.tiling.strip import Slicing
+
+log = logging.getLogger("kelp")
 
 _BATCH: Final = 8
 _SIDE: Final = 224  # px of the network, of crops that the batch is meant for
@@ -133,6 +137,14 @@ class Predictor:
             options.get("skip_land", False),
             options.get("land_tolerance", _default("land_tolerance")),
         )
+        ways = {
+            (b.spec.anchoring, b.spec.anchoring != "none" and b.spec.water_levels) for b in given
+        }
+        if len(ways) > 1:
+            raise ConfigError(
+                "the bundles expect scenes anchored in different ways (anchoring, water_levels of "
+                "bundle.json); predict with each alone, and average the maps with kelp ensemble"
+            )
         self.cache = 0
         """Bytes for decoded blocks of scenes; see `plan`."""
 
@@ -223,6 +235,20 @@ class Predictor:
         """Raise `InputError` where a scene's values are on another scale than the networks know."""
         check_scale(source, [bundle.spec for bundle in self.bundles], name)
 
+    def anchored(self, source: RasterSource, name: str) -> RasterSource:
+        """A scene as the networks know scenes: its clear water at the levels of their training.
+
+        Where they are trained so, it is read once for that, some rows at a time. A scene without
+        clear water is left as it is, which is one line of notice.
+        """
+        spec = self._main.spec
+        if spec.anchoring == "none":
+            return source
+        reference = spec.reference(source)
+        if reference.fallback:
+            log.warning("%s: %s", name, reference.fallback)
+        return Anchored(source, reference)
+
     # The networks
 
     @cached_property
@@ -312,7 +338,7 @@ class Predictor:
             sink = outputs = Outputs(source.shape, place, sink, self.threshold, {})
         try:
             with decoding(plan.cache):
-                engine.run([Job(source, sink, spread=spread)])
+                engine.run([Job(self.anchored(source, name), sink, spread=spread)])
             for _, error in engine.failures:
                 raise error
         finally:

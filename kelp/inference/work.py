@@ -35,8 +35,10 @@ from kelp.io import remote
 from kelp.io.location import Url, local
 from kelp.raster.masks import decoding, read_tags
 from kelp.raster.scene import Scene
+from kelp.raster.water import Anchored, WaterReference
 from kelp.tiling.engine import Counts, Engine, Job, Section
 from kelp.tiling.grid import TileGrid
+from kelp.tiling.strip import Source
 
 FINGERPRINT: Final = "KELP_FINGERPRINT"
 
@@ -89,6 +91,7 @@ class Runner:
     def __init__(self, config: PredictConfig, predictor: Predictor) -> None:
         self.config = config
         self.predictor = predictor
+        self._reference: tuple[str, WaterReference] | None = None
 
     @property
     def pixel_bytes(self) -> int:
@@ -187,7 +190,8 @@ class Runner:
                             self.predictor.check_scale(scene, str(scene.path))
                         sink = self.outputs(here, staging.delivery(task)).open()
                         sinks[id(sink)] = sink, task
-                        yield Job(scene, sink, sink, sink.write_spread)
+                        source = self.predictor.anchored(scene, str(task.path))
+                        yield Job(source, sink, sink, sink.write_spread)
                 except Exception as error:  # noqa: BLE001  # also a bug ends its scene only
                     result.note(task, staging.named(task, error))
                 finally:
@@ -231,6 +235,7 @@ class Runner:
         def jobs() -> Iterator[Job]:
             try:
                 with self._opened(task) as scene:
+                    source = self._anchored(scene, task)
                     for section in item.sections:
                         file = self.section_file(task, section)
                         if file.exists:
@@ -239,7 +244,7 @@ class Runner:
                             continue
                         sink = file.sink(self.config.save_spread)
                         sinks.append(sink)
-                        yield Job(scene, sink, None, sink.write_spread, section, sink.edge)
+                        yield Job(source, sink, None, sink.write_spread, section, sink.edge)
             except Exception as error:  # noqa: BLE001
                 result.note(task, error)
 
@@ -251,6 +256,16 @@ class Runner:
         for _, error in engine.failures:
             result.note(task, error)
         result.counts = engine.counts
+
+    def _anchored(self, scene: Scene, task: Task) -> Source:
+        """A scene in sections as the networks know it; read as a whole for its first ones only."""
+        kept = self._reference
+        if kept and kept[0] == task.digest:
+            return Anchored(scene, kept[1])
+        source = self.predictor.anchored(scene, str(task.path))
+        if isinstance(source, Anchored):
+            self._reference = task.digest, source.reference
+        return source
 
     def _stitch(self, item: WorkItem, result: WorkResult) -> None:
         (task,) = item.tasks
