@@ -32,21 +32,26 @@ from typing import Any, Final
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from kelp.config import TrainConfig
-from kelp.inference.spec import NetworkSpec
+from kelp.config import ExportConfig, TrainConfig
+from kelp.evaluation.intervals import HeldOutSite
+from kelp.inference.bundle import file_sha256, read_spec
+from kelp.inference.spec import BundleSpec, NetworkSpec
 from kelp.io.files import atomic, write_json
 from kelp.nn import symmetry
+from kelp.nn.bundle import describe_bundle, save_bundle
+from kelp.nn.export import export
 from kelp.nn.losses import LossSettings, build_loss
 from kelp.nn.model import KelpNet, start_from_share
 from kelp.nn.pretrained import load_pretrained
 from kelp.nn.training.averaging import build_average
 from kelp.nn.training.rates import build_optimizer, build_scheduler
-from kelp.raster.bands import BANDS, OPTICAL, QA
+from kelp.raster.bands import BANDS, PIXEL_SIZE_M, QA
 from kelp.raster.streaming import ChannelStats
 from kelp.raster.validity import canonical
-from kelp.raster.water import WATER_LEVELS, WaterReference
+from kelp.raster.water import WaterReference
 from kelp.raster.window import Shape, Tile
 from kelp.simulation.scene import make_place, take_picture
 from kelp.simulation.world import WORLDS
@@ -57,6 +62,14 @@ SHOWN: Final = 224
 CODES: Final = 250
 _PART: Final = 10
 """Scenes in a file."""
+_RANGES: Final = {
+    "SWIR": (7200.0, 9800.0, 17_900.0),
+    "NIR": (7400.0, 10_600.0, 19_900.0),
+    "R": (7350.0, 8500.0, 13_600.0),
+    "G": (7500.0, 8700.0, 13_300.0),
+    "B": (7400.0, 8400.0, 11_800.0),
+}
+"""DN: 1 %, mean and 99 % of published tiles, by which `kelp predict` knows a foreign scale."""
 _NUMBERS: Final = {name: number for number, name in enumerate(WORLDS)}
 
 Scenes = dict[str, NDArray[Any]]
@@ -126,12 +139,12 @@ def simulated(
 
 
 def statistics() -> dict[str, ChannelStats]:
-    """What normalises: distances to clear water; the DEM in hundreds of metres."""
+    """Ranges of the bands; clear water normalises them, but for the DEM: in hundreds of metres."""
     one = ChannelStats(0.0, 1.0, 0.0, 1.0, 0.0, 1.0, 1, 0)
     dem = ChannelStats(0.0, 706.0, 20.0, 45.0, 0.0, 100.0, 1, 0)
     water = {
-        name: ChannelStats(level, 65_535.0, level, 1500.0, level, level + 1500.0, 1, 0)
-        for name, level in zip(OPTICAL, WATER_LEVELS, strict=True)
+        name: ChannelStats(low, 65_535.0, mean, 3000.0, low, high, 1, 0)
+        for name, (low, mean, high) in _RANGES.items()
     }
     return water | {"QA": one, "DEM": dem}
 
@@ -258,7 +271,7 @@ def train(
 
 @torch.no_grad()
 def logits_of(net: KelpNet, raw: Tensor, device: torch.device) -> Iterator[Tensor]:
-    """Probabilities of whole scenes `(n, 7, 350, 350)`, some at a time, as `kelp predict` has them."""
+    """Probabilities of whole scenes `(n, 7, 350, 350)`, some at a time, as in `kelp predict`."""
     shown = net.described(net.spec.at_scale(net.spec.prediction_tile or TILE))
     for k in range(0, len(raw), 8):
         batch = raw[k : k + 8].to(device)
@@ -273,7 +286,7 @@ def logits_of(net: KelpNet, raw: Tensor, device: torch.device) -> Iterator[Tenso
 def counts(
     net: KelpNet, scenes: Scenes, options: argparse.Namespace
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Pixels by scene, truth and code of probability, `(n, 2, 251)`, and expected kelp of a scene."""
+    """Pixels by scene, truth and code of p, `(n, 2, 251)`, and expected kelp by scene, px."""
     device = torch.device(options.device)
     truth = torch.from_numpy(scenes["truth"]).to(device)
     tables, expected, at = [], [], 0
@@ -333,9 +346,11 @@ def scored(tables: NDArray[np.int64], code: int) -> dict[str, Any]:
                 pooled[1, edges == k].sum()
                 - (pooled[:, edges == k].sum(axis=0) * p[edges == k]).sum()
             )
+    of_kelp = by_scene[~np.isnan(by_scene)]
     return {
         "dice": round(dice, 4), "precision": round(precision, 4), "recall": round(recall, 4),
-        "mean_dice": round(float(np.mean(by_scene[~np.isnan(by_scene)])), 4) if (~np.isnan(by_scene)).any() else None, "scenes": len(tables),
+        "mean_dice": round(float(of_kelp.mean()), 4) if len(of_kelp) else None,
+        "scenes": len(tables),
         "worst_false_pixels": int(tables[:, 0, code:].sum(axis=1).max()),
         "worst_false_share": round(float(false_share(tables, code).max()), 5),
         "calibration_error": round(float(gap / max(1, pooled.sum())), 5),
@@ -358,6 +373,40 @@ def real_scenes(folder: Path) -> Scenes:
         seen = np.isfinite(raw[1]) & (np.isfinite(raw[:5]).sum(axis=0) >= 3) & (raw[QA] != 1)
         truths.append(np.where(seen, read_mask(mask), np.uint8(255)))
     return {"raw": np.stack(raws), "truth": np.stack(truths)}
+
+
+def write_bundle(net: KelpNet, record: dict[str, Any], folder: Path) -> None:
+    """The bundle: weights in 16 bits, the ONNX file of the same weights, card and record."""
+    halves = {
+        name: value.half() if value.is_floating_point() else value
+        for name, value in net.state_dict().items()
+    }
+    net.load_state_dict(halves)  # rounded, as they are stored and exported
+    spec = BundleSpec(
+        **dict(net.spec),
+        threshold=record["threshold"],
+        scores={f"val/{name}": record["all"][name] for name in ("dice", "precision", "recall")},
+        epoch=1,
+        rows={"train": sum(record["scenes"].values()), "val": record["all"]["scenes"]},
+        training={"command": "benchmarks/train_packaged_network.py", **record["options"]},
+        held_out_sites=[
+            HeldOutSite(
+                site=f"{one['world']}-{number}",
+                scene=f"{one['world']}-{number}",
+                truth_m2=one["kelp"] * PIXEL_SIZE_M**2,
+                presence_m2=one["predicted"] * PIXEL_SIZE_M**2,
+                expected_m2=one["expected"] * PIXEL_SIZE_M**2,
+            )
+            for number, one in enumerate(record["sites"])
+        ],
+    )
+    save_bundle(folder, net.float(), spec)
+    weights = folder / "weights.safetensors"
+    save_file({n: v.contiguous().cpu() for n, v in halves.items()}, weights)
+    spec = read_spec(folder).model_copy(update={"weights_sha256": file_sha256(weights)})
+    describe_bundle(folder, spec)
+    export(ExportConfig(run_dir=folder, output_path=folder / "network.onnx"))
+    write_json(folder / "record.json", record)
 
 
 def main() -> None:
@@ -445,14 +494,8 @@ def finish(
             "at_threshold": scored(real, code),
             "best": scored(real, best_code(real)) | {"threshold": best_code(real) / CODES},
         }
-    from safetensors.torch import save_file
-
-    weights = {
-        k: (v.half() if v.is_floating_point() else v).contiguous().cpu()
-        for k, v in net.state_dict().items()
-    }
-    save_file(weights, work / "weights.safetensors")
     write_json(work / "record.json", record)
+    write_bundle(net, record, work / "bundle")
     brief = {k: v for k, v in record.items() if k not in ("sites", "curve", "options")}
     print(json.dumps(brief), flush=True)
 
