@@ -47,8 +47,9 @@ from kelp.nn.losses import LossSettings, build_loss
 from kelp.nn.model import KelpNet, start_from_share
 from kelp.nn.pretrained import load_pretrained
 from kelp.nn.training.averaging import build_average
+from kelp.nn.training.plan import network_spec
 from kelp.nn.training.rates import build_optimizer, build_scheduler
-from kelp.raster.bands import BANDS, PIXEL_SIZE_M, QA
+from kelp.raster.bands import PIXEL_SIZE_M, QA
 from kelp.raster.streaming import ChannelStats
 from kelp.raster.validity import canonical
 from kelp.raster.water import WaterReference
@@ -151,20 +152,10 @@ def statistics() -> dict[str, ChannelStats]:
 
 def spec_of() -> NetworkSpec:
     """The network that is trained."""
-    return NetworkSpec(
-        bands=BANDS,
-        statistics=statistics(),
-        normalization_strategy="water",
-        anchoring="local",
-        sahi=True,
-        tile_size=(TILE, TILE),
-        prediction_tile=352,
-        prediction_overlap=64,
-        image_size=SHOWN,
-        resize_strategy="resize",
-        interpolation="bilinear",
-        encoder="tu-tf_efficientnet_lite0",
+    config = TrainConfig(
+        data_dir="d", metadata_fp="m", output_dir="o", sahi=True, encoder="tu-tf_efficientnet_lite0"
     )
+    return network_spec(config, (TILE, TILE)).model_copy(update={"statistics": statistics()})
 
 
 def draws(

@@ -36,9 +36,9 @@ from kelp.io.location import Url, local
 from kelp.raster.masks import decoding, read_tags
 from kelp.raster.scene import Scene
 from kelp.raster.water import Anchored, WaterReference
+from kelp.raster.window import RasterSource
 from kelp.tiling.engine import Counts, Engine, Job, Section
 from kelp.tiling.grid import TileGrid
-from kelp.tiling.strip import Source
 
 FINGERPRINT: Final = "KELP_FINGERPRINT"
 
@@ -257,7 +257,7 @@ class Runner:
             result.note(task, error)
         result.counts = engine.counts
 
-    def _anchored(self, scene: Scene, task: Task) -> Source:
+    def _anchored(self, scene: Scene, task: Task) -> RasterSource:
         """A scene in sections as the networks know it; read as a whole for its first ones only."""
         kept = self._reference
         if kept and kept[0] == task.digest:

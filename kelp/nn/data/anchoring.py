@@ -16,11 +16,11 @@ from kelp.config import TrainConfig
 from kelp.errors import ConfigError
 from kelp.io.executors import spread
 from kelp.nn.data.dataset import Source
-from kelp.nn.data.reading import Pixels, Reader
+from kelp.nn.data.reading import Reader
 from kelp.progress import Progress
 from kelp.raster.masks import raster_shape
 from kelp.raster.water import Anchored, WaterReference
-from kelp.raster.window import Tile
+from kelp.raster.window import RasterSource, Tile
 
 _FEW: Final = 256
 """Images below which starting processes takes longer than reading."""
@@ -33,7 +33,7 @@ class AnchoredReader:
     reader: Reader
     references: Mapping[Path, WaterReference]
 
-    def image(self, path: Path) -> AbstractContextManager[Pixels]:
+    def image(self, path: Path) -> AbstractContextManager[RasterSource]:
         """Open an image."""
         return self._opened(path)
 
@@ -42,7 +42,7 @@ class AnchoredReader:
         return self.reader.mask(path, tile)
 
     @contextmanager
-    def _opened(self, path: Path) -> Iterator[Pixels]:
+    def _opened(self, path: Path) -> Iterator[RasterSource]:
         with self.reader.image(path) as pixels:
             yield Anchored(pixels, self.references[path])
 

@@ -6,12 +6,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from bundles import tiny_spec
 from world import make_world, read_tif, write_tif
 
 from kelp.config import SliceConfig, TrainConfig
 from kelp.data_prep.slicing import slice_dataset
 from kelp.errors import ConfigError
-from kelp.inference.spec import NetworkSpec
 from kelp.nn.data.anchoring import anchored
 from kelp.nn.data.datamodule import read_fold
 from kelp.nn.data.dataset import TileDataset
@@ -127,13 +127,8 @@ def test_the_spec_finds_the_reference_it_was_trained_with(world):
 
 
 def spec_of(**changes):
-    return NetworkSpec(
-        bands=BANDS,
-        statistics=dict.fromkeys(BANDS, unit_stats(1, 0)),
-        tile_size=(32, 32),
-        image_size=32,
-        **changes,
-    )
+    statistics = dict.fromkeys(BANDS, unit_stats(1, 0))
+    return tiny_spec(statistics=statistics, image_size=32, **changes)
 
 
 def test_water_normalisation_by_hand():
