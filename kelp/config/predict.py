@@ -131,7 +131,9 @@ class ExportConfig(CheckpointOptions):
     """The network of a bundle as one file for other programs."""
 
     run_dir: Path = option(help="Run folder, its artifacts/, or a bundle")
-    output_path: Path = option(help="The file to write, FILE.onnx")
+    output_path: Path | None = option(
+        None, help="The file to write, FILE.onnx; default: network.onnx in the bundle"
+    )
 
 
 class SubmitConfig(Config):

@@ -32,7 +32,7 @@ from kelp.inference.backends.onnx import (
     extra,
     weights_sha256,
 )
-from kelp.inference.bundle import find_bundle, read_spec
+from kelp.inference.bundle import NETWORK_FILE, find_bundle, read_spec
 from kelp.inference.spec import BundleSpec
 from kelp.io.files import atomic
 from kelp.nn.bundle import load_network
@@ -74,15 +74,26 @@ class ExportResult:
 def export(config: ExportConfig, progress: Progress = silent) -> ExportResult:
     """Write the network of a bundle as an ONNX file that kelp, QGIS and others can run.
 
+    Without `output_path` it is the bundle's own `network.onnx`, through which `kelp predict
+    --backend onnx` runs the bundle.
+
     Raises:
         KelpError: no bundle, an extra is missing, the network cannot be traced, or ONNX Runtime
             does not answer as torch does. No file is written then.
     """
-    if config.output_path.suffix.lower() != SUFFIX:
+    if config.output_path and config.output_path.suffix.lower() != SUFFIX:
         raise ConfigError(f"--output_path {config.output_path}: must end in {SUFFIX}")
+    folder = find_bundle(config.run_dir, config.use_checkpoint)
+    result = export_network(folder, config.output_path or folder / NETWORK_FILE, progress)
+    if config.output_path:
+        config.record(config.output_path.parent)
+    return result
+
+
+def export_network(folder: Path, path: Path, progress: Progress = silent) -> ExportResult:
+    """Write the network of the bundle `folder` to `path`; see `export`."""
     for module in ("onnx", "onnxscript", "onnxruntime"):
         extra(module)
-    folder = find_bundle(config.run_dir, config.use_checkpoint)
     spec = read_spec(folder)
     if spec.is_pixelwise:
         raise ConfigError(f"{folder}: boosted trees are not exported; name the run of a network")
@@ -98,20 +109,32 @@ def export(config: ExportConfig, progress: Progress = silent) -> ExportResult:
     describe(model, spec)
     content: bytes = model.SerializeToString()
     progress("exporting", 2, _STEPS)
-    parity = largest_difference(OnnxNet(content, str(config.output_path)), crops, expected)
+    parity = largest_difference(OnnxNet(content, str(path)), crops, expected)
     if not parity <= LARGEST_DIFFERENCE:  # also NaN
         raise KelpError(
-            f"{config.output_path}: not written: ONNX Runtime and torch differ by {parity:.1e} in "
+            f"{path}: not written: ONNX Runtime and torch differ by {parity:.1e} in "
             f"probability, {LARGEST_DIFFERENCE:g} is allowed; update onnxscript and "
             "onnxruntime (pip install --upgrade), or use the bundle"
         )
-    with atomic(config.output_path) as partial:
+    with atomic(path) as partial:
         partial.write_bytes(content)
-    config.record(config.output_path.parent)
     progress("exporting", _STEPS, _STEPS)
     if spec.tile_size[0] != spec.tile_size[1]:
-        log.info("%s: Deepness in QGIS takes square tiles only", config.output_path)
-    return ExportResult(config.output_path, len(content), parity)
+        log.info("%s: Deepness in QGIS takes square tiles only", path)
+    return ExportResult(path, len(content), parity)
+
+
+def add_network_file(folder: Path, progress: Progress = silent) -> None:
+    """Give a bundle its `network.onnx`, or say in one line why it has none.
+
+    Call it after `save_bundle`, and again after what the network answers has changed
+    (`describe_bundle`): `kelp predict --backend onnx` refuses a file of another state.
+    """
+    try:
+        export_network(folder, folder / NETWORK_FILE, progress)
+    except KelpError as error:
+        (folder / NETWORK_FILE).unlink(missing_ok=True)  # of another state
+        log.info("%s: without %s (%s)", folder, NETWORK_FILE, error)
 
 
 class _Graph(nn.Module):

@@ -13,6 +13,7 @@ import pytest
 import torch
 from bundles import STATISTICS, tiny_bundle, tiny_spec, use_pixel_network
 from inference.test_predict import predict
+from laws import write_scenes
 from onnx import TensorProto, helper, numpy_helper
 from world import coast, read_tif, write_tif
 
@@ -25,7 +26,9 @@ from kelp.inference.backends.onnx import SPEC_KEY, WEIGHTS_KEY, OnnxFile, tensor
 from kelp.inference.bundle import read_spec
 from kelp.nn import export as module
 from kelp.nn import resize
-from kelp.nn.bundle import load_network
+from kelp.nn.bundle import describe_bundle, load_network, save_bundle
+from kelp.nn.export import add_network_file
+from kelp.nn.model import KelpNet
 from kelp.raster.bands import BANDS, NODATA
 from kelp.raster.masks import read_mask
 from kelp.raster.streaming import ChannelStats
@@ -192,6 +195,52 @@ def test_predict_through_the_file(exported, scenes, tmp_path):
             wanted, got = (read_mask(tmp_path / o / f"{name}.tif") for o in ("torch", out))
             assert (got == 1).sum() > 0
             assert (got != wanted).mean() < 1e-3
+
+
+def test_backends_agree(tmp_path):
+    """Law 15: within 1e-3 in probability, and at most 0.01 % of the masks' pixels differ."""
+    torch.manual_seed(0)
+    (scene,) = write_scenes(tmp_path / "s", [(150, 180)])
+    spec = tiny_spec(encoder="tu-resnet10t", decoder_channels=(16, 16, 8, 8, 8))
+    bundle = save_bundle(tmp_path / "bundle", KelpNet(spec), spec)
+    options = {"device": "cpu", "precision": "32-true"}
+    p = kelp.predict_array(kelp.load_bundle(bundle), read_tif(scene), **options)
+    spec = read_spec(bundle).model_copy(update={"threshold": round(float(np.nanmedian(p)), 3)})
+    describe_bundle(bundle, spec)
+    add_network_file(bundle)
+    assert (bundle / "network.onnx").is_file()
+    maps = {}
+    for backend in ("torch", "onnx"):
+        out = tmp_path / backend
+        more = ("--backend", backend, "--save_probabilities", "--tta")
+        assert predict(scene, bundle, out, *more) == 0
+        maps[backend] = (
+            read_tif(out / "AA000000_kelp_prob.tif"),
+            read_mask(out / "AA000000_kelp.tif"),
+        )
+    (p, mask), (other, other_mask) = maps.values()
+    np.testing.assert_array_equal(np.isnan(p), np.isnan(other))
+    assert np.nanmax(np.abs(p - other)) < 1e-3
+    assert 0.2 < (mask == 1).mean() < 0.8
+    assert (mask != other_mask).mean() <= 1e-4
+
+
+@pytest.mark.usefixtures("pixel_network")
+def test_a_network_file_of_another_state_is_refused(tmp_path):
+    bundle = tiny_bundle(tmp_path / "bundle")
+    with pytest.raises(BundleError, match=r"holds no network\.onnx; make one with kelp export"):
+        kelp.load_bundle(bundle, backend="onnx")
+    result = kelp.export(ExportConfig(run_dir=bundle))
+    assert result.path == bundle / "network.onnx"
+    assert kelp.load_bundle(bundle, backend="onnx").net.runtime == "onnx"
+    spec = read_spec(bundle)
+    describe_bundle(bundle, spec.model_copy(update={"threshold": 0.9}))  # not in the graph
+    assert kelp.load_bundle(bundle, backend="onnx").spec.threshold == 0.9
+    describe_bundle(bundle, spec.model_copy(update={"temperature": 2.0}))
+    with pytest.raises(BundleError, match=r"another state of the bundle .* kelp export"):
+        kelp.load_bundle(bundle, backend="onnx")
+    add_network_file(bundle)
+    assert kelp.load_bundle(bundle, backend="onnx").spec.temperature == 2
 
 
 @pytest.mark.usefixtures("pixel_network")

@@ -38,11 +38,12 @@ from kelp.evaluation.calibration import (
 from kelp.evaluation.intervals import HeldOutSite
 from kelp.evaluation.thresholds import Histogram, best_threshold, parts_of
 from kelp.inference.backends.onnx import OnnxNet
-from kelp.inference.bundle import Bundle
+from kelp.inference.bundle import NETWORK_FILE, Bundle
 from kelp.inference.predictor import predict
 from kelp.nn.bundle import describe_bundle
 from kelp.nn.comparison.scenes import Labelled, Scenes, labelled_scenes
 from kelp.nn.device import resolve_device, resolve_precision
+from kelp.nn.export import add_network_file
 from kelp.progress import Progress, silent
 from kelp.raster.bands import MASK_NODATA
 from kelp.raster.masks import read_mask
@@ -114,6 +115,8 @@ class Fitted:
             "held_out_sites": self.held_out,
         }
         describe_bundle(self.bundle.path, self.bundle.spec.model_copy(update=changed))
+        if (self.bundle.path / NETWORK_FILE).is_file():  # it holds threshold and temperature
+            add_network_file(self.bundle.path)
 
 
 def calibrate_run(

@@ -12,6 +12,8 @@ from kelp.config import TrainConfig
 from kelp.errors import ConfigError, TableError
 from kelp.inference.foldruns import FOLDS_FILE, FoldRun, FoldRuns
 from kelp.io.files import write_text
+from kelp.nn.export import add_network_file
+from kelp.nn.training.checkpoint import BEST
 from kelp.nn.training.fit import train
 from kelp.nn.training.plan import CONFIG_FILE, effective, run_folder
 from kelp.nn.training.result import TrainResult
@@ -150,7 +152,11 @@ def _train_one(
 
 
 def train_one_or_all(config: TrainConfig, progress: Progress = silent) -> TrainResult | FoldsResult:
-    """`kelp train`: one fold, or all of them."""
-    if config.cv_split == "all":
-        return train_folds(config, progress)
-    return train(config, progress)
+    """`kelp train`: one fold, or all of them; bundles get their `network.onnx`."""
+    result = train_folds(config, progress) if config.cv_split == "all" else train(config, progress)
+    if isinstance(result, FoldsResult):
+        for run in result.folds.runs.values():
+            add_network_file(result.run_dir.parent / run.run / ARTIFACTS / BEST)
+    elif result.writes:
+        add_network_file(result.bundle)
+    return result
