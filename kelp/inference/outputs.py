@@ -83,9 +83,11 @@ class Outputs:
         spread: bool = False,
         deliver: Callable[[Sequence[Path]], None] | None = None,
     ) -> None:
-        def writer(path: Path, kind: str, scale: float | None = None) -> RasterWriter:
+        def writer(
+            path: Path, kind: str, scale: float | None = None, description: str = ""
+        ) -> RasterWriter:
             nodata = MASK_NODATA if kind == "uint8" else np.nan
-            return RasterWriter(path, shape, kind, georeference, nodata, tags, scale)
+            return RasterWriter(path, shape, kind, georeference, nodata, tags, scale, description)
 
         self.threshold = threshold
         self._mask = writer(mask, "uint8")
@@ -93,9 +95,11 @@ class Outputs:
         self._probabilities = self._spread = None
         if probabilities:
             scale = 1 / CODES if self._scaled else None
-            self._probabilities = writer(probability_path(mask), probabilities, scale)
+            self._probabilities = writer(
+                probability_path(mask), probabilities, scale, "probability of kelp"
+            )
         if spread:
-            self._spread = writer(spread_path(mask), "float32")
+            self._spread = writer(spread_path(mask), "float32", description="spread of tiles")
         self._writers = [w for w in (self._mask, self._probabilities, self._spread) if w]
         self._begun = False
         self._deliver = deliver

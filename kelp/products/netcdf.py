@@ -23,6 +23,8 @@ _EPOCH: Final = date(1970, 1, 1)
 _UNITS: Final = "days since 1970-01-01"
 _CHUNK: Final = 512
 _STATIONS: Final = 4096
+_CACHE: Final = 4_000_000
+"""Bytes of written chunks that HDF5 keeps for a variable; its own default is far larger."""
 _MIDDLE: Final = {1: (2, 15), 2: (5, 15), 3: (8, 15), 4: (11, 15)}
 """Month and day that stand for a quarter."""
 
@@ -55,7 +57,7 @@ def write_stations(path: Path, strips: Strips, counts: NDArray[np.int64], source
         file.createDimension("station", total)
         _time(file, stack, bounds=False)
         along = {"chunksizes": (min(_STATIONS, total),)} if total else {}
-        both: dict[str, Any] = {"zlib": True, "complevel": 1}
+        both: dict[str, Any] = {"zlib": True, "complevel": 1, "chunk_cache": _CACHE}
         if total:
             both["chunksizes"] = (stack.quarters, min(_STATIONS, total))
         for name, axis, unit in (
@@ -138,7 +140,8 @@ def write_grid(path: Path, strips: Strips, box: tuple[int, ...], source: str) ->
         _grid_mapping(file, crs, (transform.c + transform.a * left, transform.a, 0.0,
                                   transform.f + transform.e * top, 0.0, transform.e))  # fmt: skip
         chunks = (1, min(STRIP_ROWS, height), min(_CHUNK, width))
-        options: dict[str, Any] = {"zlib": True, "complevel": 1, "chunksizes": chunks}
+        options: dict[str, Any] = {"zlib": True, "complevel": 1, "chunk_cache": _CACHE}
+        options["chunksizes"] = chunks
         area = file.createVariable("area", "f4", ("time", "y", "x"), fill_value=np.nan, **options)
         area.setncatts({
             **area_words(stack.expected), "units": "m2", "cell_methods": "time: mean",

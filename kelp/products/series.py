@@ -381,8 +381,18 @@ def _write_rasters(strips: Strips, looks_path: Path, persistence_path: Path) -> 
     stack = strips.stack
     place = stack.georeference
     with (
-        RasterWriter(looks_path, stack.shape, "float32", place, np.nan, {}) as looks,
-        RasterWriter(persistence_path, stack.shape, "float32", place, np.nan, {}) as persistence,
+        RasterWriter(
+            looks_path, stack.shape, "float32", place, np.nan, {}, description="looks"
+        ) as looks,
+        RasterWriter(
+            persistence_path,
+            stack.shape,
+            "float32",
+            place,
+            np.nan,
+            {},
+            description="share of looks with kelp",
+        ) as persistence,
     ):
         for tile, strip in strips:
             looks.write(tile.y, strip.looks.astype(np.float32))

@@ -62,6 +62,7 @@ class RasterWriter:
         nodata: the stored value of "not observed".
         tags: metadata of the file.
         scale: value of one unit of the stored numbers; a `uint8` raster without it is a mask.
+        description: what the band holds, as GIS programs show it; of a mask `kelp`.
 
     Raises:
         InputError: no file system takes a file of that name.
@@ -76,6 +77,7 @@ class RasterWriter:
         nodata: float,
         tags: Mapping[str, str],
         scale: float | None = None,
+        description: str = "",
     ) -> None:
         check_name(path)
         self.path = path
@@ -88,6 +90,7 @@ class RasterWriter:
         self._nodata = nodata
         self._tags = dict(tags)
         self._scale = scale
+        self._name = description or ("kelp" if self.is_mask else "")
         self._path_of_rows = rows_path(path)
         self._rows: IO[bytes] | None = None
 
@@ -214,8 +217,15 @@ class RasterWriter:
             "PixelOffset": size,
             "LineOffset": width * size,
         }
+        if self._name:
+            values["Description"] = self._name
         if self._scale is not None:
             values["Scale"] = self._scale
+        statistics = {} if self.is_mask else self._statistics()
+        if statistics:
+            known = ElementTree.SubElement(band, "Metadata")
+            for key, figure in statistics.items():
+                ElementTree.SubElement(known, "MDI", key=f"STATISTICS_{key}").text = repr(figure)
         for name, number in values.items():
             ElementTree.SubElement(band, name).text = str(number)
         # Not relative: GDAL would take a backslash of the folder's name for a separator.
@@ -229,6 +239,28 @@ class RasterWriter:
                 parts = {f"c{i}": str(part) for i, part in enumerate(color, 1)}
                 ElementTree.SubElement(table, "Entry", parts)
         return ElementTree.tostring(root, encoding="unicode")
+
+    def _statistics(self) -> dict[str, float]:
+        """Of the stored numbers, as GDAL keeps them: else QGIS computes them for every view."""
+        number, total, squares, low, high = 0, 0.0, 0.0, np.inf, -np.inf
+        for start in range(0, self._shape[0], 512):
+            rows = min(512, self._shape[0] - start) * self._shape[1]
+            offset = start * self._shape[1] * self._dtype.itemsize
+            values = np.fromfile(self._path_of_rows, self._dtype, rows, offset=offset)
+            missing = np.isnan(values) if np.isnan(self._nodata) else values == self._nodata
+            known = values[~missing].astype(np.float64)
+            if known.size:
+                number += known.size
+                total += known.sum()
+                squares += np.square(known).sum()
+                low, high = min(low, known.min()), max(high, known.max())
+        if not number:
+            return {}
+        mean = total / number
+        spread = np.sqrt(max(0.0, squares / number - mean**2))
+        share = round(100 * number / (self._shape[0] * self._shape[1]), 4)
+        found = {"MINIMUM": low, "MAXIMUM": high, "MEAN": mean, "STDDEV": spread}
+        return {name: float(v) for name, v in found.items()} | {"VALID_PERCENT": share}
 
     def _verify(self, partial: Path) -> None:
         """Raise `InputError` unless the finished file holds the rows that were written."""

@@ -12,6 +12,7 @@ from affine import Affine
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rasterio.crs import CRS
+from world import opened
 
 from kelp.errors import ConfigError, InputError
 from kelp.io.files import open_locked
@@ -374,3 +375,27 @@ def test_a_writer_that_stops_takes_no_rows_of_the_next(tmp_path):
                 file.flush()
                 assert rows_path(path).read_bytes() == b"rows"
                 rows_path(path).unlink()
+
+
+@pytest.mark.parametrize("side", [40, 1100])
+def test_bands_say_what_they_hold_and_their_statistics(tmp_path, side):
+    """QGIS shows the description, and computes statistics where there are none."""
+    p = np.linspace(0, 1, side * 30, dtype=np.float32).reshape(side, 30)
+    p[5:9] = np.nan
+    path = tmp_path / "p.tif"
+    with RasterWriter(
+        path, p.shape, "float32", Georeference(), np.nan, {}, description="probability of kelp"
+    ) as out:
+        out.write(0, p)
+    known = p[~np.isnan(p)].astype(np.float64)
+    with opened(path) as dataset:
+        assert dataset.descriptions == ("probability of kelp",)
+        found = {k: float(v) for k, v in dataset.tags(1).items()}
+    assert found["STATISTICS_MINIMUM"] == 0
+    assert found["STATISTICS_MAXIMUM"] == 1
+    assert found["STATISTICS_MEAN"] == pytest.approx(known.mean())
+    assert found["STATISTICS_STDDEV"] == pytest.approx(known.std())
+    assert found["STATISTICS_VALID_PERCENT"] == pytest.approx(100 * known.size / p.size, abs=1e-3)
+    write_mask(tmp_path / "m_kelp.tif", np.zeros((side, 30), np.uint8))
+    with opened(tmp_path / "m_kelp.tif") as dataset:
+        assert dataset.descriptions == ("kelp",)
