@@ -462,7 +462,7 @@ def test_it_goes_with_a_network_of_other_tiles(run, world, tmp_path, monkeypatch
 def test_tune_and_compare_take_the_run(run, bundle, tmp_path):
     tuned = kelp.tune(TuneConfig(run_dir=[bundle], output_dir=tmp_path / "tuned", draws=100))
     kept = kelp.load_bundle(bundle).spec
-    assert kept.temperature == tuned.tuned[0].temperature[1]
+    assert kept.temperature == tuned.tuned[0].calibration.temperature[1]
     assert "boosted trees" in (bundle / "README.md").read_text()
     result = kelp.compare(
         CompareConfig(run_dir=[run[1].bundle], output_dir=tmp_path / "compared", draws=100)
