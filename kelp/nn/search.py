@@ -537,6 +537,10 @@ def write_page(path: Path, study: optuna.Study, metric: str, text: str) -> None:
     def add(axes: Axes, caption: str) -> None:
         figure = axes.get_figure(root=True)
         if figure is not None:
+            figure.set(size_inches=(7.2, 3.8), dpi=150, layout_engine="constrained")
+            axes.set(facecolor="white", title="")
+            style.plain(axes, axes.get_xlabel(), axes.get_ylabel())
+            style.legend(axes)
             report.figure(style.png(figure), caption)
             pyplot.close(figure)
 

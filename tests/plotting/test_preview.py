@@ -213,7 +213,9 @@ def test_a_file_read_in_strips_is_the_array_at_once(tmp_path, monkeypatch):
     write_scene(tmp_path / "AB_satellite.tif", pixels)
     write_mask(tmp_path / "AB_kelp.tif", mask)
     strips, read = [], Scene.read
-    monkeypatch.setattr(Scene, "read", lambda scene, t: strips.append(t) or read(scene, t))
+    monkeypatch.setattr(
+        Scene, "read", lambda scene, *tile: strips.extend(tile) or read(scene, *tile)
+    )
     monkeypatch.setattr(preview, "STRIP_ROWS", 16)
     file = picture_of(tmp_path / "AB_satellite.tif", tmp_path / "AB_kelp.tif")
     assert [(strip.y, strip.height) for strip in strips] == [
