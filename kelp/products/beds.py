@@ -25,11 +25,14 @@ from kelp.io.files import atomic, output_folder, scratch_folder
 from kelp.products.maps import Map, find_maps, require, require_comparable
 from kelp.progress import Progress, silent
 from kelp.raster.bands import MASK_NODATA
-from kelp.raster.masks import quietly, read_probability
+from kelp.raster.masks import decoding, quietly, read_probability
 from kelp.raster.window import Tile
 
 AROUND: Final = 3
 """`observed_share` looks at pixels this near to a bed."""
+
+_CACHE: Final = 64_000_000
+"""Bytes of blocks that GDAL keeps; its own default is a share of the machine's memory."""
 
 DRIVERS: Final = {".gpkg": "GPKG", ".fgb": "FlatGeobuf", ".geojson": "GeoJSON", ".parquet": ""}
 
@@ -225,6 +228,7 @@ def _write_labels(entry: Map, ids: NDArray[np.int32], connectivity: int, path: P
     profile = {"driver": "GTiff", "count": 1, "compress": "lzw", "bigtiff": "if_safer"}
     profile |= {"height": height, "width": width, "blockysize": 64, **entry.georeference.profile}
     with (
+        decoding(_CACHE),
         quietly(path, writing=True),
         rasterio.open(path, "w", dtype="int32", **profile) as out,
         rasterio.open(_where(path), "w", dtype="uint8", **profile) as where,
@@ -249,6 +253,7 @@ def _polygons(labels: Path, count: int) -> NDArray[np.object_]:
     shapely = require("shapely", "geo", "polygons")
     parts: list[tuple[int, list[NDArray[np.float64]]]] = []
     with (
+        decoding(_CACHE),
         quietly(labels),
         rasterio.open(labels) as source,
         rasterio.open(_where(labels)) as where,

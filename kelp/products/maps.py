@@ -38,8 +38,8 @@ from kelp.tables import MASK_SUFFIX, PROBABILITY_SUFFIX, SPREAD_SUFFIX, tile_id_
 
 log = logging.getLogger("kelp")
 
-STRIP_ROWS: Final = 512
-"""Rows read at a time: the height of a block of a Cloud Optimized GeoTIFF."""
+STRIP_ROWS: Final = 256
+"""Rows read at a time: half a block of a Cloud Optimized GeoTIFF, for memory's sake."""
 
 _HLS: Final = re.compile(r"HLS\.([LS])30\.T\w{5}\.(\d{7})T(\d{6})")
 _DATE: Final = re.compile(r"(?<!\d)((?:19|20)\d\d)([-_]?)(\d\d)\2(\d\d)(?!\d)")
