@@ -30,7 +30,7 @@ wheel: $(VENV)/.ready-dev
 	rm -rf dist build/wheel
 	$(BIN)/python -m build --wheel --installer uv --outdir dist .
 	$(PYTHON) -m venv build/wheel
-	$(BIN)/uv pip install --quiet --python build/wheel/bin/python dist/*.whl
+	$(BIN)/uv pip install --quiet --python build/wheel/bin/python "$$(echo dist/*.whl)[train]"
 	KELP_BIN=build/wheel/bin $(BIN)/python -m pytest tests/test_seed.py -k program
 
 docs: $(VENV)/.ready-dev
@@ -41,7 +41,7 @@ docs: $(VENV)/.ready-dev
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	$(INSTALL) --editable ".[geo,series]"
+	$(INSTALL) --editable ".[train,geo,series]"
 	touch $@
 
 $(VENV)/.ready-dev: $(VENV)/.ready

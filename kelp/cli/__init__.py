@@ -218,6 +218,18 @@ _SETTINGS: Final[dict[str, Any]] = {
     "token_normalize_func": lambda token: token.replace("-", "_"),
 }
 
+_TRAIN: Final = (
+    "torch",
+    "torchvision",
+    "torchmetrics",
+    "timm",
+    "segmentation_models_pytorch",
+    "lightning",
+    "mlflow",
+    "safetensors",
+    "onnxscript",
+)
+"""Packages of the extra `train`."""
 _BOOLEAN: Final = "[True|False]"
 _CONFIG_HELP: Final = "YAML file of options; flags on the command line win."
 
@@ -269,7 +281,16 @@ def _run(
     )
     module, _, function = command.target.partition(":")
     with reporting(quiet) as progress:
-        result = getattr(importlib.import_module(module), function)(config, progress=progress)
+        try:
+            run = getattr(importlib.import_module(module), function)
+        except ModuleNotFoundError as error:
+            if error.name is None or error.name.partition(".")[0] not in _TRAIN:
+                raise
+            raise KelpError(
+                f"this command needs {error.name}, which is not installed: "
+                'pip install "kelp-slicer[train]"'
+            ) from error
+        result = run(config, progress=progress)
     if text := result.summary():
         click.echo(text)
 

@@ -218,6 +218,11 @@ class Anchored:
         """Height and width."""
         return self.source.shape
 
+    @property
+    def area(self) -> Any:
+        """The part of the scene that is wanted (`kelp.tiling.strip.Area`); None = all of it."""
+        return getattr(self.source, "area", None)
+
     def read(self, tile: Tile | None = None) -> NDArray[np.float32]:
         """A window inside the scene (default: all) as a canonical array."""
         tile = tile or Tile(0, 0, *self.shape)

@@ -314,7 +314,7 @@ def test_without_the_extra_the_message_says_what_to_install(
     assert main(["export", *arguments, "--quiet"]) == 2
     (line,) = capfd.readouterr().err.splitlines()
     assert package in line
-    assert 'pip install "kelp-slicer[onnx]"' in line
+    assert 'pip install "kelp-slicer[train]"' in line
     if package != "onnxscript":  # only the exporter needs it
         with pytest.raises(KelpError, match=r"pip install \"kelp-slicer\[onnx\]\""):
             kelp.load_bundle(exported[1])

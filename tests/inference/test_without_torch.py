@@ -34,6 +34,11 @@ from kelp.cli import main
 
 sys.exit(main(sys.argv[1:]))
 """
+LOOKS = """
+assert status == 0
+loaded = {"torch", "lightning", "mlflow", "timm"} & set(sys.modules)
+assert not loaded, loaded
+"""
 
 
 def without_torch(code, *arguments):
@@ -90,3 +95,27 @@ def test_what_needs_torch_says_what_to_install(world, tmp_path):
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert 'pip install "kelp-slicer[train]"' in done.stderr
+    train = ["train", "--data_dir=d", "--metadata_fp=m", f"--output_dir={tmp_path}"]
+    done = without_torch(PREDICTS, *train)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert 'pip install "kelp-slicer[train]"' in done.stderr
+
+
+def test_torch_stays_out_where_onnx_runtime_predicts(world, tmp_path):
+    """Also where it is installed: importing it takes seconds."""
+    _, bundle, scene = world
+    code = PREDICTS.replace("sys.exit(", "status = ").replace("[1:]))", "[1:])") + LOOKS
+    arguments = [
+        "predict",
+        f"--data_dir={scene}",
+        f"--run_dir={bundle}",
+        f"--output_dir={tmp_path}",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys" + code, *arguments, "--backend=onnx"],
+        capture_output=True,
+        text=True,
+        cwd=Path(kelp.__file__).parents[1],
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "A_kelp.tif").is_file()

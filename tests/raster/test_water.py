@@ -210,3 +210,17 @@ def test_none_is_no_shift():
     found = WaterReference.estimate(scene, "none")
     assert not scene.asked
     assert found.apply(scene.pixels, Tile(0, 0, 50, 50)).tobytes() == scene.pixels.tobytes()
+
+
+def test_the_area_of_interest_of_a_scene_outlives_anchoring():
+    """The sliced engine asks its source for it: lost, the map would be of the whole scene."""
+
+    class Wanted:
+        shape = (4, 5)
+        area = object()
+
+        def read(self, tile=None):
+            return np.zeros((7, 4, 5), np.float32)
+
+    reference = WaterReference.estimate(Wanted(), "none")
+    assert Anchored(Wanted(), reference).area is Wanted.area

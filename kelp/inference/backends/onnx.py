@@ -1,7 +1,7 @@
 """Networks as ONNX files: what such a file says of itself, and ONNX Runtime as a backend.
 
 ONNX is protobuf: reading one runs nothing and unpickles nothing. The packages come with
-`pip install "kelp-slicer[onnx]"` and are imported on first use.
+`pip install "kelp-slicer[train]"` and are imported on first use.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def extra(module: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise KelpError(
-            f'ONNX needs the package {module.partition(".")[0]}: pip install "kelp-slicer[onnx]"'
+            f'ONNX needs the package {module.partition(".")[0]}: pip install "kelp-slicer[train]"'
         ) from error
 
 
