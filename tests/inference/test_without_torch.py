@@ -104,15 +104,18 @@ def test_what_needs_torch_says_what_to_install(world, tmp_path):
 def test_torch_stays_out_where_onnx_runtime_predicts(world, tmp_path):
     """Also where it is installed: importing it takes seconds."""
     _, bundle, scene = world
-    code = PREDICTS.replace("sys.exit(", "status = ").replace("[1:]))", "[1:])") + LOOKS
-    arguments = [
-        "predict",
-        f"--data_dir={scene}",
-        f"--run_dir={bundle}",
-        f"--output_dir={tmp_path}",
-    ]
+    code = PREDICTS.replace("sys.exit(main(sys.argv[1:]))", "status = main(sys.argv[1:])") + LOOKS
     done = subprocess.run(
-        [sys.executable, "-c", "import sys" + code, *arguments, "--backend=onnx"],
+        [
+            sys.executable,
+            "-c",
+            "import sys" + code,
+            "predict",
+            f"--data_dir={scene}",
+            f"--run_dir={bundle}",
+            f"--output_dir={tmp_path}",
+            "--backend=onnx",
+        ],
         capture_output=True,
         text=True,
         cwd=Path(kelp.__file__).parents[1],
