@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -10,13 +9,12 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 from rasterio.dtypes import in_dtype_range
-from rasterio.errors import NotGeoreferencedWarning
 from rasterio.io import MemoryFile
 
 from kelp.errors import InputError
 from kelp.io.files import atomic
 from kelp.raster.bands import MASK_NODATA, NODATA, OPTICAL
-from kelp.raster.masks import Georeference
+from kelp.raster.masks import Georeference, suppress_georef_warnings
 from kelp.raster.scene import Scene
 from kelp.raster.window import Tile
 
@@ -101,9 +99,7 @@ def encode(pixels: NDArray[Any], form: TileFormat, georeference: Georeference) -
     Made in memory, because GDAL reports a full disk only when a file is closed, if at all.
     """
     count, height, width = pixels.shape
-    with MemoryFile() as memory, warnings.catch_warnings():
-        # Competition images have no georeference, which is no news.
-        warnings.simplefilter("ignore", NotGeoreferencedWarning)
+    with suppress_georef_warnings(), MemoryFile() as memory:
         with memory.open(
             count=count,
             height=height,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import tarfile
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +11,13 @@ from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
-from rasterio.errors import NotGeoreferencedWarning
 from rasterio.io import MemoryFile
 
 from kelp.config.predict import SubmitConfig
 from kelp.errors import InputError
 from kelp.io.files import atomic, input_folder, output_folder
 from kelp.progress import Progress, silent
-from kelp.raster.masks import read_mask
+from kelp.raster.masks import read_mask, suppress_georef_warnings
 from kelp.tables import MASK_SUFFIX, tile_id_of
 
 ARCHIVE: Final = "submission.tar"
@@ -93,8 +91,7 @@ def mask_bytes(mask: NDArray[np.uint8]) -> bytes:
     """
     kelp = (mask == 1).astype(np.int8)
     height, width = kelp.shape
-    with warnings.catch_warnings(), MemoryFile() as file:
-        warnings.simplefilter("ignore", NotGeoreferencedWarning)
+    with suppress_georef_warnings(), MemoryFile() as file:
         with file.open(
             driver="GTiff", height=height, width=width, count=1, dtype="int8", compress="lzw"
         ) as dataset:

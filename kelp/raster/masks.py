@@ -9,7 +9,7 @@ import re
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -85,6 +85,11 @@ class _Silence:
 _silence: Final = _Silence()
 
 
+def suppress_georef_warnings() -> AbstractContextManager[None]:
+    """A raster without georeference is no news, as competition files have none; for all threads."""
+    return _silence
+
+
 @contextmanager
 def quietly(path: Path | Url, writing: bool = False) -> Iterator[None]:
     """Competition files have no georeference, which is no news; errors name the file.
@@ -93,7 +98,7 @@ def quietly(path: Path | Url, writing: bool = False) -> Iterator[None]:
     to stderr; with it their words become errors, or end in rasterio's own logger.
     """
     try:
-        with _silence, rasterio.Env():
+        with suppress_georef_warnings(), rasterio.Env():
             yield
     except Exception as error:
         if not is_gdal_error(error):
@@ -119,7 +124,7 @@ def is_gdal_error(error: Exception) -> bool:
 @contextmanager
 def decoding(cache: int) -> Iterator[None]:
     """Keep at most `cache` bytes of decoded blocks (GDAL's block cache), whatever threads read."""
-    with _silence, rasterio.Env(GDAL_CACHEMAX=cache):
+    with suppress_georef_warnings(), rasterio.Env(GDAL_CACHEMAX=cache):
         yield
 
 

@@ -1,5 +1,9 @@
 """Streaming statistics of one channel: seen once, in parts, merged in any grouping.
 
+Quantiles are those of a DDSketch (Masson, Rim & Lee 2019, doi:10.14778/3352063.3352135): a
+histogram whose classes have a bounded relative width. Ours are the exponent and the first ten bits
+of a float32, which needs no logarithm. Mean and deviation are Chan, Golub & LeVeque's.
+
 Memory does not grow with the number of pixels. Whole numbers from -32768 to 65535 (everything a
 competition band holds) are counted one by one, so that their quantiles are exact. Any other value
 is counted with the `1 / 2048` nearest to it, relative to its size (`TOLERANCE`), whatever its

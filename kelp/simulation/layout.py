@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -13,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from rasterio.errors import NotGeoreferencedWarning
 from rasterio.io import MemoryFile
 
 import kelp
@@ -22,6 +20,7 @@ from kelp.errors import ConfigError
 from kelp.io.executors import spread
 from kelp.io.files import discard_partials, output_folder, write_text
 from kelp.progress import Progress, silent
+from kelp.raster.masks import suppress_georef_warnings
 from kelp.simulation.scene import SimulatedScene, make_place, take_picture
 from kelp.simulation.world import WORLDS
 from kelp.tables import IMAGE_SUFFIX, MASK_SUFFIX, TEST, TRAIN
@@ -207,8 +206,7 @@ def _write(out: Path, split: str, tile_id: str, scene: SimulatedScene) -> None:
 def _encode(pixels: NDArray[Any]) -> bytes:
     """A GeoTIFF as those of the competition: LZW, pixel interleaved, no CRS, no nodata tag."""
     count, height, width = pixels.shape
-    with MemoryFile() as memory, warnings.catch_warnings():
-        warnings.simplefilter("ignore", NotGeoreferencedWarning)
+    with suppress_georef_warnings(), MemoryFile() as memory:
         with memory.open(
             driver="GTiff",
             count=count,

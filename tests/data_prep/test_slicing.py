@@ -121,7 +121,7 @@ def test_a_nodata_tag_the_type_cannot_hold_widens_it():
     assert chosen("uint16", 0) == ("int32", -32768, 5)
     assert chosen("int16", 0) == ("int16", -32768, 5)
     assert chosen("float32", 0) == ("float32", -32768, 5)
-    with pytest.raises(InputError, match=r"a\.tif: uint32 has no room"):
+    with pytest.raises(InputError, match=r"a\.tif: uint32 cannot hold the nodata value"):
         chosen("uint32", None)
 
 
