@@ -70,6 +70,10 @@ COMMANDS: Final = {
         "kelp.sensors.stac:search",
         "A list of scenes from a STAC service or catalogue.",
     ),
+    "info": Command(
+        "kelp.inference.info:info",
+        "What kelp sees in scenes, before anything is run.",
+    ),
     "predict": Command(
         "kelp.inference.predict:predict_scenes",
         "Masks and probabilities of scenes, in slices or whole.",

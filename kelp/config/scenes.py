@@ -79,4 +79,7 @@ class InfoConfig(SceneOptions):
     """What kelp sees in scenes, before anything is run."""
 
     data_dir: Location = option(help="A scene, a folder of scenes, a .txt list, or a URL")
+    sahi_tile_size: int = option(
+        128, help="Side of the tiles that are counted, half of which they share", unit="px", ge=8
+    )
     json_output: bool = option(False, help="JSON in place of text", aliases=("json",))
