@@ -46,7 +46,8 @@ from kelp.config import PredictConfig, TrainConfig
 from kelp.data_prep.stats import channel_statistics
 from kelp.inference.bundle import load_bundles
 from kelp.inference.cluster import Setting, perform_there
-from kelp.inference.inputs import find_scenes, survey
+from kelp.inference.inputs import survey
+from kelp.sensors import find_scenes
 from kelp.inference.predict import PredictResult
 from kelp.inference.predictor import Predictor
 from kelp.inference.spec import BundleSpec

@@ -9,6 +9,7 @@ from pydantic import model_validator
 
 from kelp.config.base import Bytes, Config, Floats, Paths, option
 from kelp.config.choices import MergeMode
+from kelp.config.scenes import SceneOptions
 from kelp.config.shared import (
     BandOrderOptions,
     CheckpointOptions,
@@ -34,14 +35,12 @@ def _check_weights(weights: Floats) -> None:
         raise ConfigError("--weights: none may be negative, and not all zero")
 
 
-class PredictConfig(
-    NetworkOptions, ThresholdOptions, BandOrderOptions, QaOptions, SchedulerOptions
-):
+class PredictConfig(NetworkOptions, ThresholdOptions, SceneOptions, QaOptions, SchedulerOptions):
     """Masks (and probabilities) of a folder of scenes, or of one."""
 
     data_dir: Location = option(
-        help="Folder of .tif scenes, one file, or a .txt list of files, one a line; or the URL of "
-        "one, as in s3://bucket/scenes"
+        help="A scene: a raster, a Landsat folder or .tar, an HLS folder, a Sentinel-2 .SAFE, a "
+        "STAC item; or a folder, a .txt list or a STAC catalogue of scenes; or the URL of one"
     )
     output_dir: Location = option(help="Folder for <name>_kelp.tif, or its URL")
     run_dir: Paths = option(
@@ -82,11 +81,16 @@ class PredictConfig(
         help="Also write <name>_kelp_spread.tif: standard deviation of the overlapping tiles' "
         "probabilities, each tile's own after symmetries and networks are averaged",
     )
-    land: Literal["keep", "skip"] = option(
-        "keep", help="Whether tiles that are all land (DEM > 0) are run; skip: they are 0"
+    land: Literal["keep", "skip", "zero"] = option(
+        "keep",
+        help="skip: tiles that are all land (DEM > 0) are not run, their pixels are 0; zero: "
+        "besides, every land pixel far from water is 0",
     )
     land_tolerance: int = option(
-        3, help="--land skip: with water this near, a tile counts as water", unit="px", ge=0
+        3, help="--land: with water this near, land counts as water", unit="px", ge=0
+    )
+    exclude: Path | None = option(
+        None, help="Polygons in which there is no kelp (0): eelgrass, ports, deep water"
     )
     max_memory: Bytes | None = option(
         None,

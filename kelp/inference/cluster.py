@@ -104,7 +104,7 @@ class LocalExecutor:
     def survey(self, masks: Masks) -> tuple[list[Task], dict[Path | Url, Failure]]:
         """Open and check scenes."""
         specs = [bundle.spec for bundle in self.predictor.bundles]
-        return survey(masks, self._config.band_order, specs)
+        return survey(masks, self._config, specs)
 
     def run(
         self, runner: Runner, todo: Sequence[Task], tiles_done: Callable[[int], None]
@@ -234,7 +234,7 @@ def processor_of(setting: Setting, threads: int) -> Processor:
 def survey_there(setting: Setting, pair: tuple[Path | Url, Path | Url]) -> Task | Failure:
     """`survey_one` on a worker."""
     specs = [bundle.spec for bundle in _bundles(setting)]
-    return survey_one(_config(setting.config).band_order, specs, pair)
+    return survey_one(_config(setting.config), specs, pair)
 
 
 def perform_there(setting: Setting, item: WorkItem) -> WorkResult:

@@ -81,8 +81,8 @@ class SceneInfo:
             lines.append(f"  area      {100 * v['aoi']['share']:.1f} % of the scene")
         cost = v["cost"]
         lines.append(
-            f"  cost      {cost['tiles']:,} of {cost['all_tiles']:,} tiles of {cost['tile']} px with "
-            f"overlap {cost['overlap']} have an observed pixel"
+            f"  cost      {cost['tiles']:,} of {cost['all_tiles']:,} tiles of {cost['tile']} px "
+            f"(overlap {cost['overlap']}) have an observed pixel"
         )
         return "\n".join(lines)
 
@@ -114,7 +114,7 @@ def info(config: InfoConfig, progress: Progress = silent) -> InfoResult:
         try:
             found.append(look_at(location, config))
         except KelpError as error:
-            failures.append(str(error))
+            failures.append(error.message)
         progress("looking", done, len(scenes))
     if failures:
         for one in found:

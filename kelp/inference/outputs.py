@@ -16,6 +16,7 @@ from typing import Final, Literal, Self, TypeVar, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from kelp.inference.records import Figures
 from kelp.io.files import DAMAGED_ARRAYS, LONGEST_NAME, atomic, hidden
 from kelp.io.location import Url
 from kelp.raster.bands import MASK_NODATA
@@ -23,6 +24,8 @@ from kelp.raster.masks import Georeference
 from kelp.raster.probability import CODES, quantise
 from kelp.raster.window import Shape
 from kelp.raster.writer import COG_SIDE, RasterWriter, remove_rows
+from kelp.sensors.record import MapRecord, record_path, write_record
+from kelp.sensors.rules import Rules
 from kelp.tables import MASK_SUFFIX, PROBABILITY_SUFFIX, SPREAD_SUFFIX
 from kelp.tiling.engine import WriteRows
 from kelp.tiling.merge import MergerState, to_mask
@@ -68,6 +71,9 @@ class Outputs:
         resume: whether what an earlier process left is resumed.
         spread: whether `write_spread` is wanted.
         deliver: called with the finished files, the mask first.
+        record: what is known of the map; None = no record is written.
+        rules: what is no kelp whatever the networks say.
+        calibrated: whether probabilities are calibrated.
     """
 
     def __init__(
@@ -82,6 +88,9 @@ class Outputs:
         resume: bool = True,
         spread: bool = False,
         deliver: Callable[[Sequence[Path]], None] | None = None,
+        record: MapRecord | None = None,
+        rules: Rules | None = None,
+        calibrated: bool = False,
     ) -> None:
         def writer(
             path: Path, kind: str, scale: float | None = None, description: str = ""
@@ -103,6 +112,10 @@ class Outputs:
         self._writers = [w for w in (self._mask, self._probabilities, self._spread) if w]
         self._begun = False
         self._deliver = deliver
+        self._record = record
+        self._rules = rules
+        self._calibrated = calibrated
+        self._figures = Figures(shape, georeference, threshold) if record else None
         self._journal: JournalFile | None = None
         self.start: MergerState | None = None
         """What `open` found to resume from."""
@@ -134,6 +147,10 @@ class Outputs:
             reason = "an earlier run was stopped in it"
         elif entry.checksums == tuple(writer.checksum for writer in self._writers):
             log.info("%s: resumed at row %d of %d", self._mask.path, entry.state.top, self._height)
+            if self._figures:
+                self._figures.rows[...] = entry.figures
+            if self._rules:
+                self._rules.counts.update(entry.removed)
             return entry.state
         log.info("%s: %s; starting over", self._mask.path, reason)
         journal.discard()
@@ -157,6 +174,10 @@ class Outputs:
         """Write rows `(n, width)` of probabilities from row `y` on."""
         if not self._begun:
             self._begin()
+        if self._rules:
+            rows = self._rules.apply(y, rows)
+        if self._figures:
+            self._figures.add(y, rows)
         self._mask.write(y, to_mask(rows, self.threshold))
         if self._probabilities:
             self._probabilities.write(y, quantise(rows) if self._scaled else rows)
@@ -169,7 +190,12 @@ class Outputs:
     def commit(self, state: Callable[[], MergerState]) -> None:
         """Save what is needed to go on from here, unless that was done a moment ago."""
         if self._journal and self._journal.is_due:
-            self._journal.save(state(), self._sync)
+            self._journal.save(
+                state(),
+                self._sync,
+                self._figures.rows if self._figures else None,
+                self._rules.counts if self._rules else None,
+            )
 
     def _sync(self) -> list[int]:
         for writer in self._writers:
@@ -178,9 +204,15 @@ class Outputs:
 
     def close(self) -> None:
         """Finish the files; the mask last: it is what marks a scene as finished."""
-        for writer in reversed(self._writers):
-            writer.finish()
         written = [writer.path for writer in self._writers]
+        for writer in reversed(self._writers):
+            if writer is self._mask and self._record and self._figures:
+                written.append(record_path(self._mask.path))
+                write_record(
+                    written[-1],
+                    self._figures.complete(self._record, self._rules, self._calibrated),
+                )
+            writer.finish()
         for path in products(self._mask.path):
             if path not in written:  # of an earlier run, it would not belong to the mask
                 path.unlink(missing_ok=True)
@@ -188,6 +220,8 @@ class Outputs:
         if self._journal:
             self._journal.discard()
         self._end(keep=False)
+        if self._rules:
+            self._rules.close()
         if self._deliver:
             self._deliver(written)
 
@@ -195,6 +229,8 @@ class Outputs:
         """Stop, if not closed. What a journal speaks of stays for the next process."""
         if self._begun:
             self._end(keep=self._journal is not None and self._journal.exists)
+        if self._rules:
+            self._rules.close()
 
 
 @dataclass(frozen=True)
@@ -206,6 +242,10 @@ class Entry:
     checksums: tuple[int, ...]
     """CRC-32 of the rows above `state.top`, one for each file."""
     state: MergerState
+    figures: NDArray[np.float64]
+    """For the record: of the rows above `state.top`."""
+    removed: dict[str, int]
+    """What rules have taken away so far."""
 
 
 def journal_path(output: Path) -> Path:
@@ -236,7 +276,8 @@ class JournalFile:
             with self._path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
                 header = json.loads(file["header"].tobytes())
                 state = MergerState(header["top"], file["sums"], file["weights"], file["left_out"])
-                return Entry(header["fingerprint"], tuple(header["checksums"]), state)
+                checksums, removed = tuple(header["checksums"]), dict(header["removed"])
+                return Entry(header["fingerprint"], checksums, state, file["figures"], removed)
         except DAMAGED_ARRAYS:
             return None
 
@@ -245,13 +286,20 @@ class JournalFile:
         """Whether saving now would still take a small share of the time only."""
         return time.monotonic() >= self._due
 
-    def save(self, state: MergerState, sync: Callable[[], Sequence[int]]) -> None:
+    def save(
+        self,
+        state: MergerState,
+        sync: Callable[[], Sequence[int]],
+        figures: NDArray[np.float64] | None = None,
+        removed: Mapping[str, int] | None = None,
+    ) -> None:
         """Save an entry. `sync` secures the rows first and gives their checksums."""
         began = time.monotonic()
         header = {
             "fingerprint": self.fingerprint,
             "top": state.top,
             "checksums": list(sync()),
+            "removed": dict(removed or {}),
         }
         with atomic(self._path) as partial, partial.open("wb") as file:
             text = np.frombuffer(json.dumps(header).encode(), dtype=np.uint8)
@@ -261,6 +309,7 @@ class JournalFile:
                 sums=state.sums,
                 weights=state.weights,
                 left_out=state.left_out,
+                figures=np.zeros(0) if figures is None else figures,
             )
         now = time.monotonic()
         self._due = now + (now - began) * (1 / _SHARE - 1)
@@ -286,5 +335,7 @@ def clean_up(mask: Path) -> None:
 
 def products(mask: Path) -> tuple[Path, ...]:
     """All files that may belong to a scene."""
-    names = mask, probability_path(mask), spread_path(mask)
+    names: tuple[Path, ...] = (mask, probability_path(mask), spread_path(mask))
+    if mask.name.endswith(MASK_SUFFIX):
+        names = (*names, record_path(mask))
     return tuple(path for path in names if len(os.fsencode(path.name)) <= LONGEST_NAME)

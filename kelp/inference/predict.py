@@ -18,7 +18,7 @@ from kelp.inference import memory
 from kelp.inference.bundle import DEFAULT_NETWORK, load_bundles, packaged
 from kelp.inference.checks import check_statistics
 from kelp.inference.cluster import Executor, Share, open_executor
-from kelp.inference.inputs import Failure, Task, find_scenes
+from kelp.inference.inputs import Failure, Task
 from kelp.inference.outputs import clean_up, probability_path, spread_path
 from kelp.inference.plan import NetworkMemory, check_disk, fit_memory, make_plan
 from kelp.inference.work import Runner
@@ -29,6 +29,7 @@ from kelp.plotting.preview import write_previews
 from kelp.products.submission import ARCHIVE, write_submission
 from kelp.progress import Progress, silent
 from kelp.raster.scene import SceneSize
+from kelp.sensors import find_scenes
 from kelp.tiling.engine import Counts
 
 if TYPE_CHECKING:

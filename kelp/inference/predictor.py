@@ -20,6 +20,7 @@ import kelp
 from kelp.config import PredictConfig
 from kelp.config.base import parse_bytes
 from kelp.config.choices import MergeMode, Precision
+from kelp.config.scenes import SceneOptions
 from kelp.errors import BundleError, ConfigError
 from kelp.inference.backends import (
     SHAPE_KEEPING,
@@ -40,6 +41,7 @@ from kelp.raster.masks import Georeference, decoding
 from kelp.raster.scene import Scene, SceneSize
 from kelp.raster.water import Anchored
 from kelp.raster.window import Blend, RasterSource, Shape, Tile
+from kelp.sensors import open_scene
 from kelp.tiling.engine import Counts, Engine, Job, Sink, WriteRows
 from kelp.tiling.strip import Slicing
 
@@ -170,7 +172,7 @@ class Predictor:
             tta=config.tta_merge_mode if config.tta else None,
             weights=config.weights,
             qa_as_nodata=config.qa_as_nodata,
-            skip_land=config.land == "skip",
+            skip_land=config.land != "keep",
             land_tolerance=config.land_tolerance,
         )
 
@@ -363,8 +365,8 @@ def predict(
 
     Args:
         bundle: a loaded bundle, or several that are averaged.
-        source: a raster file, or anything with `shape` and `read(tile)` (see
-            `kelp.raster.window.RasterSource`).
+        source: a scene (see `kelp.sensors.open_scene`), or anything with `shape` and
+            `read(tile)` (see `kelp.raster.window.RasterSource`).
         sink: the mask's file, or anything with `write(y, rows)` and `close()`.
         threshold: kelp where p is at least this, for a mask file; default: the bundle's.
         band_order: names of the file's bands, where it does not tell.
@@ -386,7 +388,7 @@ def predict(
     target = Path(sink) if isinstance(sink, str) else sink
     run = partial(predictor.predict, max_memory=budget, spread=spread, progress=progress)
     if isinstance(source, Path | str):
-        with Scene(Path(source), band_order) as scene:
+        with open_scene(Path(source), SceneOptions(band_order=tuple(band_order))) as scene:
             return run(scene, target)
     return run(source, target)
 

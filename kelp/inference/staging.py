@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Self
 
 from kelp.errors import InputError, KelpError
-from kelp.inference.inputs import Task, digest_of
+from kelp.inference.inputs import Task
 from kelp.inference.outputs import products
 from kelp.inference.plan import check_space, output_bytes
 from kelp.io import remote
@@ -62,7 +62,7 @@ class Staging:
 
     def drop(self, task: Task) -> None:
         """The scene has been read, or was given up."""
-        if isinstance(task.path, Url):
+        if task.fetched:
             self._scene(task.path).unlink(missing_ok=True)
 
     def delivery(self, task: Task) -> Callable[[Sequence[Path]], None] | None:
@@ -89,7 +89,7 @@ class Staging:
         if not task.staged or not isinstance(error, KelpError):
             return error
         text = error.message
-        if isinstance(task.path, Url):
+        if task.fetched:
             text = text.replace(str(self._scene(task.path)), str(task.path))
         known = any(str(place) in text for place in (task.path, task.output.parent))
         return type(error)(text if known else f"{task.path}: {text}")
@@ -102,17 +102,17 @@ class Staging:
         if isinstance(output, Url):
             output = self._map(output)
             need += output_bytes([task.size], self._pixel_bytes)
-        if not isinstance(path, Url):
+        if not task.fetched or isinstance(path, Path):
             check_space(self._scratch, need, _WAY_OUT)
             return replace(task, output=output)
         found = remote.look(path)
-        if digest_of(found) != task.digest:
+        if found.identity != task.record.scene.sources[0].etag:
             raise InputError(f"{path}: changed since the run began; run the same command again")
         check_space(self._scratch, need + found.size, _WAY_OUT)
         remote.fetch(path, self._scene(path), found)
         return replace(task, path=self._scene(path), output=output)
 
-    def _scene(self, url: Url) -> Path:
+    def _scene(self, url: Path | Url) -> Path:
         return self._scratch / "scenes" / url.name
 
     def _map(self, url: Url) -> Path:

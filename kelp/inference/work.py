@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
+import rasterio
 
 import kelp
 from kelp.config import PredictConfig
@@ -29,14 +30,16 @@ from kelp.inference.outputs import (
     spread_path,
 )
 from kelp.inference.predictor import Predictor
+from kelp.inference.records import rules_of
 from kelp.inference.sections import SectionFile, SectionSink, Stitching, sections_of
 from kelp.inference.staging import Staging
 from kelp.io import remote
 from kelp.io.location import Url, local
 from kelp.raster.masks import decoding, read_tags
-from kelp.raster.scene import Scene
 from kelp.raster.water import Anchored, WaterReference
 from kelp.raster.window import RasterSource
+from kelp.sensors import SensorScene, open_scene
+from kelp.sensors.record import MapRecord, NetworkFacts, Source, record_path
 from kelp.tiling.engine import Counts, Engine, Job, Section
 from kelp.tiling.grid import TileGrid
 
@@ -108,10 +111,17 @@ class Runner:
             "threshold": self.predictor.threshold,
             "probabilities": self.config.save_probabilities and self.config.probability_dtype,
             "spread": self.config.save_spread,
+            "rules": [self.config.land == "zero", self._excluded],
         }
         pixels = json.dumps(self.predictor.settings() | products, sort_keys=True)
         bits = json.dumps(self.predictor.exact_settings() | products, sort_keys=True)
         return _digest(pixels), _digest(bits)
+
+    @cached_property
+    def _excluded(self) -> str | None:
+        """Of the file of polygons without kelp."""
+        path = self.config.exclude
+        return Source.of_file("polygons", path).sha256 if path else None
 
     def fingerprint(self, task: Task, exact: bool = False) -> str:
         """Stands for everything that changes a pixel of a scene's outputs.
@@ -135,13 +145,49 @@ class Runner:
             wanted.append(spread_path(task.output))
         if not remote.exists(task.output):
             return False
+        if not remote.exists(record_path(task.output)):
+            return None
         fingerprint = self.fingerprint(task)
         return all(read_tags(file).get(FINGERPRINT) == fingerprint for file in wanted) or None
 
+    def record(self, task: Task, scene: SensorScene) -> MapRecord:
+        """What is known of a map before its first pixel. Reads the quality layers once."""
+        predictor = self.predictor
+        settings = {k: v for k, v in predictor.settings().items() if k != "networks"}
+        runtimes = sorted({bundle.net.runtime for bundle in predictor.bundles})
+        shares = predictor.weights or (1.0,) * len(predictor.bundles)
+        return task.record.model_copy(
+            update={
+                "quality": scene.quality,
+                "network": tuple(
+                    NetworkFacts(
+                        name=bundle.path.name, sha256=bundle.spec.weights_sha256, weight=share
+                    )
+                    for bundle, share in zip(predictor.bundles, shares, strict=True)
+                ),
+                "backend": "+".join(runtimes),
+                "settings": {
+                    **json.loads(json.dumps(settings)),
+                    "land_rule": self.config.land,
+                    "fingerprint": self.fingerprint(task),
+                },
+                "versions": {"kelp": kelp.__version__, "gdal": rasterio.__gdal_version__},
+            }
+        )
+
     def outputs(
-        self, task: Task, deliver: Callable[[Sequence[Path]], None] | None = None
+        self,
+        task: Task,
+        scene: SensorScene | None,
+        deliver: Callable[[Sequence[Path]], None] | None = None,
     ) -> Outputs:
-        """Where a scene's probabilities go; `deliver` takes the files to where they belong."""
+        """Where a scene's probabilities go.
+
+        Args:
+            task: the scene.
+            scene: the same, opened; None: only to see what was begun.
+            deliver: takes the files to where they belong.
+        """
         return Outputs(
             task.size.shape,
             task.georeference,
@@ -154,6 +200,9 @@ class Runner:
             resume=not self.config.overwrite,
             spread=self.config.save_spread,
             deliver=deliver,
+            record=self.record(task, scene) if scene else None,
+            rules=rules_of(self.config, scene, self.predictor.threshold) if scene else None,
+            calibrated=all(bundle.spec.tuning for bundle in self.predictor.bundles),
         )
 
     def section_file(self, task: Task, section: Section) -> SectionFile:
@@ -188,7 +237,7 @@ class Runner:
                     with self._opened(here) as scene:
                         if isinstance(task.path, Url):  # so far only its header was seen
                             self.predictor.check_scale(scene, str(scene.path))
-                        sink = self.outputs(here, staging.delivery(task)).open()
+                        sink = self.outputs(here, scene, staging.delivery(task)).open()
                         sinks[id(sink)] = sink, task
                         source = self.predictor.anchored(scene, str(task.path))
                         yield Job(source, sink, sink, sink.write_spread)
@@ -210,8 +259,8 @@ class Runner:
         result.counts = engine.counts
 
     @contextmanager
-    def _opened(self, task: Task) -> Iterator[Scene]:
-        with Scene(task.path, self.config.band_order) as scene:
+    def _opened(self, task: Task) -> Iterator[SensorScene]:
+        with open_scene(task.path, self.config) as scene:
             if scene.shape != task.size.shape:
                 raise InputError(f"{task.path}: changed since the run began; run it again")
             yield scene
@@ -257,7 +306,7 @@ class Runner:
             result.note(task, error)
         result.counts = engine.counts
 
-    def _anchored(self, scene: Scene, task: Task) -> RasterSource:
+    def _anchored(self, scene: SensorScene, task: Task) -> RasterSource:
         """A scene in sections as the networks know it; read as a whole for its first ones only."""
         kept = self._reference
         if kept and kept[0] == task.digest:
@@ -271,11 +320,12 @@ class Runner:
         (task,) = item.tasks
         files = [self.section_file(task, section) for section in item.sections]
         stitching = Stitching(task.size.shape, self.config.blend, self.config.save_spread)
-        sink = self.outputs(task)
+        sink = None
         try:
             if not all(file.exists for file in files) and self.finished(task):
                 return  # by a worker that was presumed dead
-            sink.open()
+            with self._opened(task) as scene:
+                sink = self.outputs(task, scene).open()
             begun = self.grid(task).rows.index(sink.start.top) if sink.start else 0
             if item.sections[0].first != begun:
                 raise InputError(f"{task.output}: another process worked on it; run again")
@@ -287,7 +337,8 @@ class Runner:
         except Exception as error:  # noqa: BLE001
             result.note(task, error)
         finally:
-            sink.abandon()
+            if sink:
+                sink.abandon()
 
 
 def _digest(*parts: str) -> str:
@@ -373,7 +424,7 @@ class WorkQueue:
             return None
         begun = 0
         if JournalFile(mask, "").exists:  # it was begun in one go
-            outputs = runner.outputs(task).open()
+            outputs = runner.outputs(task, None).open()
             begun = grid.rows.index(outputs.start.top) if outputs.start else 0
             outputs.abandon()
         found = tuple(sections_of(grid, self._batch, begun))

@@ -11,18 +11,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kelp.config.predict import PreviewConfig
+from kelp.config.scenes import SceneOptions
 from kelp.errors import InputError
 from kelp.io.files import atomic, output_folder
+from kelp.io.location import local
 from kelp.plotting import rendering, style
 from kelp.plotting.rendering import Picture
 from kelp.plotting.style import Color
 from kelp.progress import Progress, silent
 from kelp.raster.bands import MASK_NODATA
-from kelp.raster.georeference import require_same_grid
-from kelp.raster.masks import raster_shape, read_mask
-from kelp.raster.scene import Scene
+from kelp.raster.georeference import Grid, require_same_grid
+from kelp.raster.masks import read_mask
 from kelp.raster.window import Tile
-from kelp.tables import output_name, scenes_in, tile_id_of
+from kelp.sensors import find_scenes, open_scene, scene_name
+from kelp.tables import output_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -59,9 +61,7 @@ def preview(config: PreviewConfig, progress: Progress = silent) -> PreviewResult
     Raises:
         InputError: no scene has a mask, a file is unreadable, or grids differ.
     """
-    scenes = list(scenes_in(config.data_dir).values())
-    if not scenes:
-        raise InputError(f"{config.data_dir}: holds no .tif scene")
+    scenes = [local(scene) for scene in find_scenes(config.data_dir)]
     folder = output_folder(config.output_dir)
     pictures = write_previews(
         scenes,
@@ -98,7 +98,7 @@ def write_previews(
         )
     pictures = []
     for done, (scene, mask) in enumerate(shown, 1):
-        picture = output_dir / f"{tile_id_of(scene)}.png"
+        picture = output_dir / f"{scene_name(scene)}.png"
         content = picture_of(
             scene, mask, band_order=band_order, ignore_georeference=ignore_georeference
         )
@@ -117,17 +117,18 @@ def picture_of(
     kelp_value: int = 1,
     ignore_georeference: bool = False,
 ) -> bytes:
-    """A PNG of a scene file and its masks, read in strips: a huge scene needs little memory.
+    """A PNG of a scene and its masks, read in strips: a huge scene needs little memory.
 
     `kelp_value` is that of the truth. Raises `InputError` where the grids differ.
     """
-    shape = raster_shape(scene)
-    for path in (truth, prediction):
-        if path is not None:
-            require_same_grid(scene, path, ignore_georeference)
-    step = _step(shape)
-    strips = list(_strips(shape, step))
-    with Scene(scene, band_order) as source:
+    with open_scene(scene, SceneOptions(band_order=tuple(band_order))) as source:
+        shape = source.shape
+        grid = Grid(shape, source.georeference)
+        for path in (truth, prediction):
+            if path is not None:
+                require_same_grid(scene, path, ignore_georeference, grid)
+        step = _step(shape)
+        strips = list(_strips(shape, step))
         pixels = np.concatenate(
             [rendering.shrink_pixels(source.read(strip), step) for strip in strips], axis=1
         )
@@ -137,7 +138,7 @@ def picture_of(
             return None
         return _Shown.of((read_mask(path, strip, value) for strip in strips), step)
 
-    return _draw(pixels, shown(truth, kelp_value), shown(prediction), tile_id_of(scene), step)
+    return _draw(pixels, shown(truth, kelp_value), shown(prediction), scene_name(scene), step)
 
 
 def panels(

@@ -203,7 +203,9 @@ def find_maps(path: Path, pixel_size: float = PIXEL_SIZE_M) -> list[Map]:
             raise InputError(
                 f"{path}: {names[0]} and {names[1]} are two maps of the scene {scene}; keep one"
             )
-    distrusted = [m.mask.name for m in maps if m.record and not m.record.guard.ok]
+    distrusted = [
+        m.mask.name for m in maps if m.record and m.record.guard and not m.record.guard.ok
+    ]
     if distrusted:
         more = f" and {len(distrusted) - 1} more" if len(distrusted) > 1 else ""
         log.warning(

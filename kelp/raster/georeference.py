@@ -106,7 +106,10 @@ def grid_of(path: Path | Url) -> Grid:
 
 
 def require_same_grid(
-    path: Path | Url, other: Path | Url, ignore_georeference: bool = False
+    path: Path | Url,
+    other: Path | Url,
+    ignore_georeference: bool = False,
+    known: Grid | None = None,
 ) -> Grid:
     """Raise `InputError` unless two rasters lie on one grid; give the grid of `path`.
 
@@ -114,11 +117,12 @@ def require_same_grid(
         path: the raster that is right.
         other: the one that is laid on it.
         ignore_georeference: compare sizes only.
+        known: the grid of `path`, where that is no raster.
 
     Raises:
         InputError: sizes, CRS, pixel size, orientation or position differ; it says which.
     """
-    grid, others = grid_of(path), grid_of(other)
+    grid, others = known or grid_of(path), grid_of(other)
     if ignore_georeference:
         grid, others = (Grid(one.shape, Georeference()) for one in (grid, others))
     if difference := grid.difference(others):

@@ -41,13 +41,20 @@ class Polygons:
         crs: of the scene.
         affine: the scene's transform.
         option: the flag that named the file, for messages.
+        touching: whether one of them must touch the scene.
 
     Raises:
         InputError: no polygons, no CRS, or none of them touches the scene.
     """
 
     def __init__(
-        self, path: Path, shape: Shape, crs: Any, affine: Affine | None, option: str
+        self,
+        path: Path,
+        shape: Shape,
+        crs: Any,
+        affine: Affine | None,
+        option: str,
+        touching: bool = True,
     ) -> None:
         if crs is None or affine is None:
             raise InputError(
@@ -66,7 +73,7 @@ class Polygons:
                 box = (*corners.min(axis=0).tolist(), *corners.max(axis=0).tolist())
                 self._shapes.append((_geojson(moved), box))
         self.pixels = sum(int(self.mask(tile).sum()) for tile in _rows(shape))
-        if not self.pixels:
+        if touching and not self.pixels:
             raise InputError(
                 f"{option} {path}: does not touch the scene ({self._where(crs)}); check the CRS of "
                 "the polygons, or leave the scene out"

@@ -8,9 +8,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
+import numpy as np
+from numpy.typing import NDArray
+
 from kelp.config.scenes import SceneOptions
 from kelp.errors import InputError
 from kelp.io import remote
+from kelp.io.files import RASTERS, report_unused
 from kelp.io.location import Url, locate
 from kelp.raster import bands
 from kelp.sensors import hls, landsat, sentinel2, stac
@@ -23,7 +27,8 @@ from kelp.sensors.scene import SensorScene, open_product
 
 log = logging.getLogger("kelp")
 
-RASTERS: Final = (".tif", ".tiff", ".vrt")
+_SIDECARS: Final = (".aux.xml", ".msk", ".ovr", "_kelp.json")
+"""Ends of names of files that lie beside rasters."""
 _PRODUCTS: Final = ("_kelp.tif", "_kelp_prob.tif", "_kelp_spread.tif")
 """Ends of the names of kelp's own maps."""
 _IMAGE: Final = "_satellite"
@@ -88,6 +93,8 @@ def _scenes_at(data: Path | Url) -> list[Path | Url]:
         found = remote.objects_at(data)
         if found == [data]:
             return [data]
+        others = [u.name for u in found if not u.name.lower().endswith((*RASTERS, *_SIDECARS))]
+        report_unused(data, others)
         return [url for url in found if _is_raster(url.name)]
     if data.is_file():
         if data.suffix.lower() == ".txt":
@@ -96,24 +103,27 @@ def _scenes_at(data: Path | Url) -> list[Path | Url]:
             return stac.items_at(data)
         return [data]
     if not data.is_dir():
-        raise InputError(f"{data}: no such file or folder; check the path")
+        raise InputError(f"{data}: no such folder or file; check the path")
     if _kind_of_folder(data):
         return [data]
     scenes: list[Path | Url] = []
-    passed: list[str] = []
+    unused: list[str] = []
     for entry in sorted(data.iterdir()):
         if entry.name.startswith("."):
             continue
         if entry.is_dir():
-            (scenes if _kind_of_folder(entry) else passed).append(entry)  # type: ignore[arg-type]
+            if _kind_of_folder(entry):
+                scenes.append(entry)
+            else:
+                unused.append(f"{entry.name} (a folder)")
         elif not entry.is_file():
-            passed.append(entry.name)
+            kind = "a broken link" if entry.is_symlink() else "no regular file"
+            unused.append(f"{entry.name} ({kind})")
         elif entry.suffix.lower() == ".tar" or _is_raster(entry.name):
             scenes.append(entry)
-    if passed and scenes:
-        names = ", ".join(Path(str(name)).name for name in passed[:3])
-        more = f" and {len(passed) - 3} more" if len(passed) > 3 else ""
-        log.info("%s: passed over %s%s (no scene in it)", data, names, more)
+        elif not entry.name.lower().endswith((*RASTERS, *_SIDECARS)):
+            unused.append(entry.name)
+    report_unused(data, unused)
     return scenes
 
 
@@ -198,6 +208,12 @@ def open_scene(
     return scene
 
 
+def read_scene(location: Path | Url, band_order: Sequence[str] = ()) -> NDArray[np.float32]:
+    """A whole scene as a canonical array, shape `(7, height, width)`."""
+    with open_scene(location, SceneOptions(band_order=tuple(band_order))) as scene:
+        return scene.read()
+
+
 def _files_of(location: Path | Url, sign: Callable[[str], str]) -> SceneFiles | None:
     """Which file of a product holds what; None = a plain raster."""
     if isinstance(location, Url):
@@ -210,7 +226,7 @@ def _files_of(location: Path | Url, sign: Callable[[str], str]) -> SceneFiles | 
             return hls.read_product(location, files_of_folder(location))
         return landsat.read_product(location, files_of_folder(location))
     if not location.is_file():
-        raise InputError(f"{location}: no such file or folder; check the path")
+        raise InputError(f"{location}: no such folder or file; check the path")
     suffix = location.suffix.lower()
     if suffix == ".tar" or location.name.lower().endswith((".tar.gz", ".tgz")):
         return landsat.read_product(location, files_of_tar(location))

@@ -9,19 +9,20 @@ from __future__ import annotations
 import hashlib
 from datetime import UTC, date, datetime
 from pathlib import Path
-from typing import Annotated, Any, Final, TypeVar
+from typing import Annotated, Any, Final, TypeVar, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from kelp.errors import InputError
 from kelp.io.files import json_text, write_text
+from kelp.io.location import Url
 
 SCHEMA: Final = 1
 """Raised when a reader of the older schema would misunderstand a record."""
 RECORD_SUFFIX: Final = "_kelp.json"
 _BLOCK: Final = 1 << 20
 
-P = TypeVar("P", bound=Path)
+P = TypeVar("P", bound=Path | Url)
 
 
 class _Part(BaseModel):
@@ -190,7 +191,7 @@ class MapRecord(_Part):
         frozen=True, extra="ignore", allow_inf_nan=False, populate_by_name=True
     )
 
-    schema_version: int = Field(SCHEMA, alias="schema")
+    schema_version: int = Field(default=SCHEMA, alias="schema")
     scene: SceneFacts
     grid: Grid
     quality: QualityFacts = QualityFacts()
@@ -210,7 +211,8 @@ class MapRecord(_Part):
     """Ground area of the pixels with kelp: an upper bound, however sparse the canopy."""
     expected_area_m2: float | None = None
     """Sum of calibrated probability x pixel area; None without calibration."""
-    guard: GuardFacts = GuardFacts()
+    guard: GuardFacts | None = None
+    """None: nothing was checked."""
     versions: dict[str, str] = Field(default_factory=dict)
 
     def to_json(self) -> str:
@@ -223,7 +225,7 @@ def record_path(product: P) -> P:
     stem, found, _ = product.name.rpartition("_kelp")
     if not found:
         raise InputError(f"{product}: not the name of a map (<name>_kelp.tif)")
-    return product.with_name(stem + RECORD_SUFFIX)
+    return cast("P", product.with_name(stem + RECORD_SUFFIX))
 
 
 def write_record(path: Path, record: MapRecord) -> None:

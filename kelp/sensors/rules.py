@@ -27,6 +27,7 @@ class Rules:
         excluded: polygons without kelp.
         elevation: where it is above 0, farther than `tolerance` from water, there is no kelp.
         tolerance: pixels, also diagonally; unknown elevation counts as water.
+        close: frees what `elevation` reads from.
     """
 
     shape: Shape
@@ -34,6 +35,7 @@ class Rules:
     excluded: Polygons | None = None
     elevation: ReadElevation | None = None
     tolerance: int = 3
+    close: Callable[[], None] = lambda: None
     counts: dict[str, int] = field(default_factory=dict)
     """Observed pixels that a rule covers, and kelp among them; resumed runs restore them."""
 

@@ -17,6 +17,7 @@ from rasterio.errors import RasterioError
 from rasterio.windows import Window
 
 from kelp.errors import InputError
+from kelp.io import remote
 from kelp.io.location import Url
 from kelp.raster import bands
 from kelp.raster.bands import OPTICAL
@@ -25,7 +26,7 @@ from kelp.raster.scene import Scene, SceneSize, Stored
 from kelp.raster.window import Tile
 from kelp.sensors.aoi import Polygons
 from kelp.sensors.elevation import Elevation
-from kelp.sensors.parts import Part, SceneFiles, digest_of, open_headers, vrt_of
+from kelp.sensors.parts import SceneFiles, digest_of, open_headers, vrt_of, without_secrets
 from kelp.sensors.quality import CloudMask, Policy, Shares
 from kelp.sensors.record import (
     AreaFacts,
@@ -214,7 +215,11 @@ class SensorScene(Scene):
     def sources(self) -> tuple[Source, ...]:
         """The files of the scene, each with its hash. Reads them all, once."""
         if self._files is None:
-            return (Part("scene", self.path.name, self.path).source(),)
+            if isinstance(self.path, Url):
+                found = remote.look(self.path)
+                href, tag = without_secrets(str(self.path)), found.identity
+                return (Source(role="scene", href=href, etag=tag, size=found.size),)
+            return (Source.of_file("scene", self.path),)
         return tuple(part.source() for part in self._files.parts)
 
     def _other_sources(self) -> list[Source]:

@@ -376,7 +376,7 @@ def test_ctrl_c_leaves_finished_masks_only(scenes, bundle, tmp_path, monkeypatch
     out = tmp_path / "out"
     assert predict(scenes, bundle, out, "--batch_size", 4) == 130
     assert "stopped" in capfd.readouterr().err
-    assert [p.name for p in out.iterdir()] == ["AA000000_kelp.tif"]
+    assert sorted(p.name for p in out.iterdir()) == ["AA000000_kelp.json", "AA000000_kelp.tif"]
     monkeypatch.undo()
 
 

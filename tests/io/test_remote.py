@@ -212,7 +212,7 @@ def test_marks_of_folders_hidden_objects_and_maps_are_no_scenes(bucket, scenes, 
     folder = f"bucket/{tmp_path.name}"
     for name in ("", ".hidden.tif", "notes.md", "deeper/B.tif", "A_kelp.tif", "A b#1.tif"):
         bucket.files.pipe_file(f"{folder}/{name}", b"x")
-    from kelp.inference.inputs import find_scenes
+    from kelp.sensors import find_scenes
 
     assert find_scenes(Url(f"s3://{folder}")) == [Url(f"s3://{folder}/A b#1.tif")]
     bucket.files.put_file(str(scenes[0]), f"{folder}/A b#1.tif")

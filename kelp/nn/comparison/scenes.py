@@ -10,16 +10,18 @@ from typing import Final, NamedTuple, Protocol
 
 import pandas as pd
 
+from kelp.config import scenes as reading
 from kelp.errors import BundleError, ConfigError, InputError, TableError
 from kelp.evaluation.bootstrap import site_numbers
 from kelp.evaluation.pairs import sites_of
 from kelp.inference.bundle import Bundle
-from kelp.inference.inputs import find_scenes, survey
+from kelp.inference.inputs import survey
 from kelp.io.location import Url, local
 from kelp.raster.area import GroundArea
 from kelp.raster.georeference import Grid, require_same_grid
 from kelp.raster.labels import require_kelp_value
 from kelp.raster.window import Shape
+from kelp.sensors import find_scenes
 from kelp.tables import (
     MASK_SUFFIX,
     TRAIN,
@@ -132,7 +134,7 @@ def labelled_scenes(
     labels = _masks(found.truths, labels_dir, "labels_dir") if labels_dir else {}
     specs = [bundle.spec for bundle in bundles]
     truths = dict[Path | Url, Path | Url](found.truths.items())
-    tasks, failures = survey(truths, options.band_order, specs)
+    tasks, failures = survey(truths, reading.SceneOptions(band_order=options.band_order), specs)
     if failures:
         named = "; ".join(failure.message for failure in failures.values())
         raise InputError(f"{len(failures)} scenes cannot be read: {named}")

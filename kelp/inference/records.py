@@ -1,0 +1,103 @@
+"""What the record of a map says of its pixels, counted as they are written."""
+
+from __future__ import annotations
+
+import math
+from contextlib import ExitStack
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kelp.config import PredictConfig
+from kelp.errors import InputError
+from kelp.raster.area import GroundArea
+from kelp.raster.masks import Georeference
+from kelp.raster.window import Shape, Tile
+from kelp.sensors import SensorScene, open_scene
+from kelp.sensors.aoi import Polygons
+from kelp.sensors.record import MapRecord
+from kelp.sensors.rules import Rules
+
+_COLUMNS: Final = ("observed", "kelp", "presence", "expected")
+
+
+class Figures:
+    """Counts and areas of each row of a map; rows may come in any portions, to the same end.
+
+    Args:
+        shape: of the scene.
+        georeference: where it lies, for areas.
+        threshold: kelp where p is at least this.
+    """
+
+    def __init__(self, shape: Shape, georeference: Georeference, threshold: float) -> None:
+        self.threshold = threshold
+        self.rows = np.zeros((shape[0], len(_COLUMNS)))
+        """Observed pixels, kelp pixels, their area, and the sum of p x area; m2."""
+        self._shape = shape
+        self._area = GroundArea.of(georeference, shape)
+
+    def add(self, y: int, p: NDArray[np.float32]) -> None:
+        """Count rows `(n, width)` of probabilities, NaN = not observed, from row `y` on."""
+        seen = np.isfinite(p)
+        kelp = p >= self.threshold
+        areas = self._area.pixels(Tile(y, 0, len(p), self._shape[1]))
+        known = np.where(seen, p, 0).astype(np.float64)
+        rows = self.rows[y : y + len(p)]
+        rows[:, 0], rows[:, 1] = seen.sum(axis=1), kelp.sum(axis=1)
+        rows[:, 2], rows[:, 3] = (kelp * areas).sum(axis=1), (known * areas).sum(axis=1)
+
+    def complete(self, record: MapRecord, rules: Rules | None, calibrated: bool) -> MapRecord:
+        """The record with its figures.
+
+        Args:
+            record: what was known before.
+            rules: what they took away.
+            calibrated: whether probabilities are calibrated; else there is no expected area.
+        """
+        observed, kelp, presence, expected = (math.fsum(column) for column in self.rows.T)
+        return record.model_copy(
+            update={
+                "threshold": self.threshold,
+                "observed_share": observed / (self._shape[0] * self._shape[1]),
+                "kelp_pixels": int(kelp),
+                # Millimetres: the last bits of a sum say nothing.
+                "presence_area_m2": round(presence, 6),
+                "expected_area_m2": round(expected, 6) if calibrated else None,
+                "excluded": rules.removed("excluded") if rules else None,
+                "land": rules.removed("land") if rules else None,
+            }
+        )
+
+
+def rules_of(config: PredictConfig, scene: SensorScene, threshold: float) -> Rules | None:
+    """What is no kelp by rule in a scene; None = nothing.
+
+    Args:
+        config: the options.
+        scene: the scene, for its grid.
+        threshold: kelp where p is at least this.
+
+    Raises:
+        InputError: `--land zero` without elevation, or polygons that cannot be read.
+    """
+    place, stack = scene.georeference, ExitStack()
+    excluded = elevation = None
+    if config.exclude:
+        excluded = Polygons(
+            config.exclude, scene.shape, place.crs, place.transform, "--exclude", False
+        )
+    if config.land == "zero":
+        check_elevation(scene)
+        # Opened once more: rules work in another thread than the one that reads the scene.
+        elevation = stack.enter_context(open_scene(scene.path, config)).read_elevation
+    if excluded is None and elevation is None:
+        return None
+    return Rules(scene.shape, threshold, excluded, elevation, config.land_tolerance, stack.close)
+
+
+def check_elevation(scene: SensorScene) -> None:
+    """Raise `InputError` where a scene has no elevation, which `--land zero` goes by."""
+    if "DEM" not in scene.present:
+        raise InputError(f"{scene.path}: has no elevation for --land zero; give --dem")
