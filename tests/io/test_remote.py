@@ -174,11 +174,11 @@ def test_a_changed_scene_is_made_anew(there, bucket, bundle, tmp_path, capsys):
 def test_maps_of_an_earlier_run_that_are_not_wanted_go(there, bucket, bundle):
     data, out = there
     predict(data, (bundle,), out, **MAPS)
-    assert len(bucket.names(out)) == 9 + 1
+    assert len(bucket.names(out)) == 12 + 1
     predict(data, (bundle,), out)
     assert bucket.names(out) == {
         "kelp-predict.yaml",
-        *(f"AA00000{k}_kelp.tif" for k in range(3)),
+        *(f"AA00000{k}_kelp.{kind}" for k in range(3) for kind in ("tif", "json")),
     }
 
 
