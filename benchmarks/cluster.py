@@ -47,7 +47,6 @@ from kelp.data_prep.stats import channel_statistics
 from kelp.inference.bundle import load_bundles
 from kelp.inference.cluster import Setting, perform_there
 from kelp.inference.inputs import survey
-from kelp.sensors import find_scenes
 from kelp.inference.predict import PredictResult
 from kelp.inference.predictor import Predictor
 from kelp.inference.spec import BundleSpec
@@ -59,6 +58,7 @@ from kelp.nn.training.plan import network_spec
 from kelp.raster.bands import BANDS
 from kelp.raster.indices import IndexSettings
 from kelp.raster.scene import read_scene
+from kelp.sensors import find_scenes
 from kelp.simulation.scene import simulate_scene
 
 _WORKERS: Final = (1, 2, 4)
