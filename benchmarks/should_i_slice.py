@@ -148,14 +148,12 @@ def reach(found: Comparison) -> measuring.Row:
             ways["sliced", "whole, upsampled"].multiplier / whole.multiplier, 1
         ),
     }
-    equal = found.equal
-    first, second = (equal.named(one.way) for one in (ours, whole)) if equal else (None, None)
+    first, second = (found.equal_to(one) for one in (ours, whole))
     for size in PATCH_SIZES[:2]:
         name, words = f"recall_{size}_px", f"found {size} px, at equal precision"
-        known = equal and first and second
-        row[words] = str(equal.difference(first, second, name)) if known else "-"
+        row[words] = str(first.difference(second, name)) if first and second else "-"
     name = "false_kelp_share_of_open_water"
-    row["false kelp, m²/km²"] = str(found.difference(ours, whole, name).times(1e6))
+    row["false kelp, m²/km²"] = str(ours.difference(whole, name).times(1e6))
     return row
 
 
