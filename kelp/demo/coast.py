@@ -156,10 +156,13 @@ def _simulate(folder: Path, seed: int, size: int) -> tuple[Path, dict[date, floa
     """Scenes of the coast with a georeference, their truth, and the true area of each date."""
     rng = np.random.default_rng([seed, 17])
     scenes, truths = (output_folder(folder / name) for name in ("scenes", "truth"))
-    # A place with something to see: of some, the one that shows most kelp at first sight.
-    places = [make_place(rng, (size, size)) for _ in range(2)]
-    looks = [take_picture(rng, place, (0, 0), (size, size)) for place in places]
-    place = places[int(np.argmax([min(int(s.truth.sum()), size**2 // 10) for s in looks]))]
+    # A place with something to see: of six, the one that shows most kelp in three looks.
+    places = [make_place(rng, (size, size)) for _ in range(6)]
+    shown = [
+        sum(int(take_picture(rng, place, (0, 0), (size, size)).truth.sum()) for _ in range(3))
+        for place in places
+    ]
+    place = places[int(np.argmax(shown))]
     profile = {"driver": "GTiff", "dtype": "int32", "count": len(BANDS), "nodata": NODATA}
     profile |= {"height": size, "width": size, "compress": "deflate", **_PLACE.profile}
     true_m2 = {}
