@@ -73,14 +73,16 @@ class Intervals:
     reason: str | None = None
 
     def of(
-        self, presence_m2: float, expected_m2: float | None
+        self, presence_m2: float, expected_m2: float | None, most_m2: float = np.inf
     ) -> tuple[float, float] | tuple[None, None]:
-        """Low and high end of an area; None where there is no interval."""
+        """Low and high end of an area, at most `most_m2`; None where there is no interval."""
         if expected_m2 is not None and self.expected:
-            return self.expected.interval(expected_m2)
-        if self.presence:
-            return self.presence.interval(presence_m2)
-        return None, None
+            low, high = self.expected.interval(expected_m2)
+        elif self.presence:
+            low, high = self.presence.interval(presence_m2)
+        else:
+            return None, None
+        return min(low, most_m2), min(high, most_m2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +94,7 @@ class Measured:
     kelp: int
     presence_m2: float
     expected_m2: float | None
+    observed_m2: float
 
     @property
     def observed_share(self) -> float | None:
@@ -163,7 +166,7 @@ def measure_whole(entry: Map) -> Measured:
 def _measured(
     entry: Map, strips: Iterable[tuple[Tile, NDArray[np.bool_]]], outside: float
 ) -> Measured:
-    pixels, observed, kelp, presence = outside, 0, 0, 0.0
+    pixels, observed, kelp, presence, observed_m2 = outside, 0, 0, 0.0, 0.0
     expected = None if entry.no_expected_area else 0.0
     for tile, inside in strips:
         if not inside.any():
@@ -175,6 +178,7 @@ def _measured(
         observed += int(seen.sum())
         kelp += int(found.sum())
         presence += entry.area.total(found, tile)
+        observed_m2 += entry.area.total(seen, tile)
         if expected is not None and seen.any():
             p = entry.read_expected(tile)
             assert p is not None
@@ -186,7 +190,7 @@ def _measured(
             expected += entry.area.total(np.where(seen, p, 0), tile)
     # What lies outside is no whole number: less than half a pixel is the polygon's rounded edge.
     pixels = pixels if outside >= 0.5 else pixels - outside
-    return Measured(pixels, observed, kelp, presence, expected)
+    return Measured(pixels, observed, kelp, presence, expected, observed_m2)
 
 
 def intervals_of(run_dir: Path | None, maps: Sequence[Map], coverage: float) -> Intervals:
@@ -248,7 +252,7 @@ def _row(
     reason = found.why_null(min_observed)
     if reason:
         return row | {"null_reason": reason}
-    low, high = intervals.of(found.presence_m2, found.expected_m2)
+    low, high = intervals.of(found.presence_m2, found.expected_m2, found.observed_m2)
     return row | {
         "kelp_pixels": found.kelp,
         "presence_area_m2": found.presence_m2,

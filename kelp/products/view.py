@@ -285,7 +285,7 @@ def _row(
     row: dict[str, Any] = dict.fromkeys(("expected", "presence", "low", "high"))
     row |= {"at": at, "observed": found.observed_share, "note": found.why_null(min_observed)}
     if row["note"] is None:
-        low, high = intervals.of(found.presence_m2, found.expected_m2)
+        low, high = intervals.of(found.presence_m2, found.expected_m2, found.observed_m2)
         row |= {"expected": found.expected_m2, "presence": found.presence_m2}
         row |= {"low": low, "high": high, "note": reason_for(entry, intervals, low)}
     return row

@@ -166,6 +166,9 @@ def test_intervals_come_from_the_bundle(tmp_path, capfd):
     assert table["area_low_m2"][0] == pytest.approx((expected + 9000) / 1.2 - 9000, abs=1)
     assert table["area_high_m2"][0] == pytest.approx((expected + 9000) * 1.2 - 9000, abs=1)
     assert table["null_reason"].isna().all()
+    wild = bundle(tmp_path / "wild", factor=10)
+    table = table_of(tmp_path / "maps", aoi, out, "--run_dir", f"{wild}")
+    assert table["area_high_m2"][0] == 400 * 900  # there is no more than was observed
     few = bundle(tmp_path / "few", sites=8)
     table = table_of(tmp_path / "maps", aoi, out, "--run_dir", f"{few}")
     assert table["area_low_m2"].isna().all()
