@@ -147,7 +147,7 @@ def world(tmp_path_factory):
     root = tmp_path_factory.mktemp("seed") / "my kelp clone"
     shutil.copytree(ROOT / "kelp", root / "kelp", ignore=shutil.ignore_patterns("__pycache__"))
     # So that it shows which kelp ran: this copy, not the installed one.
-    init = root / "kelp" / "__init__.py"
+    init = root / "kelp" / "_version.py"
     init.write_text(init.read_text().replace(f'"{kelp.__version__}"', '"9.9.9"'))
     program(root, "simulate --output_dir data/raw --places 9 --dates 1 --test 2 --seed 3 --quiet")
     program(root, "metadata --data_dir data/raw --output_dir data/processed --splits 9 --quiet")

@@ -250,7 +250,8 @@ def test_wherever_it_stops_it_goes_on_to_the_same_bytes(conv, undisturbed, tmp_p
                 break
         left = rasters(out)
         assert left.items() <= whole.items()
-        assert {path.name for path in out.iterdir()} == set(left)
+        names = {path.name for path in out.iterdir()}
+        assert {name for name in names if not name.endswith("_kelp.json")} == set(left)
         if last % 2:  # half of them: each costs a whole run
             continue
         predict(scenes[0].parent, bundle, out, **SLICES)

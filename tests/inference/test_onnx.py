@@ -316,7 +316,7 @@ def test_without_the_extra_the_message_says_what_to_install(
     assert package in line
     assert 'pip install "kelp-slicer[train]"' in line
     if package != "onnxscript":  # only the exporter needs it
-        with pytest.raises(KelpError, match=r"pip install \"kelp-slicer\[onnx\]\""):
+        with pytest.raises(KelpError, match=r"pip install \"kelp-slicer\[train\]\""):
             kelp.load_bundle(exported[1])
 
 

@@ -21,6 +21,7 @@ from kelp.errors import InputError, ProcessError
 from kelp.inference.bundle import load_bundle
 from kelp.nn.training.fit import train
 from kelp.nn.training.tracking import quiet_libraries
+from kelp.progress import silent
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
@@ -161,6 +162,7 @@ def test_together_they_see_what_one_would(whole):
 
 def test_scores_are_those_of_one_process(whole):
     """Of the weights that both arrived at, on all of the fold."""
+    from kelp.nn.data.anchoring import anchored
     from kelp.nn.data.datamodule import FoldData, read_fold
     from kelp.nn.losses import LossSettings, build_loss
     from kelp.nn.metrics import KelpScores
@@ -171,8 +173,11 @@ def test_scores_are_those_of_one_process(whole):
     net, scores = load_bundle(run_dir / "artifacts" / "bundle-latest").net.module, KelpScores()
     loss = build_loss(config.loss, LossSettings(0.0, (1.0, 1.0)))
     total, rows = 0.0, 0
+    fold = read_fold(config)
+    data = FoldData(fold, config, 0, pin=False)
+    data.reader = anchored(data.reader, fold.val_sources, config, silent)
     with torch.inference_mode():
-        for batch in FoldData(read_fold(config), config, 0, pin=False).val_dataloader():
+        for batch in data.val_dataloader():
             logits = net(batch.raw)
             total += float(loss(logits, net.resize_target(batch.target))) * len(batch.raw)
             rows += len(batch.raw)

@@ -22,7 +22,7 @@ from kelp.config import SliceConfig, TrainConfig
 from kelp.data_prep.slicing import slice_dataset
 from kelp.inference.bundle import load_bundle
 from kelp.nn.card import model_card
-from kelp.nn.metrics import Confusion
+from kelp.nn.metrics import from_matrix
 from kelp.nn.training import checkpoint, chosen
 from kelp.nn.training.checkpoint import SPEED, WAITING
 from kelp.nn.training.chosen import choose
@@ -178,6 +178,9 @@ def test_what_is_drawn(run):
     assert max(len(sheet) for sheet in sheets) < 300_000
 
 
+CELLS = (("true", "negative"), ("false", "positive"), ("false", "negative"), ("true", "positive"))
+
+
 def test_counts_of_every_epoch(run):
     content = json.loads((run.run_dir / "artifacts" / "confusion_matrix.json").read_text())
     assert content["epoch"] == run.epoch
@@ -185,7 +188,8 @@ def test_counts_of_every_epoch(run):
     history = json.loads((run.run_dir / "artifacts" / "history.json").read_text())
     for counts, metrics in zip(content["epochs"], history, strict=True):
         numbers = {name: value for name, value in counts.items() if name != "epoch"}
-        assert Confusion(**numbers).dice == pytest.approx(metrics["val/dice"], abs=1e-6)
+        cells = [numbers[f"{of}_{what}"] for of, what in CELLS]
+        assert from_matrix(cells).dice == pytest.approx(metrics["val/dice"], abs=1e-6)
         assert {name: content[name] for name in numbers} == numbers or counts["epoch"] != run.epoch
 
 

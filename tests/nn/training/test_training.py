@@ -207,7 +207,7 @@ def test_the_bundle_scores_what_was_logged(run):
             scores.update(net.probabilities(batch.raw), batch.target, batch.observed)
     assert scores.confusion().dice == pytest.approx(result.score, abs=1e-6)
     numbers = json.loads((result.run_dir / "artifacts" / "confusion_matrix.json").read_text())
-    assert numbers["true_positive"] == scores.confusion().true_positive
+    assert numbers["true_positive"] == scores.confusion().tp
 
 
 def test_mlflow_knows_the_run(run):
@@ -591,7 +591,7 @@ def test_points_within_epochs(configure):
     assert [value for _, value in curves["val/dice"]] == [
         value for step, value in curves["val/dice_step"] if step % STEPS == 0
     ]
-    with pytest.raises(ConfigError, match=r"2 does not divide the 3 batches.*batches 2$"):
+    with pytest.raises(ConfigError, match=r"2 does not divide the 3 batches.*batches=2$"):
         train(configure(val_check_interval=0.5))
 
 
