@@ -58,7 +58,8 @@ def test_a_map_that_its_guard_distrusts_is_named(tmp_path, caplog):
     path = write_map(tmp_path, "A", np.eye(3))
     record = path.with_name("A_kelp.json")
     text = record.read_text()
-    record.write_text(text.replace('"guard": null', '"guard": {"ok": false, "reasons": ["too much kelp"]}'))
+    distrust = '"guard": {"ok": false, "reasons": ["too much kelp"]}'
+    record.write_text(text.replace('"guard": null', distrust))
     assert record.read_text() != text
     find_maps(tmp_path)
     assert "A_kelp.tif: the record warns of the map itself" in caplog.text
