@@ -12,6 +12,7 @@ from .inference.packaged import models as models
 from .inference.predict import predict_scenes as predict_scenes
 from .inference.predictor import predict as predict
 from .inference.predictor import predict_array as predict_array
+from .inference.verify import verify as verify
 from .nn.comparison.compare import compare as compare
 from .nn.comparison.tune import tune as tune
 from .nn.export import export as export

@@ -78,6 +78,10 @@ COMMANDS: Final = {
         "kelp.inference.predict:predict_scenes",
         "Masks and probabilities of scenes, in slices or whole.",
     ),
+    "verify": Command(
+        "kelp.inference.verify:verify",
+        "Are maps what their records say? Some tiles of each are predicted again.",
+    ),
     "models": Command(
         "kelp.inference.packaged:models",
         "The networks that come with kelp.",

@@ -17,6 +17,7 @@ from kelp.config.predict import ModelsConfig as ModelsConfig
 from kelp.config.predict import PredictConfig as PredictConfig
 from kelp.config.predict import PreviewConfig as PreviewConfig
 from kelp.config.predict import SubmitConfig as SubmitConfig
+from kelp.config.predict import VerifyConfig as VerifyConfig
 from kelp.config.prep import IndicesConfig as IndicesConfig
 from kelp.config.prep import MetadataConfig as MetadataConfig
 from kelp.config.prep import SimulateConfig as SimulateConfig

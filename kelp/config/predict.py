@@ -13,6 +13,7 @@ from kelp.config.scenes import SceneOptions
 from kelp.config.shared import (
     BandOrderOptions,
     CheckpointOptions,
+    DeviceOptions,
     GridOptions,
     NetworkOptions,
     PixelSizeOptions,
@@ -125,6 +126,24 @@ class PredictConfig(NetworkOptions, ThresholdOptions, SceneOptions, QaOptions, S
                 f"--sahi_tile_size {self.sahi_tile_size} px"
             )
         return self
+
+
+class VerifyConfig(CheckpointOptions, DeviceOptions, SceneOptions):
+    """Are maps what their records say? Some tiles of each are predicted again."""
+
+    data_dir: Location = option(help="The scenes of the maps, as for kelp predict")
+    maps_dir: Path = option(help="Folder of <name>_kelp.tif maps with their records, or one map")
+    run_dir: Paths = option(
+        (),
+        help="The networks that made the maps, as for kelp predict; default: the packaged ones of "
+        "these names, or those of the folder's kelp-predict.yaml",
+    )
+    exclude: Path | None = option(
+        None, help="Polygons without kelp, as for kelp predict; default: those of the maps"
+    )
+    backend: Literal["auto", "torch", "onnx"] = option("auto", help="As for kelp predict")
+    tiles: int = option(8, help="Tiles of each map to predict again", unit="tiles", ge=1)
+    seed: int = option(0, help="Which tiles", unit="integer", ge=0)
 
 
 class ModelsConfig(Config):
