@@ -67,6 +67,13 @@ class BedsConfig(MixedMapOptions):
     connectivity: Literal["8", "4"] = option(
         "8", help="8: pixels that touch at a corner are of one bed; 4: only at a side"
     )
+    smooth: float = option(
+        0.0,
+        help="For display: outlines simplified, moved by about this much; areas stay those of the "
+        "pixels. 0: the outlines of the pixels",
+        unit="m",
+        ge=0,
+    )
 
 
 class AreasConfig(RegionOptions):

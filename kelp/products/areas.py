@@ -34,6 +34,7 @@ COLUMNS: Final = {
     "acquired": "string",
     "sensor": "string",
     "observed_share": "float64",
+    "unobserved_pixels": "Int64",
     "kelp_pixels": "Int64",
     "presence_area_m2": "float64",
     "expected_area_m2": "float64",
@@ -100,6 +101,11 @@ class Measured:
     def observed_share(self) -> float | None:
         """Share of the region's pixels that were observed."""
         return self.observed / self.pixels if self.pixels else None
+
+    @property
+    def unobserved(self) -> int | None:
+        """Pixels of the region that were not observed; None where it holds none."""
+        return round(self.pixels - self.observed) if self.pixels else None
 
     def why_null(self, min_observed: float) -> str | None:
         """Why the region has no area in this map; None where it has."""
@@ -248,6 +254,7 @@ def _row(
         "acquired": entry.acquired_text,
         "sensor": entry.sensor,
         "observed_share": found.observed_share,
+        "unobserved_pixels": found.unobserved,
     }
     reason = found.why_null(min_observed)
     if reason:

@@ -34,6 +34,9 @@ AROUND: Final = 3
 _CACHE: Final = 64_000_000
 """Bytes of blocks that GDAL keeps; its own default is a share of the machine's memory."""
 
+_METRES_PER_DEGREE: Final = 111_700
+"""Of latitude, where they are longest."""
+
 DRIVERS: Final = {".gpkg": "GPKG", ".fgb": "FlatGeobuf", ".geojson": "GeoJSON", ".parquet": ""}
 
 COLUMNS: Final = (
@@ -94,6 +97,8 @@ def beds(config: BedsConfig, progress: Progress = silent) -> Beds:
     for done, entry in enumerate(maps):
         progress("finding beds", done, len(maps))
         frame = beds_of(entry, config.min_pixels, int(config.connectivity), config.output.parent)
+        if config.smooth:
+            frame = frame.set_geometry(smoothed(frame.geometry, config.smooth))
         frames.append(frame.to_crs(4326) if suffix == ".geojson" else frame)
     progress("finding beds", len(maps), len(maps))
     # Empty frames would take the types of the others' columns with them.
@@ -149,6 +154,21 @@ def beds_of(
     return geopandas.GeoDataFrame(
         frame.astype(kinds), geometry=shapes, crs=entry.georeference.crs.to_wkt()
     )
+
+
+def smoothed(shapes: Any, metres: float) -> Any:
+    """Polygons with simpler outlines, for display; none vanishes, splits or loses a hole.
+
+    Args:
+        shapes: a GeoSeries with a CRS.
+        metres: corners this near to a straight line go (where a ring begins, a little farther);
+            less where a unit of the CRS is shorter on the ground, as degrees of longitude are.
+    """
+    shapely = require("shapely", "geo", "polygons")
+    crs = shapes.crs
+    unit = _METRES_PER_DEGREE if crs.is_geographic else crs.axis_info[0].unit_conversion_factor
+    simple = shapes.simplify(metres / unit, preserve_topology=True)
+    return simple.where(shapely.is_valid(simple), shapes)
 
 
 def _require_crs(maps: list[Map], suffix: str) -> None:

@@ -14,10 +14,11 @@ from coasts import UTM, random_map, write_map
 from geopandas.testing import assert_geodataframe_equal
 from rasterio.crs import CRS
 from scipy import ndimage
+from shapely import Polygon
 
 import kelp
 from kelp.cli import main
-from kelp.products.beds import beds_of
+from kelp.products.beds import beds_of, smoothed
 from kelp.products.maps import open_map
 from kelp.raster.masks import Georeference
 
@@ -70,6 +71,37 @@ def test_polygons_are_valid_and_hold_exactly_the_kelp_pixels(tmp_path, connectiv
     )
     assert ((again > 0) == (mask == 1)).all()
     assert table["expected_area_m2"].sum() == pytest.approx(p[mask == 1].sum() * 900)
+
+
+@pytest.mark.parametrize("ending", ["gpkg", "geojson"])
+def test_smooth_outlines_leave_the_figures_alone(tmp_path, ending):
+    mask, p = random_map(3)
+    write_map(tmp_path / "maps", "A", mask, p)
+    arguments = ["--predictions_dir", f"{tmp_path / 'maps'}", "--output"]
+    tables = {}
+    for metres in (0, 60):
+        path = tmp_path / f"{metres}" / f"beds.{ending}"
+        assert main(["beds", *arguments, f"{path}", "--smooth", f"{metres}"]) == 0
+        tables[metres] = geopandas.read_file(path).to_crs(UTM.crs)
+    exact, smooth = tables[0], tables[60]
+    pd.testing.assert_frame_equal(exact.drop(columns="geometry"), smooth.drop(columns="geometry"))
+    assert smooth.geometry.is_valid.all()
+    assert not smooth.geometry.is_empty.any()
+    corners = [len(table.geometry.get_coordinates()) for table in (exact, smooth)]
+    assert corners[1] < 0.8 * corners[0]
+    holes = [table.geometry.explode().interiors.map(len).sum() for table in (exact, smooth)]
+    assert holes[0] == holes[1]
+    moved = exact.boundary.hausdorff_distance(smooth.boundary)
+    assert 0 < moved.max() < 90
+
+
+@pytest.mark.parametrize("code", [4326, 2225])  # degrees; US survey feet
+def test_smoothing_is_in_metres_in_every_crs(tmp_path, code):
+    saw = Polygon([(0, 0), (1000, 0), (1000, 500), (500, 540), (0, 500)])  # 40 m high
+    place = geopandas.GeoSeries([saw], crs=32610).translate(500_000, 4_200_000)
+    there = place.to_crs(code)
+    assert len(smoothed(there, 30).iloc[0].exterior.coords) == 6
+    assert len(smoothed(there, 50).iloc[0].exterior.coords) == 5
 
 
 def test_strips_change_nothing(tmp_path, monkeypatch):
