@@ -185,9 +185,12 @@ class _Verifier:
         with Staging(0) as staging:
             ((_, staged),) = staging.ahead([task])
             task = staged()
-            inputs = list(_inputs(entry, record, config, task))
-            yield from inputs
-            if not inputs:
+            was, now = _recorded(record), _given(config, task)
+            yield from _inputs(was, now)
+            if record.grid != task.record.grid:
+                yield "the scene's grid is not that of the record"
+            # Of files that are known by another name, or by what a store says of them, it differs.
+            if was == now:
                 yield from _settings(entry, record, Runner(config, predictor), task)
             yield from self._tiles(entry, record, config, predictor, task, agreement)
 
@@ -445,30 +448,64 @@ def _networks(recorded: Sequence[NetworkFacts], bundles: Sequence[Bundle]) -> It
             )
 
 
-def _inputs(entry: Map, record: MapRecord, config: PredictConfig, task: Task) -> Iterator[str]:
-    """Other files than those of the record, or read otherwise."""
-    was, now = record, task.record
-    if was.grid != now.grid:
-        yield "the scene's grid is not that of the record"
-    yield from _sources(was.scene.sources, now.scene.sources)
+@dataclass(frozen=True)
+class _Inputs:
+    """What a map was made of."""
+
+    scene: tuple[Source, ...]
+    policy: frozenset[str]
+    others: dict[str, tuple[Source, ...]]
+    """By the option that names them."""
+
+
+def _recorded(record: MapRecord) -> _Inputs:
+    quality, removed = record.quality, record.excluded
+    return _Inputs(
+        record.scene.sources,
+        frozenset(quality.policy),
+        {
+            "--dem": record.dem.sources if record.dem else (),
+            "--aoi": _one(record.aoi.source if record.aoi else None),
+            "--exclude": _one(removed.source if removed else None),
+            "--cloud_mask": _one(quality.cloud_mask),
+        },
+    )
+
+
+def _given(config: PredictConfig, task: Task) -> _Inputs:
+    """The same of what is here now."""
+    record = task.record
     with open_scene(task.path, config) as scene:
-        if set(was.quality.policy) != set(scene.policy):
-            yield (
-                f"quality bits: {','.join(scene.policy) or 'none'}, the record says "
-                f"{','.join(was.quality.policy) or 'none'}; give --quality"
-            )
-    excluded = Source.of_file("polygons", config.exclude) if config.exclude else None
-    for option, one, other in (
-        ("--dem", was.dem.sources if was.dem else (), now.dem.sources if now.dem else ()),
-        ("--aoi", _of(was.aoi), _of(now.aoi)),
-        ("--exclude", _of(was.excluded), (excluded,) if excluded else ()),
-    ):
-        for words in _sources(one, other):
+        policy, mask = frozenset(scene.policy), scene.cloud_mask
+    return _Inputs(
+        record.scene.sources,
+        policy,
+        {
+            "--dem": record.dem.sources if record.dem else (),
+            "--aoi": _one(record.aoi.source if record.aoi else None),
+            "--exclude": _one(
+                Source.of_file("polygons", config.exclude) if config.exclude else None
+            ),
+            "--cloud_mask": _one(mask),
+        },
+    )
+
+
+def _one(source: Source | None) -> tuple[Source, ...]:
+    return (source,) if source else ()
+
+
+def _inputs(was: _Inputs, now: _Inputs) -> Iterator[str]:
+    """Other files than those of the record, or read otherwise."""
+    yield from _sources(was.scene, now.scene)
+    if was.policy != now.policy:
+        yield (
+            f"quality bits: {','.join(sorted(now.policy)) or 'none'}, the record says "
+            f"{','.join(sorted(was.policy)) or 'none'}; give --quality"
+        )
+    for option, recorded in was.others.items():
+        for words in _sources(recorded, now.others[option]):
             yield f"{option}: {words}"
-
-
-def _of(part: Any) -> tuple[Source, ...]:
-    return (part.source,) if part and part.source else ()
 
 
 def _sources(recorded: Sequence[Source], found: Sequence[Source]) -> Iterator[str]:

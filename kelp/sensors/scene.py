@@ -257,13 +257,18 @@ class SensorScene(Scene):
                 shares.bad += int(np.count_nonzero(bad))
         return QualityFacts(
             policy=self.policy,
-            cloud_mask=self._cloud_mask.source if self._cloud_mask else None,
+            cloud_mask=self.cloud_mask,
             share=shares.share,
             bad_share=shares.bad_share,
         )
 
     def _cloud(self, window: Tile) -> NDArray[np.bool_] | None:
         return self._cloud_mask.read(window) if self._cloud_mask else None
+
+    @property
+    def cloud_mask(self) -> Source | None:
+        """The mask that was given for it."""
+        return self._cloud_mask.source if self._cloud_mask else None
 
     @property
     def policy(self) -> tuple[str, ...]:

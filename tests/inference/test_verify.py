@@ -142,6 +142,19 @@ def test_real_products_pass_with_the_bits_of_their_sensor(tmp_path):
     verify(folder, maps, run_dir=bundle)
 
 
+def test_another_cloud_mask_is_named(scenes, bundle, tmp_path):
+    mask = np.zeros(SHAPE, np.uint8)
+    mask[:20] = 1
+    path = write_tif(tmp_path / "cloud.tif", mask[None], **PLACE)
+    maps = predict(scenes, bundle, tmp_path / "clouded", "--cloud_mask", path)
+    verify(scenes, maps)
+    mask[20:40] = 1
+    write_tif(path, mask[None], **PLACE)
+    words = refusal(scenes, maps, tiles=100)
+    assert "--cloud_mask: cloud.tif: changed since the map was made" in words
+    assert "mask: " in words
+
+
 def test_polygons_and_quality_bits_come_from_the_run(bundle, tmp_path):
     bundle = tiny_bundle(tmp_path / "five", bands=("SWIR", "NIR", "R", "G", "B"))
     folder = make_landsat(tmp_path, 8, (100, 90))
@@ -174,7 +187,7 @@ def test_polygons_and_quality_bits_come_from_the_run(bundle, tmp_path):
     )
     aoi.write_text(text)
     words = refusal(folder, maps, run_dir=bundle, aoi=aoi, exclude=out, quality="fill")
-    assert "quality bits: fill, the record says fill,cloud; give --quality" in words
+    assert "quality bits: fill, the record says cloud,fill; give --quality" in words
     assert (tmp_path / "maps" / f"{PRODUCTS[8]}_kelp.tif").is_file()
 
 

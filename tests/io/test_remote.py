@@ -141,6 +141,24 @@ def test_from_the_store_to_a_disk_and_back(there, bucket, scenes, bundle, alone,
     assert rasters(bucket.copy(out, tmp_path / "copy")) == rasters(tmp_path / "alone")
 
 
+def test_maps_of_a_store_are_verified_there_and_by_copies(
+    there, bucket, scenes, bundle, tmp_path, capsys
+):
+    data, maps = there[0], tmp_path / "maps"
+    assert told(data, bundle, maps) == 0
+    capsys.readouterr()
+    here = ["--maps_dir", str(maps), "--device", "cpu"]
+    for place in (data, scenes[0].parent):  # copies bear no mark of the store: sizes are compared
+        assert main(["verify", "--data_dir", str(place), *here]) == 0
+        assert capsys.readouterr().out.count("as its record says") == len(SHAPES)
+    image = coast(SHAPES[0], np.random.default_rng(9))[0]
+    bucket.fill(f"{tmp_path.name}/scenes", [write_tif(tmp_path / scenes[0].name, image)])
+    assert main(["verify", "--data_dir", data, *here]) == 2
+    line = error_of(capsys)
+    assert f"{scenes[0].name}: changed since the map was made" in line
+    assert "1 of 3 maps" in line
+
+
 def test_what_is_finished_is_not_fetched_again(there, bucket, bundle, monkeypatch, capsys):
     data, out = there
     assert told(data, bundle, out) == 0
