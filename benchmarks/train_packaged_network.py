@@ -6,8 +6,8 @@
 Scenes are simulated by all cores, anchored at their clear water and held in memory as raw numbers;
 tiles of 128 px are cut anywhere in them, half of them around kelp, and shown to a U-Net with the
 packaged EfficientNet-Lite0 as `kelp train --sahi True` shows them: turned, mirrored, enlarged to
-224 px, labels as volunteers draw them. Threshold, temperature and the errors of areas come from
-sites that training has not seen, with clean truth. No real scene and no real label takes part.
+224 px, labels as volunteers draw them. Threshold, limits of the guard and the errors of areas come
+from sites that training has not seen, with clean truth. No real scene and no real label takes part.
 
 What is finished in `--work_dir` is not done again: scenes lie there in parts, and training goes on
 from the last of its checkpoints. At the end `bundle/` and `record.json` lie there. About 3 GB of
@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from kelp.config import ExportConfig, TrainConfig
 from kelp.evaluation.intervals import HeldOutSite
 from kelp.inference.bundle import file_sha256, read_spec
+from kelp.inference.guard import FEW_PIXELS, GuardLimits
 from kelp.inference.spec import BundleSpec, NetworkSpec
 from kelp.io.files import atomic, write_json
 from kelp.nn import symmetry
@@ -49,7 +50,7 @@ from kelp.nn.pretrained import load_pretrained
 from kelp.nn.training.averaging import build_average
 from kelp.nn.training.plan import network_spec
 from kelp.nn.training.rates import build_optimizer, build_scheduler
-from kelp.raster.bands import PIXEL_SIZE_M, QA
+from kelp.raster.bands import OPTICAL, PIXEL_SIZE_M, QA
 from kelp.raster.streaming import ChannelStats
 from kelp.raster.validity import canonical
 from kelp.raster.water import WaterReference
@@ -92,7 +93,7 @@ def simulate(job: tuple[str, int, int, Path], changes: dict[str, float]) -> Path
     world, start, stop, path = job
     if path.is_file():
         return path
-    made: dict[str, list[NDArray[Any]]] = {"raw": [], "label": [], "truth": [], "qa": []}
+    made: dict[str, list[NDArray[Any]]] = {name: [] for name in ("raw", "label", "truth", "levels")}
     for number in range(start, stop):
         rng = np.random.default_rng(
             np.random.SeedSequence(2026, spawn_key=(_NUMBERS[world], number))
@@ -102,9 +103,12 @@ def simulate(job: tuple[str, int, int, Path], changes: dict[str, float]) -> Path
         scene = take_picture(rng, place, (0, 0), (SIDE, SIDE))
         raw = canonical(scene.pixels)
         whole = Tile(0, 0, SIDE, SIDE)
-        anchored = WaterReference.estimate(_Whole(raw)).apply(raw, whole)
+        reference = WaterReference.estimate(_Whole(raw))
+        anchored = reference.apply(raw, whole)
         seen = np.isfinite(raw[1]) & (np.isfinite(raw[:5]).sum(axis=0) >= 3)
         made["raw"].append(anchored)
+        low, high = reference.extremes() if not reference.fallback else ([np.nan] * 5,) * 2
+        made["levels"].append(np.array([low, high]))
         made["label"].append(np.where(seen, scene.label, np.uint8(255)))
         made["truth"].append(np.where(seen & (raw[QA] != 1), scene.truth, np.uint8(255)))
     with atomic(path) as partial_path, partial_path.open("wb") as file:
@@ -131,7 +135,8 @@ def simulated(
             list(pool.map(partial(simulate, changes=changes), lacking))
     loaded = [np.load(path) for *_, path in jobs]
     scenes = {
-        name: np.concatenate([part[name] for part in loaded]) for name in ("raw", "label", "truth")
+        name: np.concatenate([part[name] for part in loaded])
+        for name in ("raw", "label", "truth", "levels")
     }
     scenes["world"] = np.repeat(
         [_NUMBERS[job[0]] for job in jobs], [job[2] - job[1] for job in jobs]
@@ -366,6 +371,48 @@ def real_scenes(folder: Path) -> Scenes:
     return {"raw": np.stack(raws), "truth": np.stack(truths)}
 
 
+def guard_limits(tables: NDArray[np.int64], levels: NDArray[np.float64], code: int) -> GuardLimits:
+    """What maps of held-out scenes look like, with some room: at the edges few scenes were seen.
+
+    Args:
+        tables: of the scenes that the threshold was fitted on.
+        levels: lowest and highest clear water of all scenes, `(n, 2, 5)`, NaN = unknown.
+        code: where kelp begins.
+    """
+    by_code = tables.sum(axis=1)
+    kelp = by_code[:, code:].sum(axis=1)
+    p = (np.arange(CODES + 1) + 0.5) / (CODES + 1)
+    certainty = (by_code[:, code:] * p[code:]).sum(axis=1) / np.maximum(kelp, 1)
+    low, high = np.nanmin(levels[:, 0], axis=0), np.nanmax(levels[:, 1], axis=0)
+    return GuardLimits(
+        kelp_share=round(min(1.0, 1.25 * float((kelp / by_code.sum(axis=1)).max())), 4),
+        certainty=round(float(certainty[kelp >= FEW_PIXELS].min()) - 0.03, 4),
+        water={
+            band: (float(np.floor(a - 100)), float(np.ceil(b + 100)))
+            for band, a, b in zip(OPTICAL, low, high, strict=True)
+        },
+    )
+
+
+def limits_of(record: dict[str, Any]) -> tuple[str, ...]:
+    """What a user must know, with the figures of this run."""
+    worlds = ", ".join(f"{name} {one['dice']:.2f}" for name, one in record["held_out"].items())
+    words = [
+        "It has seen simulated coasts alone, no real scene and no real label.",
+        f"Dice by simulated world, unseen sites: {worlds}.",
+        "Presence of floating canopy at the moment of the scene; tides hide it.",
+    ]
+    if real := record.get("real"):
+        found = real["at_threshold"]
+        words.insert(
+            2,
+            f"Six real tiles with approximate labels: Dice {found['dice']:.2f} pooled, "
+            f"{found['mean_dice']:.2f} mean, precision {found['precision']:.2f}, recall "
+            f"{found['recall']:.2f}; expect false kelp in glint, foam and shallow water.",
+        )
+    return tuple(words)
+
+
 def write_bundle(net: KelpNet, record: dict[str, Any], folder: Path) -> None:
     """The bundle: weights in 16 bits, the ONNX file of the same weights, card and record."""
     halves = {
@@ -380,6 +427,14 @@ def write_bundle(net: KelpNet, record: dict[str, Any], folder: Path) -> None:
         epoch=1,
         rows={"train": sum(record["scenes"].values()), "val": record["all"]["scenes"]},
         training={"command": "benchmarks/train_packaged_network.py", **record["options"]},
+        tuning={
+            "scenes": "simulated coasts of four worlds that training has not seen",
+            "images": record["all"]["scenes"],
+            "calibration_error": record["all"]["calibration_error"],
+        },
+        guard=GuardLimits(**record["guard"]),
+        sensors=("Landsat 4", "Landsat 5", "Landsat 7", "Landsat 8", "Landsat 9"),
+        limits=limits_of(record),
         held_out_sites=[
             HeldOutSite(
                 site=f"{one['world']}-{number}",
@@ -448,11 +503,17 @@ def main() -> None:
     if options.scenes_only:
         return
     net, record = train(scenes, options, work)
-    finish(net, record | {"scenes": wanted, "scene_seconds": seconds}, held, options, work)
+    record |= {"scenes": wanted, "scene_seconds": seconds}
+    finish(net, record, held, scenes["levels"], options, work)
 
 
 def finish(
-    net: KelpNet, record: dict[str, Any], held: Scenes, options: argparse.Namespace, work: Path
+    net: KelpNet,
+    record: dict[str, Any],
+    held: Scenes,
+    levels: NDArray[np.float64],
+    options: argparse.Namespace,
+    work: Path,
 ) -> None:
     """Fit threshold and temperature on held-out sites of even number, and score on the odd ones."""
     even = np.arange(len(held["raw"])) % 2 == 0
@@ -462,6 +523,7 @@ def finish(
     worlds = held["world"][~even]
     record |= {
         "threshold": code / CODES,
+        "guard": guard_limits(fitted, np.concatenate([held["levels"], levels]), code).model_dump(),
         "held_out": {
             w: scored(tables[worlds == n], code) for w, n in _NUMBERS.items() if (worlds == n).any()
         },
@@ -475,7 +537,11 @@ def finish(
             }
             for w, t, e in zip(worlds, tables, expected, strict=True)
         ],
-        "options": {name: str(value) for name, value in vars(options).items()},
+        "options": {
+            name: " ".join(value) if isinstance(value, list) else str(value)
+            for name, value in vars(options).items()
+            if not isinstance(value, Path)
+        },
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if options.device == "cuda" else options.device,
     }

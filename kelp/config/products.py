@@ -24,6 +24,9 @@ class MixedMapOptions(MapOptions):
     """Maps whose areas are compared."""
 
     allow_mixed: bool = option(False, help="Take maps of different networks or thresholds together")
+    allow_distrusted: bool = option(
+        False, help="Take maps, too, that may be wrong as their own records say (guard)"
+    )
 
 
 class RegionOptions(MixedMapOptions):

@@ -16,6 +16,7 @@ from typing import Final, Literal, Self, TypeVar, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from kelp.inference.guard import GuardLimits
 from kelp.inference.records import Figures
 from kelp.io.files import DAMAGED_ARRAYS, LONGEST_NAME, atomic, hidden
 from kelp.io.location import Url
@@ -74,6 +75,7 @@ class Outputs:
         record: what is known of the map; None = no record is written.
         rules: what is no kelp whatever the networks say.
         calibrated: whether probabilities are calibrated.
+        limits: what the network's maps look like elsewhere, for the record's guard.
     """
 
     def __init__(
@@ -91,6 +93,7 @@ class Outputs:
         record: MapRecord | None = None,
         rules: Rules | None = None,
         calibrated: bool = False,
+        limits: GuardLimits | None = None,
     ) -> None:
         def writer(
             path: Path, kind: str, scale: float | None = None, description: str = ""
@@ -115,6 +118,9 @@ class Outputs:
         self._record = record
         self._rules = rules
         self._calibrated = calibrated
+        self._limits = limits
+        self.finished: MapRecord | None = None
+        """The record, once the files are closed."""
         self._figures = Figures(shape, georeference, threshold) if record else None
         self._journal: JournalFile | None = None
         self.start: MergerState | None = None
@@ -208,10 +214,10 @@ class Outputs:
         for writer in reversed(self._writers):
             if writer is self._mask and self._record and self._figures:
                 written.append(record_path(self._mask.path))
-                write_record(
-                    written[-1],
-                    self._figures.complete(self._record, self._rules, self._calibrated),
+                self.finished = self._figures.complete(
+                    self._record, self._rules, self._calibrated, self._limits
                 )
+                write_record(written[-1], self.finished)
             writer.finish()
         for path in products(self._mask.path):
             if path not in written:  # of an earlier run, it would not belong to the mask

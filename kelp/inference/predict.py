@@ -113,8 +113,10 @@ def predict_scenes(
         todo = _unfinished(runner, tasks)
         if todo and isinstance(config.output_dir, Url):
             _record(runner, {})  # a store that takes nothing is found out before hours of work
-        counts, wrong = _predict(executor, runner, todo, progress)
+        counts, wrong, distrusted = _predict(executor, runner, todo, progress)
     failures |= wrong
+    for path, reasons in distrusted.items():
+        log.warning("%s: may be wrong: %s; areas leave it out", path, reasons)
     _record(runner, executor.shares if shared else {})
     _report(config, failures, len(scenes))
     made = tuple(masks.values())
@@ -216,9 +218,10 @@ def _finished(runner: Runner, task: Task) -> bool:
 
 def _predict(
     executor: Executor, runner: Runner, todo: Sequence[Task], progress: Progress
-) -> tuple[Counts, dict[Path | Url, Failure]]:
-    """Predict scenes; what was done, why others failed."""
+) -> tuple[Counts, dict[Path | Url, Failure], dict[Path | Url, str]]:
+    """Predict scenes; what was done, why others failed, and why maps are not to be trusted."""
     counts, failures = Counts(), dict[Path | Url, Failure]()
+    distrusted: dict[Path | Url, str] = {}
     total, done = sum(len(runner.grid(task)) for task in todo), 0
 
     def advance(tiles: int) -> None:
@@ -230,7 +233,8 @@ def _predict(
         for result in executor.run(runner, todo, advance):
             counts += result.counts
             failures |= result.failures
-    return counts, failures
+            distrusted |= result.distrusted
+    return counts, failures, distrusted
 
 
 def _report(config: PredictConfig, failures: Mapping[Path | Url, Failure], scenes: int) -> None:

@@ -32,6 +32,7 @@ from kelp.inference.backends import (
 )
 from kelp.inference.bundle import Bundle
 from kelp.inference.checks import check_scale, needed_bands
+from kelp.inference.guard import GuardLimits
 from kelp.inference.outputs import Outputs
 from kelp.inference.plan import NetworkMemory, fit_memory, make_plan
 from kelp.progress import Progress, silent
@@ -250,6 +251,11 @@ class Predictor:
         if reference.fallback:
             log.warning("%s: %s", name, reference.fallback)
         return Anchored(source, reference)
+
+    @property
+    def limits(self) -> GuardLimits | None:
+        """What the maps look like elsewhere; of several networks nobody knows."""
+        return self._main.spec.guard if len(self.bundles) == 1 else None
 
     # The networks
 

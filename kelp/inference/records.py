@@ -11,15 +11,18 @@ from numpy.typing import NDArray
 
 from kelp.config import PredictConfig
 from kelp.errors import InputError
+from kelp.inference.guard import GuardLimits, check
 from kelp.raster.area import GroundArea
+from kelp.raster.bands import OPTICAL
 from kelp.raster.masks import Georeference
+from kelp.raster.water import WaterReference
 from kelp.raster.window import Shape, Tile
 from kelp.sensors import SensorScene, open_scene
 from kelp.sensors.aoi import Polygons
-from kelp.sensors.record import MapRecord
+from kelp.sensors.record import MapRecord, WaterFacts
 from kelp.sensors.rules import Rules
 
-_COLUMNS: Final = ("observed", "kelp", "presence", "expected")
+_COLUMNS: Final = ("observed", "kelp", "presence", "expected", "certainty")
 
 
 class Figures:
@@ -34,7 +37,7 @@ class Figures:
     def __init__(self, shape: Shape, georeference: Georeference, threshold: float) -> None:
         self.threshold = threshold
         self.rows = np.zeros((shape[0], len(_COLUMNS)))
-        """Observed pixels, kelp pixels, their area, and the sum of p x area; m2."""
+        """Observed pixels, kelp pixels, their area, the sum of p x area (m2), p of kelp pixels."""
         self._shape = shape
         self._area = GroundArea.of(georeference, shape)
 
@@ -47,16 +50,24 @@ class Figures:
         rows = self.rows[y : y + len(p)]
         rows[:, 0], rows[:, 1] = seen.sum(axis=1), kelp.sum(axis=1)
         rows[:, 2], rows[:, 3] = (kelp * areas).sum(axis=1), (known * areas).sum(axis=1)
+        rows[:, 4] = (known * kelp).sum(axis=1)
 
-    def complete(self, record: MapRecord, rules: Rules | None, calibrated: bool) -> MapRecord:
+    def complete(
+        self,
+        record: MapRecord,
+        rules: Rules | None,
+        calibrated: bool,
+        limits: GuardLimits | None = None,
+    ) -> MapRecord:
         """The record with its figures.
 
         Args:
             record: what was known before.
             rules: what they took away.
             calibrated: whether probabilities are calibrated; else there is no expected area.
+            limits: what the network's maps look like elsewhere.
         """
-        observed, kelp, presence, expected = (math.fsum(column) for column in self.rows.T)
+        observed, kelp, presence, expected, certainty = (math.fsum(c) for c in self.rows.T)
         return record.model_copy(
             update={
                 "threshold": self.threshold,
@@ -67,8 +78,21 @@ class Figures:
                 "expected_area_m2": round(expected, 6) if calibrated else None,
                 "excluded": rules.removed("excluded") if rules else None,
                 "land": rules.removed("land") if rules else None,
+                "guard": check(
+                    int(observed), int(kelp), certainty / max(kelp, 1), record.water, limits
+                ),
             }
         )
+
+
+def water_of(reference: WaterReference) -> WaterFacts:
+    """What a record says of a scene's clear water."""
+    levels = zip(OPTICAL, *reference.extremes(), strict=False)
+    return WaterFacts(
+        levels={band: (round(low, 1), round(high, 1)) for band, low, high in levels},
+        clear_pixels=int(reference.clear.sum()),
+        fallback=reference.fallback,
+    )
 
 
 def rules_of(config: PredictConfig, scene: SensorScene, threshold: float) -> Rules | None:

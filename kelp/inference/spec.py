@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from kelp.config.choices import Architecture, Interpolation, Normalization, ResizeStrategy
 from kelp.evaluation.intervals import HeldOutSite
+from kelp.inference.guard import GuardLimits
 from kelp.raster.bands import Anchoring, IndexInput
 from kelp.raster.indices import IndexSettings, channel_names
 from kelp.raster.streaming import ChannelStats
@@ -148,6 +149,8 @@ class BundleSpec(NetworkSpec):
     """The run's resolved configuration."""
     versions: dict[str, str] = {}
     weights_sha256: str = ""
+    guard: GuardLimits | None = None
+    """What maps of held-out scenes looked like; None: no map is checked."""
     sensors: tuple[str, ...] = ()
     """What it was made for, as in "Landsat 8"."""
     limits: tuple[str, ...] = ()

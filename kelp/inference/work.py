@@ -30,7 +30,7 @@ from kelp.inference.outputs import (
     spread_path,
 )
 from kelp.inference.predictor import Predictor
-from kelp.inference.records import rules_of
+from kelp.inference.records import rules_of, water_of
 from kelp.inference.sections import SectionFile, SectionSink, Stitching, sections_of
 from kelp.inference.staging import Staging
 from kelp.io import remote
@@ -74,7 +74,14 @@ class WorkResult:
     """Of the scenes that failed."""
     busy: tuple[Task, ...] = ()
     """Scenes, among those that failed, that another process is writing."""
+    distrusted: dict[Path | Url, str] = field(default_factory=dict)
+    """Why a map is not to be trusted, by its file."""
     peak_memory: int = 0
+
+    def closed(self, task: Task, record: MapRecord | None) -> None:
+        """A scene has its map."""
+        if record and record.guard and not record.guard.ok:
+            self.distrusted[task.output] = "; ".join(record.guard.reasons)
 
     def note(self, task: Task, error: Exception) -> None:
         """A scene failed: by its user's mistake, or by a bug."""
@@ -150,8 +157,14 @@ class Runner:
         fingerprint = self.fingerprint(task)
         return all(read_tags(file).get(FINGERPRINT) == fingerprint for file in wanted) or None
 
-    def record(self, task: Task, scene: SensorScene) -> MapRecord:
-        """What is known of a map before its first pixel. Reads the quality layers once."""
+    def record(self, task: Task, scene: SensorScene, source: RasterSource) -> MapRecord:
+        """What is known of a map before its first pixel. Reads the quality layers once.
+
+        Args:
+            task: the scene.
+            scene: the same, opened.
+            source: the same, as the networks see it.
+        """
         predictor = self.predictor
         settings = {k: v for k, v in predictor.settings().items() if k != "networks"}
         runtimes = sorted({bundle.net.runtime for bundle in predictor.bundles})
@@ -159,6 +172,7 @@ class Runner:
         return task.record.model_copy(
             update={
                 "quality": scene.quality,
+                "water": water_of(source.reference) if isinstance(source, Anchored) else None,
                 "network": tuple(
                     NetworkFacts(
                         name=bundle.path.name, sha256=bundle.spec.weights_sha256, weight=share
@@ -178,7 +192,8 @@ class Runner:
     def outputs(
         self,
         task: Task,
-        scene: SensorScene | None,
+        scene: SensorScene | None = None,
+        source: RasterSource | None = None,
         deliver: Callable[[Sequence[Path]], None] | None = None,
     ) -> Outputs:
         """Where a scene's probabilities go.
@@ -186,6 +201,7 @@ class Runner:
         Args:
             task: the scene.
             scene: the same, opened; None: only to see what was begun.
+            source: the same, as the networks see it.
             deliver: takes the files to where they belong.
         """
         return Outputs(
@@ -200,9 +216,10 @@ class Runner:
             resume=not self.config.overwrite,
             spread=self.config.save_spread,
             deliver=deliver,
-            record=self.record(task, scene) if scene else None,
+            record=self.record(task, scene, source or scene) if scene else None,
             rules=rules_of(self.config, scene, self.predictor.threshold) if scene else None,
             calibrated=all(bundle.spec.tuning for bundle in self.predictor.bundles),
+            limits=self.predictor.limits,
         )
 
     def section_file(self, task: Task, section: Section) -> SectionFile:
@@ -237,9 +254,9 @@ class Runner:
                     with self._opened(here) as scene:
                         if isinstance(task.path, Url):  # so far only its header was seen
                             self.predictor.check_scale(scene, str(scene.path))
-                        sink = self.outputs(here, scene, staging.delivery(task)).open()
-                        sinks[id(sink)] = sink, task
                         source = self.predictor.anchored(scene, str(task.path))
+                        sink = self.outputs(here, scene, source, staging.delivery(task)).open()
+                        sinks[id(sink)] = sink, task
                         yield Job(source, sink, sink, sink.write_spread)
                 except Exception as error:  # noqa: BLE001  # also a bug ends its scene only
                     result.note(task, staging.named(task, error))
@@ -251,7 +268,8 @@ class Runner:
                 engine.run(jobs())
             finally:
                 # Whatever ended this: a failed scene, Ctrl-C, a bug. Closed outputs stay.
-                for sink, _ in sinks.values():
+                for sink, task in sinks.values():
+                    result.closed(task, sink.finished)
                     sink.abandon()
             for failed, error in engine.failures:
                 task = sinks[id(failed)][1]
@@ -325,11 +343,12 @@ class Runner:
             if not all(file.exists for file in files) and self.finished(task):
                 return  # by a worker that was presumed dead
             with self._opened(task) as scene:
-                sink = self.outputs(task, scene).open()
+                sink = self.outputs(task, scene, self._anchored(scene, task)).open()
             begun = self.grid(task).rows.index(sink.start.top) if sink.start else 0
             if item.sections[0].first != begun:
                 raise InputError(f"{task.output}: another process worked on it; run again")
             stitching.stitch(files, sink.start, sink, sink.write_spread)
+            result.closed(task, sink.finished)
             clean_up(local(task.output))
         except OSError as error:
             words = f"{task.path}: a section of it cannot be read ({error}); run again"

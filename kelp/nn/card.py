@@ -3,20 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 from kelp.config import TrainConfig
 from kelp.inference.spec import BundleSpec
+
+_FRONT_MATTER: Final = (
+    "---",
+    "library_name: kelp-slicer",
+    "pipeline_tag: image-segmentation",
+    "tags: [remote-sensing, landsat, kelp]",
+    "---",
+    "",
+)
+"""What Hugging Face's hub reads of a card."""
+
+_LIMITS: Final = (
+    "- Scores are agreement with the labels it was validated on. Volunteer labels of kelp",
+    "  are themselves noisy; a score near 0.7 may be close to what they allow.",
+    "- It has seen the sensors, coasts and seasons of its training data only.",
+)
 
 
 def model_card(spec: BundleSpec, spec_file: str) -> str:
     """The card as Markdown; `spec_file` is the name of the file that holds the rest."""
     return "\n".join(
         [
+            *_FRONT_MATTER,
             "# Kelp canopy segmentation model",
             "",
-            f"Made by `kelp {'baseline' if spec.is_pixelwise else 'train'}`; apply it with "
-            "`kelp predict --run_dir <this folder>`.",
+            f"Made by `{_maker(spec)}`; apply it with `kelp predict --run_dir <this folder>`.",
             "",
             "| | |",
             "|---|---|",
@@ -24,16 +40,13 @@ def model_card(spec: BundleSpec, spec_file: str) -> str:
             "",
             "## Scores on the validation fold",
             "",
-            f"{'Of all trees' if spec.is_pixelwise else f'Of epoch {spec.epoch}'}, pooled over the "
-            "observed pixels; kelp where the probability is at least 0.5.",
+            _scored(spec),
             "",
             *(_score_lines(spec.scores) or ["None recorded."]),
             "",
             "## Limits",
             "",
-            "- Scores are agreement with the labels it was validated on. Volunteer labels of kelp",
-            "  are themselves noisy; a score near 0.7 may be close to what they allow.",
-            "- It has seen the sensors, coasts and seasons of its training data only.",
+            *([f"- {limit}" for limit in spec.limits] or _LIMITS),
             *_pixelwise_lines(spec),
             *_calibration_lines(spec),
             "- The map shows presence, not canopy area.",
@@ -57,6 +70,18 @@ def _facts(spec: BundleSpec, spec_file: str) -> list[tuple[str, str]]:
     ]
 
 
+def _maker(spec: BundleSpec) -> str:
+    return str(spec.training.get("command", f"kelp {'baseline' if spec.is_pixelwise else 'train'}"))
+
+
+def _scored(spec: BundleSpec) -> str:
+    """What the scores are of."""
+    if "command" in spec.training:
+        return f"Pooled over the observed pixels of {spec.tuning['scenes']}, clean truth."
+    which = "all trees" if spec.is_pixelwise else f"epoch {spec.epoch}"
+    return f"Of {which}, pooled over the observed pixels; kelp where the probability is >= 0.5."
+
+
 def _network(spec: BundleSpec) -> list[tuple[str, str]]:
     how = f"tiles of {spec.tile_size[0]} x {spec.tile_size[1]} px" if spec.sahi else "whole images"
     return [
@@ -76,6 +101,8 @@ def _trees(spec: BundleSpec) -> list[tuple[str, str]]:
 def _data(spec: BundleSpec) -> str:
     """Folder, table, fold and how many rows of it."""
     data, rows = spec.training, spec.rows
+    if "command" in data:
+        return f"{rows['train']:,} simulated scenes ({data['scenes']})"
     where = f"{data.get('data_dir', 'unknown')}, fold {data.get('cv_split', '?')}"
     if "metadata_fp" in data:
         where += f" of {data['metadata_fp']}"
@@ -146,6 +173,8 @@ def _pixelwise_lines(spec: BundleSpec) -> list[str]:
 
 
 def _calibration_lines(spec: BundleSpec) -> list[str]:
+    if error := spec.tuning.get("calibration_error"):
+        return [f"- Expected calibration error {error:.4f} on the scenes above; elsewhere more."]
     if spec.temperature == 1:
         return ["- Probabilities are not calibrated."]
     return [

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from kelp.config.products import AreasConfig
+from kelp.config.products import AreasConfig, RegionOptions
 from kelp.errors import BundleError, ConfigError, InputError
 from kelp.evaluation.intervals import AreaErrors, area_errors, read_held_out, sites_needed
 from kelp.io.files import atomic, output_folder
@@ -96,6 +96,8 @@ class Measured:
     presence_m2: float
     expected_m2: float | None
     observed_m2: float
+    distrust: str | None = None
+    """Why the map's record says that it may be wrong."""
 
     @property
     def observed_share(self) -> float | None:
@@ -107,15 +109,17 @@ class Measured:
         """Pixels of the region that were not observed; None where it holds none."""
         return round(self.pixels - self.observed) if self.pixels else None
 
-    def why_null(self, min_observed: float) -> str | None:
+    def why_null(self, options: RegionOptions) -> str | None:
         """Why the region has no area in this map; None where it has."""
         share = self.observed_share
         if share is None:
             return "the region holds no centre of a pixel"
         if not self.observed:
             return "nothing of the region was observed"
-        if share < min_observed:
+        if share < options.min_observed:
             return f"only {share:.3f} of the region was observed"
+        if self.distrust and not options.allow_distrusted:
+            return f"the map may be wrong ({self.distrust})"
         return None
 
 
@@ -139,7 +143,7 @@ def areas(config: AreasConfig, progress: Progress = silent) -> Areas:
     for done, entry in enumerate(maps):
         progress("measuring areas", done, len(maps))
         for number, region in enumerate(regions):
-            row = _row(entry, region, measure(entry, region), intervals, config.min_observed)
+            row = _row(entry, region, measure(entry, region), intervals, config)
             rows.append((number, entry.acquired_text or "", entry.scene_id, row))
     progress("measuring areas", len(maps), len(maps))
     rows.sort(key=lambda row: row[:3])
@@ -196,7 +200,7 @@ def _measured(
             expected += entry.area.total(np.where(seen, p, 0), tile)
     # What lies outside is no whole number: less than half a pixel is the polygon's rounded edge.
     pixels = pixels if outside >= 0.5 else pixels - outside
-    return Measured(pixels, observed, kelp, presence, expected, observed_m2)
+    return Measured(pixels, observed, kelp, presence, expected, observed_m2, entry.distrust)
 
 
 def intervals_of(run_dir: Path | None, maps: Sequence[Map], coverage: float) -> Intervals:
@@ -246,7 +250,7 @@ def write_table(table: pd.DataFrame, path: Path) -> None:
 
 
 def _row(
-    entry: Map, region: Region, found: Measured, intervals: Intervals, min_observed: float
+    entry: Map, region: Region, found: Measured, intervals: Intervals, config: AreasConfig
 ) -> dict[str, Any]:
     row: dict[str, Any] = {
         "aoi_id": region.id,
@@ -256,7 +260,7 @@ def _row(
         "observed_share": found.observed_share,
         "unobserved_pixels": found.unobserved,
     }
-    reason = found.why_null(min_observed)
+    reason = found.why_null(config)
     if reason:
         return row | {"null_reason": reason}
     low, high = intervals.of(found.presence_m2, found.expected_m2, found.observed_m2)

@@ -22,7 +22,7 @@ from scipy import ndimage, sparse
 from kelp.config.products import BedsConfig
 from kelp.errors import ConfigError, InputError
 from kelp.io.files import atomic, output_folder, scratch_folder
-from kelp.products.maps import Map, find_maps, require, require_comparable
+from kelp.products.maps import Map, find_maps, require, require_comparable, trusted
 from kelp.progress import Progress, silent
 from kelp.raster.bands import MASK_NODATA
 from kelp.raster.masks import decoding, quietly, read_probability
@@ -89,7 +89,7 @@ def beds(config: BedsConfig, progress: Progress = silent) -> Beds:
             f"--output {config.output}: beds are written as .gpkg, .parquet, .fgb or .geojson"
         )
     geopandas = require("geopandas", "geo", "writing polygons")
-    maps = find_maps(config.predictions_dir)
+    maps = trusted(find_maps(config.predictions_dir), config.allow_distrusted)
     require_comparable(maps, config.allow_mixed)
     _require_crs(maps, suffix)
     output_folder(config.output.parent)

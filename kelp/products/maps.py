@@ -115,6 +115,12 @@ class Map:
         return tuple(sorted(n.sha256 for n in networks if n.sha256))
 
     @property
+    def distrust(self) -> str | None:
+        """Why its record says that the map may be wrong; None where it does not."""
+        guard = self.record.guard if self.record else None
+        return "; ".join(guard.reasons) or "guard" if guard and not guard.ok else None
+
+    @property
     def no_expected_area(self) -> str | None:
         """Why the map has no expected area; None where it has one."""
         if self.probability is None:
@@ -203,15 +209,23 @@ def find_maps(path: Path, pixel_size: float = PIXEL_SIZE_M) -> list[Map]:
             raise InputError(
                 f"{path}: {names[0]} and {names[1]} are two maps of the scene {scene}; keep one"
             )
-    distrusted = [
-        m.mask.name for m in maps if m.record and m.record.guard and not m.record.guard.ok
-    ]
-    if distrusted:
-        more = f" and {len(distrusted) - 1} more" if len(distrusted) > 1 else ""
-        log.warning(
-            "%s%s: the record warns of the map itself (guard); see its reasons", distrusted[0], more
-        )
     return maps
+
+
+def trusted(maps: Sequence[Map], allow_distrusted: bool = False) -> list[Map]:
+    """Maps without those that may be wrong as their records say, which one line names.
+
+    Raises:
+        InputError: none is left.
+    """
+    wrong = [] if allow_distrusted else [entry for entry in maps if entry.distrust]
+    if wrong:
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        words = f"{wrong[0].mask}{more}: may be wrong ({wrong[0].distrust})"
+        if len(wrong) == len(maps):
+            raise InputError(f"{words}; no map is left: look at them, then --allow_distrusted True")
+        log.warning("%s; left out: look at them, then --allow_distrusted True", words)
+    return [entry for entry in maps if allow_distrusted or entry.distrust is None]
 
 
 def require_comparable(maps: Sequence[Map], mixed: bool = False) -> None:

@@ -27,7 +27,7 @@ from kelp.errors import InputError
 from kelp.io.executors import spread
 from kelp.io.files import discard_partials, json_text, output_folder, write_text
 from kelp.products.areas import Intervals, intervals_of, warn_of_mixed_sensors, write_table
-from kelp.products.maps import Map, find_maps, require, require_comparable
+from kelp.products.maps import Map, find_maps, require, require_comparable, trusted
 from kelp.products.netcdf import write_grid, write_stations
 from kelp.products.regions import read_regions
 from kelp.products.stack import GROUPS, Stack, Strips, group_of, station_count
@@ -112,7 +112,7 @@ def series(config: SeriesConfig, progress: Progress = silent) -> Series:
         BundleError: `run_dir` holds no bundle, or not that of the maps.
     """
     require("netCDF4", "series", "writing NetCDF")
-    maps = find_maps(config.predictions_dir)
+    maps = trusted(find_maps(config.predictions_dir), config.allow_distrusted)
     require_comparable(maps, config.allow_mixed)
     regions = read_regions(config.aoi, config.aoi_id) if config.aoi else []
     stack = Stack.of(maps, regions)

@@ -118,7 +118,7 @@ def view(config: ViewConfig, progress: Progress = silent) -> View:
         shown.append(drawn)
         measured = [measure(entry, region) for region in regions] or [measure_whole(entry)]
         for name, found in zip(names, measured, strict=True):
-            rows[name].append(_row(at, entry, found, intervals, config.min_observed))
+            rows[name].append(_row(at, entry, found, intervals, config))
     progress("drawing maps", len(maps), len(maps))
     data = {
         "maps": shown,
@@ -279,11 +279,11 @@ def _beds(entry: Map, frame: _Frame, output: Path) -> dict[str, Any]:
 
 
 def _row(
-    at: int, entry: Map, found: Measured, intervals: Intervals, min_observed: float
+    at: int, entry: Map, found: Measured, intervals: Intervals, config: ViewConfig
 ) -> dict[str, Any]:
     """Figures of a region in one map; null together, with the reason."""
     row: dict[str, Any] = dict.fromkeys(("expected", "presence", "low", "high"))
-    row |= {"at": at, "observed": found.observed_share, "note": found.why_null(min_observed)}
+    row |= {"at": at, "observed": found.observed_share, "note": found.why_null(config)}
     if row["note"] is None:
         low, high = intervals.of(found.presence_m2, found.expected_m2, found.observed_m2)
         row |= {"expected": found.expected_m2, "presence": found.presence_m2}

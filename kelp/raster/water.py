@@ -135,6 +135,13 @@ class WaterReference:
         middle = Tile(tile.y + tile.height // 2, tile.x + tile.width // 2, 1, 1)
         return tuple(self._levels(middle)[:, 0, 0].tolist())
 
+    def extremes(self) -> tuple[list[float], list[float]]:
+        """Lowest and highest DN of clear water over the scene, of each band; empty if unknown."""
+        if not len(self.levels):
+            return [], []
+        cells = self.levels.reshape(-1, len(OPTICAL))
+        return cells.min(axis=0).tolist(), cells.max(axis=0).tolist()
+
     def apply(self, pixels: NDArray[np.float32], tile: Tile) -> NDArray[np.float32]:
         """A canonical window of the scene with its optical bands shifted; a new array.
 

@@ -168,6 +168,16 @@ class Removed(_Part):
     """Those among them that the network took for kelp."""
 
 
+class WaterFacts(_Part):
+    """Clear water of the scene, at whose levels it was shown to the network."""
+
+    levels: dict[str, tuple[float, float]] = Field(default_factory=dict)
+    """Lowest and highest level over the scene, DN, by band; empty: none was found."""
+    clear_pixels: int = 0
+    fallback: str | None = None
+    """Why the scene was shown as it is; None where its water was found."""
+
+
 class NetworkFacts(_Part):
     """A network, and its share of an ensemble."""
 
@@ -199,6 +209,8 @@ class MapRecord(_Part):
     aoi: AreaFacts | None = None
     excluded: Removed | None = None
     land: Removed | None = None
+    water: WaterFacts | None = None
+    """None: the network takes scenes as they are."""
     network: tuple[NetworkFacts, ...] = ()
     backend: str | None = None
     threshold: float | None = None

@@ -1,14 +1,21 @@
 """Networks that come with kelp: found by name, taken by default, listed."""
 
+import json
+from importlib import resources
+
 import numpy as np
 import pytest
 from bundles import tiny_bundle, use_pixel_network
-from world import opened, write_tif
+from world import opened, read_tif, write_tif
 
 from kelp.cli import main
+from kelp.demo.page import real_scene
 from kelp.errors import BundleError
 from kelp.inference import bundle as bundles
+from kelp.inference.bundle import DEFAULT_NETWORK
 from kelp.inference.packaged import models
+from kelp.raster.masks import georeference_of, read_mask
+from kelp.sensors.record import read_record, record_path
 
 
 @pytest.fixture
@@ -68,3 +75,34 @@ def test_predict_without_run_dir_takes_the_default_network(networks, tmp_path, c
         mask = dataset.read(1)
     assert mask[12:18, 12:18].all()
     assert not mask[25:].any()
+
+
+def test_the_packaged_network_maps_the_packaged_real_scene(tmp_path):
+    """Without training and without a network's name. Kelp does not grow off Olinda, Brazil."""
+    out = tmp_path / "maps"
+    with resources.as_file(real_scene()) as scene:
+        raw = read_tif(scene)
+        assert main(["predict", f"--data_dir={scene}", f"--output_dir={out}", "--quiet"]) == 0
+    (path,) = out.glob("*_kelp.tif")
+    mask = read_mask(path)
+    assert georeference_of(path).crs == "EPSG:31985"
+    assert ((mask == 255) == (raw[5] == 1)).all()
+    assert (mask == 1).mean() < 0.005
+    record = read_record(record_path(path))
+    assert record.network[0].name == DEFAULT_NETWORK
+    assert record.water.clear_pixels > 10_000
+    assert record.guard.ok == (record.kelp_pixels < 100)
+
+
+def test_the_packaged_network_tells_its_figures_and_is_small_enough_for_the_wheel():
+    (network,) = models().networks
+    assert network.size <= 40e6
+    spec = network.spec
+    assert {"val/dice", "val/precision", "val/recall"} == spec.scores.keys()
+    assert spec.scores["val/dice"] >= 0.85
+    assert len({site.site for site in spec.held_out_sites}) >= 100
+    assert spec.guard is not None
+    card = (network.path / "README.md").read_text()
+    assert "no real label" in card
+    assert "Six real tiles" in card
+    assert json.loads((network.path / "record.json").read_text())["threshold"] == spec.threshold

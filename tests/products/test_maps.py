@@ -10,7 +10,10 @@ from coasts import write_map
 from shapely import box
 
 from kelp.cli import main
-from kelp.products.maps import find_maps, open_map
+from kelp.config.products import AreasConfig
+from kelp.errors import InputError
+from kelp.products.areas import areas
+from kelp.products.maps import find_maps, open_map, trusted
 
 
 @pytest.mark.parametrize(
@@ -54,15 +57,41 @@ def test_a_folder_of_masks_of_another_program(tmp_path):
     assert [m.scene_id for m in found] == ["a", "b"]
 
 
-def test_a_map_that_its_guard_distrusts_is_named(tmp_path, caplog):
-    path = write_map(tmp_path, "A", np.eye(3))
-    record = path.with_name("A_kelp.json")
+def distrusted(path):
+    """A map whose record says that it may be wrong."""
+    record = path.with_name(path.name.replace("_kelp.tif", "_kelp.json"))
+    guard = '"guard": {"ok": false, "reasons": ["too much kelp"]}'
     text = record.read_text()
-    distrust = '"guard": {"ok": false, "reasons": ["too much kelp"]}'
-    record.write_text(text.replace('"guard": null', distrust))
-    assert record.read_text() != text
-    find_maps(tmp_path)
-    assert "A_kelp.tif: the record warns of the map itself" in caplog.text
+    assert '"guard": null' in text
+    record.write_text(text.replace('"guard": null', guard))
+    return path
+
+
+def test_a_map_that_may_be_wrong_is_left_out_unless_allowed(tmp_path, caplog):
+    wrong, right = (write_map(tmp_path, name, np.eye(3)) for name in "AB")
+    distrusted(wrong)
+    maps = find_maps(tmp_path)
+    assert [entry.mask for entry in trusted(maps)] == [right]
+    assert f"{wrong}: may be wrong (too much kelp); left out" in caplog.text
+    assert [entry.mask for entry in trusted(maps, True)] == [wrong, right]
+    with pytest.raises(InputError, match=r"no map is left.*allow_distrusted=True"):
+        trusted(maps[:1])
+
+
+def test_the_area_of_a_map_that_may_be_wrong_is_null(tmp_path):
+    distrusted(write_map(tmp_path / "maps", "A", np.eye(3)))
+    aoi = tmp_path / "r.gpkg"
+    polygon = box(-1e7, -1e7, 1e7, 1e7)
+    geopandas.GeoDataFrame({"id": [1]}, geometry=[polygon], crs=32721).to_file(aoi)
+    options = {"predictions_dir": tmp_path / "maps", "aoi": aoi, "min_observed": 0}
+    for allowed, area in ((False, None), (True, 2700.0)):
+        config = AreasConfig(**options, output=tmp_path / "a.csv", allow_distrusted=allowed)
+        (row,) = areas(config).table.to_dict("records")
+        if area is None:
+            assert np.isnan(row["presence_area_m2"])
+            assert "may be wrong (too much kelp)" in row["null_reason"]
+        else:
+            assert row["presence_area_m2"] == area
 
 
 @pytest.mark.parametrize(

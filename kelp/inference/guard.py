@@ -1,0 +1,85 @@
+"""Whether a map may be trusted, as far as scene and map themselves show.
+
+A network is sure of itself also where it has never been. What its maps of held-out scenes looked
+like is kept in its bundle; a map outside of that is kept, too, but its record says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from kelp.sensors.record import GuardFacts, WaterFacts
+
+FEW_PIXELS: Final = 100
+"""Of less kelp nothing is said: a few false pixels are not a false map."""
+
+
+class GuardLimits(BaseModel):
+    """What a network's maps of held-out scenes looked like."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
+
+    kelp_share: float = Field(ge=0, le=1)
+    """Largest share of observed pixels that is kelp."""
+    certainty: float = Field(ge=0, le=1)
+    """Smallest mean probability of pixels that are kelp."""
+    water: dict[str, tuple[float, float]] = {}
+    """Lowest and highest level of clear water, DN, by band; empty: not compared."""
+
+
+def check(
+    observed: int,
+    kelp: int,
+    certainty: float,
+    water: WaterFacts | None,
+    limits: GuardLimits | None,
+) -> GuardFacts | None:
+    """Compare a map with those of held-out scenes.
+
+    Args:
+        observed: observed pixels of the map.
+        kelp: pixels of kelp.
+        certainty: mean probability of the pixels of kelp; anything where there are none.
+        water: clear water of the scene; None where the network does not go by it.
+        limits: of the network's bundle.
+
+    Returns:
+        None where the bundle has no limits.
+    """
+    if limits is None:
+        return None
+    if kelp < FEW_PIXELS:
+        return GuardFacts()
+    reasons = []
+    if kelp > limits.kelp_share * observed:
+        reasons.append(
+            f"{kelp / observed:.1%} of the observed pixels are kelp, in held-out maps at most "
+            f"{limits.kelp_share:.1%}"
+        )
+    if certainty < limits.certainty:
+        reasons.append(
+            f"kelp has a mean probability of {certainty:.2f}, in held-out maps at least "
+            f"{limits.certainty:.2f}"
+        )
+    if water is not None:
+        if water.fallback:
+            reasons.append(water.fallback)
+        if foreign := _foreign_water(water.levels, limits.water):
+            reasons.append(f"clear water is unlike that of training: {foreign}")
+    return GuardFacts(ok=not reasons, reasons=tuple(reasons))
+
+
+def _foreign_water(
+    levels: Mapping[str, tuple[float, float]], known: Mapping[str, tuple[float, float]]
+) -> str:
+    """Bands whose clear water lies outside what the network has learnt from, in words."""
+    words = []
+    for band, (low, high) in levels.items():
+        least, most = known.get(band, (low, high))
+        if low < least or high > most:
+            found = f"{low:.0f}" if low == high else f"{low:.0f} to {high:.0f}"
+            words.append(f"{band} {found} (there {least:.0f} to {most:.0f})")
+    return ", ".join(words)
