@@ -430,7 +430,7 @@ def write_bundle(net: KelpNet, record: dict[str, Any], folder: Path) -> None:
         tuning={
             "scenes": "simulated coasts of four worlds that training has not seen",
             "images": record["all"]["scenes"],
-            "calibration_error": record["all"]["calibration_error"],
+            "expected_calibration_error": record["all"]["calibration_error"],
         },
         guard=GuardLimits(**record["guard"]),
         sensors=("Landsat 4", "Landsat 5", "Landsat 7", "Landsat 8", "Landsat 9"),

@@ -173,7 +173,7 @@ def _pixelwise_lines(spec: BundleSpec) -> list[str]:
 
 
 def _calibration_lines(spec: BundleSpec) -> list[str]:
-    if error := spec.tuning.get("calibration_error"):
+    if error := spec.tuning.get("expected_calibration_error"):
         return [f"- Expected calibration error {error:.4f} on the scenes above; elsewhere more."]
     if spec.temperature == 1:
         return ["- Probabilities are not calibrated."]
