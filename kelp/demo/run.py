@@ -52,13 +52,16 @@ class DemoResult:
     scores: Path
     pooled_dice: float | None
     """Of the test images, against the clean truth."""
+    packaged_dice: float | None
+    """The same of the network that comes with kelp."""
     seconds: float
 
     def summary(self) -> str:
         """Two lines for the terminal."""
-        dice = "undefined" if self.pooled_dice is None else f"{self.pooled_dice:.4f}"
+        dice = _number(self.pooled_dice)
         return (
-            f"pooled kelp Dice on unseen places: {dice} (simulated, against the clean truth); "
+            f"pooled kelp Dice on unseen places: {dice} (simulated, against the clean truth; the "
+            f"network that comes with kelp: {_number(self.packaged_dice)}); "
             f"{self.seconds:.0f} s\nopen {self.report}"
         )
 
@@ -95,6 +98,20 @@ def demo(config: DemoConfig, progress: Progress = silent) -> DemoResult:
     root = output_folder(config.output_dir)
     raw, predictions = root / "data" / "raw", root / "predictions"
     clock = _Clock()
+    with (
+        clock.step("map a real scene with the network that comes with kelp"),
+        resources.as_file(real_scene()) as scene,
+    ):
+        real = predict_scenes(
+            PredictConfig(
+                data_dir=scene,
+                output_dir=predictions / "real",
+                save_probabilities=True,
+                overwrite=True,
+            ),
+            progress,
+        )
+    log.info("demo: the first map after %.0f s: %s", clock.total, real.masks[0])
     tables, stats = _prepare(config, raw, clock, progress)
     with clock.step("train on slices"):
         training = train(_sliced(config, tables.tiles, stats), progress)
@@ -104,14 +121,26 @@ def demo(config: DemoConfig, progress: Progress = silent) -> DemoResult:
         predict_scenes(
             _prediction(raw / "test" / "images", predictions / "test", training, config), progress
         )
-    with clock.step("score"):
-        scores = evaluate(
-            EvaluateConfig(
-                gt_dir=raw / "test_truth",
-                preds_dir=predictions / "test",
-                output_dir=predictions / "test",
+    with clock.step("predict them with the network that comes with kelp"):
+        predict_scenes(
+            PredictConfig(
+                data_dir=raw / "test" / "images",
+                output_dir=predictions / "packaged",
+                overwrite=True,
             ),
             progress,
+        )
+    with clock.step("score"):
+        scores, packaged = (
+            evaluate(
+                EvaluateConfig(
+                    gt_dir=raw / "test_truth",
+                    preds_dir=predictions / name,
+                    output_dir=predictions / name,
+                ),
+                progress,
+            )
+            for name in ("test", "packaged")
         )
     with clock.step("compare whole images with slices"):
         comparison = compare(
@@ -121,17 +150,6 @@ def demo(config: DemoConfig, progress: Progress = silent) -> DemoResult:
                 run_dir=_named(root / "networks", sliced=training, whole=rival),
                 output_dir=root / "comparison",
                 overlaps=(),
-            ),
-            progress,
-        )
-    with clock.step("predict a real scene"), resources.as_file(real_scene()) as scene:
-        real = predict_scenes(
-            PredictConfig(
-                data_dir=scene,
-                output_dir=predictions / "real",
-                run_dir=(training.run_dir,),
-                save_probabilities=True,
-                overwrite=True,
             ),
             progress,
         )
@@ -150,11 +168,17 @@ def demo(config: DemoConfig, progress: Progress = silent) -> DemoResult:
         log.info('demo: no coast; it needs pip install "kelp-slicer[geo,series]"')
     if config.size == SIDE:
         (predictions / "test" / ARCHIVE).replace(root / ARCHIVE)
-    outcome = Outcome(config, training, scores, comparison, real, coast, clock.seconds)
+    outcome = Outcome(config, training, scores, packaged, comparison, real, coast, clock.seconds)
     figures = _write_scores(root / "scores.json", outcome)
     report = write_report(root / "report.html", outcome, raw, predictions)
     config.record(root)
-    return DemoResult(report, root / "scores.json", figures["pooled_dice"], clock.total)
+    return DemoResult(
+        report,
+        root / "scores.json",
+        figures["pooled_dice"],
+        figures["packaged_pooled_dice"],
+        clock.total,
+    )
 
 
 class _Tables(NamedTuple):
@@ -265,9 +289,14 @@ def _prediction(
     )
 
 
+def _number(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.4f}"
+
+
 def _write_scores(path: Path, outcome: Outcome) -> dict[str, Any]:
     figures: dict[str, Any] = {
         "pooled_dice": outcome.scores.all_pixels.pooled_dice,
+        "packaged_pooled_dice": outcome.packaged.all_pixels.pooled_dice,
         "seconds": round(sum(outcome.seconds.values()), 1),
         "seconds_by_step": {k: round(v, 1) for k, v in outcome.seconds.items()},
         "validation": outcome.training.scores,

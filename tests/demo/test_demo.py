@@ -25,6 +25,8 @@ def test_the_demo_leaves_what_it_promises(tmp_path):
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert scores["pooled_dice"] == result.pooled_dice
     assert scores["test"]["images"] == 2
+    assert scores["packaged_pooled_dice"] == result.packaged_dice
+    assert result.packaged_dice > 0.7  # of the network that comes with kelp
     report = result.report.read_text()
     assert "simulated" in report.lower()
     assert report.count("data:image/png;base64,") == 5  # curves, two scenes, real one, series
