@@ -62,7 +62,7 @@ EXAMPLES = [(name_of(page), *example) for page in PAGES for example in commands_
 def test_there_are_examples():
     # The pages that a newcomer reads show every step.
     in_readme = [command for page, command, _ in EXAMPLES if page == "README.md"]
-    assert in_readme == ["predict", "slice", "train", "predict", "predict"]
+    assert in_readme == ["predict", "predict", "areas", "slice", "train", "predict", "predict"]
     shown = {command for _, command, _ in EXAMPLES}
     assert shown == set(COMMANDS) - {"demo"}  # `make demo` is how it is started
 
