@@ -23,6 +23,8 @@ from kelp.sensors.record import MapRecord, WaterFacts
 from kelp.sensors.rules import Rules
 
 _COLUMNS: Final = ("observed", "kelp", "presence", "expected", "certainty")
+_AT_ONCE: Final = 500_000
+"""Pixels counted at a time: they take eight times the memory of a float32."""
 
 
 class Figures:
@@ -43,6 +45,11 @@ class Figures:
 
     def add(self, y: int, p: NDArray[np.float32]) -> None:
         """Count rows `(n, width)` of probabilities, NaN = not observed, from row `y` on."""
+        step = max(1, _AT_ONCE // self._shape[1])
+        for first in range(0, len(p), step):
+            self._add(y + first, p[first : first + step])
+
+    def _add(self, y: int, p: NDArray[np.float32]) -> None:
         seen = np.isfinite(p)
         kelp = p >= self.threshold
         areas = self._area.pixels(Tile(y, 0, len(p), self._shape[1]))

@@ -44,6 +44,8 @@ _ENOUGH: Final = 500
 """Clear-water pixels that a cell's median takes (in small ones: a hundredth of them)."""
 _ROWS: Final = 64
 """Rows read at a time."""
+_COLUMNS: Final = 4096
+"""Columns read at a time: of wide scenes full rows would fill the memory."""
 _NEAR: Final = 0.5
 """In squared cells: how little neighbours weigh beside a cell's own water."""
 
@@ -97,12 +99,14 @@ class WaterReference:
         knows = False
         if anchoring != "none":
             for row, (top, bottom) in enumerate(pairwise(down)):
-                counts = np.zeros((grid[1], len(OPTICAL), _LEVELS), dtype=np.int64)
+                kind = np.int32 if anchoring == "local" else np.int64  # of cells, of a scene
+                counts = np.zeros((grid[1], len(OPTICAL), _LEVELS), dtype=kind)
                 for y in range(top, bottom, _ROWS):
-                    rows = min(_ROWS, bottom - y)
-                    pixels = source.read(Tile(y, 0, rows, width))
-                    knows = knows or bool(np.isfinite(pixels[DEM]).any())
-                    _count(pixels, right, counts)
+                    for x in range(0, width, _COLUMNS):
+                        rows, columns = min(_ROWS, bottom - y), min(_COLUMNS, width - x)
+                        pixels = source.read(Tile(y, x, rows, columns))
+                        knows = knows or bool(np.isfinite(pixels[DEM]).any())
+                        _count(pixels, [max(0, edge - x) for edge in right], counts)
                 clear[row] = counts[:, 0].sum(axis=1)
                 for column in range(grid[1]):
                     area = (bottom - top) * (right[column + 1] - right[column])
@@ -257,8 +261,13 @@ def _edges(size: int, side: int) -> list[int]:
     return [size * k // count for k in range(count + 1)]
 
 
-def _count(pixels: NDArray[np.float32], right: Sequence[int], counts: NDArray[np.int64]) -> None:
-    """Add clear-water pixels of full rows to the counts `(columns, 5, DN)` of a row of cells."""
+def _count(
+    pixels: NDArray[np.float32], right: Sequence[int], counts: NDArray[np.signedinteger[Any]]
+) -> None:
+    """Add clear-water pixels to the counts `(columns, 5, DN)` of a row of cells.
+
+    `right` are the edges of the cells in the window; what lies beyond it is empty.
+    """
     clear = is_clear_water(pixels)
     for column, (start, stop) in enumerate(pairwise(right)):
         chosen = clear[:, start:stop]
@@ -266,10 +275,10 @@ def _count(pixels: NDArray[np.float32], right: Sequence[int], counts: NDArray[np
             continue
         for band in range(len(OPTICAL)):
             values = np.rint(pixels[band, :, start:stop][chosen]).astype(np.int64)
-            counts[column, band] += np.bincount(values, minlength=_LEVELS)
+            counts[column, band] += np.bincount(values, minlength=_LEVELS).astype(counts.dtype)
 
 
-def _medians(counts: NDArray[np.int64]) -> NDArray[np.float64]:
+def _medians(counts: NDArray[np.signedinteger[Any]]) -> NDArray[np.float64]:
     """Median DN of each band, `(5,)`, from `(5, DN)` counts; of an even number the lower one."""
     half = (counts.sum(axis=1, keepdims=True) + 1) // 2
     medians: NDArray[np.float64] = np.argmax(counts.cumsum(axis=1) >= half, axis=1).astype(float)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
@@ -39,7 +39,8 @@ from kelp.sensors.record import (
 
 Layers = Mapping[str, NDArray[np.integer[Any]]]
 
-_ROWS_AT_ONCE: Final = 512
+_ROWS: Final = 64
+_COLUMNS: Final = 4096
 
 
 class SensorScene(Scene):
@@ -247,7 +248,7 @@ class SensorScene(Scene):
     def quality(self) -> QualityFacts:
         """What counts as bad, and, from a pass over the quality layers, how much of it there is."""
         shares = Shares()
-        for window in rows_of(self.shape, _ROWS_AT_ONCE):
+        for window in windows_of(self.shape):
             if self._layers is not None and self._policy is not None and self._files is not None:
                 layers = self._read_layers(window, tuple(self._files.layers))
                 self._policy.count(layers, shares, self._cloud(window))
@@ -299,10 +300,12 @@ def _only(sources: Sequence[Source]) -> str:
     return source.sha256 or hashlib.sha256((source.etag or "").encode()).hexdigest()
 
 
-def rows_of(shape: tuple[int, int], rows: int) -> list[Tile]:
-    """A scene in bands of rows, from the top."""
+def windows_of(shape: tuple[int, int]) -> Iterator[Tile]:
+    """A scene in windows, row by row from the top: few of its rows are in memory at once."""
     height, width = shape
-    return [Tile(y, 0, min(rows, height - y), width) for y in range(0, height, rows)]
+    for y in range(0, height, _ROWS):
+        for x in range(0, width, _COLUMNS):
+            yield Tile(y, x, min(_ROWS, height - y), min(_COLUMNS, width - x))
 
 
 def open_product(files: SceneFiles, choose: Callable[[SceneFiles], Policy]) -> SensorScene:

@@ -224,3 +224,17 @@ def test_the_area_of_interest_of_a_scene_outlives_anchoring():
 
     reference = WaterReference.estimate(Wanted(), "none")
     assert Anchored(Wanted(), reference).area is Wanted.area
+
+
+def test_windows_of_a_wide_scene_do_not_matter(monkeypatch):
+    """Wide rows are read in parts, cells lie across their borders."""
+    scene = Scene(busy((70, 900), 3))
+    whole = WaterReference.estimate(scene)
+    monkeypatch.setattr("kelp.raster.water._COLUMNS", 101)
+    monkeypatch.setattr("kelp.raster.water._ROWS", 9)
+    scene.asked.clear()
+    parts = WaterReference.estimate(scene)
+    assert max(tile.width for tile in scene.asked) == 101
+    assert (parts.levels == whole.levels).all()
+    assert (parts.clear == whole.clear).all()
+    assert len(whole.levels[0]) > 1
