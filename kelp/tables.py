@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Final
 
 import pandas as pd
-import pyarrow
+from pyarrow import parquet, types
 
 from kelp.errors import InputError, TableError
-from kelp.io.files import RASTERS, atomic, input_folder
+from kelp.io.files import RASTERS, atomic, input_folder, is_file
 from kelp.io.location import Url
 from kelp.sensors import scene_name
 
@@ -104,19 +104,34 @@ def scenes_in(folder: Path) -> dict[str, Path]:
 
 def read_table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
     """Read a parquet (or CSV) table that must hold `columns`. Raises `TableError`."""
-    if not path.is_file():
+    if not is_file(path):
         raise TableError(f"{path}: no such table; make it with kelp metadata or kelp slice")
     try:
-        table = pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
-    except (pyarrow.ArrowException, ValueError, OSError) as error:
+        table = pd.read_csv(path) if path.suffix == ".csv" else _read_parquet(path, columns)
+    except TableError:
+        raise
+    except Exception as error:
         reason = " ".join(str(error).split())
-        raise TableError(f"{path}: not a readable table ({reason})") from error
+        raise TableError(f"{path}: not a readable table ({reason}); make it anew") from error
     absent = [name for name in columns if name not in table.columns]
     if absent:
         raise TableError(f"{path}: the table lacks the column {', '.join(absent)}")
     if table.empty:
         raise TableError(f"{path}: the table has no rows")
     return table
+
+
+def _read_parquet(path: Path, columns: Sequence[str]) -> pd.DataFrame:
+    """A table by its columns alone: what pandas noted about it may be damaged and is not needed."""
+    table = parquet.read_table(path, partitioning=None)
+    table.validate(full=True)  # else a text that is not UTF-8 shows where it is used, if at all
+    for name in set(columns) & set(table.column_names):
+        kind = table.schema.field(name).type
+        kind = kind.value_type if types.is_dictionary(kind) else kind
+        if types.is_nested(kind) or types.is_binary(kind) or types.is_large_binary(kind):
+            raise TableError(f"{path}: the column {name} holds {kind}, not text or numbers")
+    frame: pd.DataFrame = table.replace_schema_metadata(None).to_pandas()
+    return frame
 
 
 def write_table(table: pd.DataFrame, path: Path) -> None:
@@ -144,7 +159,7 @@ def count_folds(table: pd.DataFrame, path: Path) -> int:
 
 def require_files(paths: Sequence[Path], table: Path) -> None:
     """Raise `TableError` naming (the first of) the files that a table needs and that are absent."""
-    absent = [path for path in paths if not path.is_file()]
+    absent = [path for path in paths if not is_file(path)]
     if absent:
         more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
         raise TableError(f"{absent[0]}{more}: no such file, but {table} has a row for it")

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Final, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from kelp.config.choices import Architecture, Interpolation, Normalization, ResizeStrategy
 from kelp.evaluation.intervals import HeldOutSite
 from kelp.inference.guard import GuardLimits
-from kelp.raster.bands import Anchoring, IndexInput
+from kelp.raster.bands import OPTICAL, Anchoring, IndexInput
 from kelp.raster.indices import IndexSettings, channel_names
 from kelp.raster.streaming import ChannelStats
 from kelp.raster.water import WATER_LEVELS, WaterReference
@@ -18,8 +18,14 @@ from kelp.raster.window import RasterSource, Shape
 SCHEMA_VERSION: Final = 1
 STRIDE: Final = 32
 """Networks take sides that are multiples of this."""
+LARGEST_SIDE: Final = 16_384
+"""No network is shown more pixels a side: such a number is an error, and memory would be asked for
+before anyone could say so."""
 TREES: Final = "lightgbm"
 """The architecture of `kelp baseline`."""
+
+Side = Annotated[int, Field(ge=1, le=LARGEST_SIDE)]
+"""Pixels of a side."""
 
 
 class NetworkSpec(BaseModel):
@@ -29,9 +35,9 @@ class NetworkSpec(BaseModel):
     Defaults are those of `kelp train`; what has one here came after the first bundles.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    bands: tuple[str, ...]
+    bands: tuple[str, ...] = Field(min_length=1)
     spectral_indices: tuple[str, ...]
     index_input: IndexInput
     mask_using_qa: bool
@@ -40,7 +46,9 @@ class NetworkSpec(BaseModel):
     normalization_strategy: Normalization
     anchoring: Anchoring = "none"  # of bundles that know nothing of it
     """How a scene's optical bands are shifted so that its clear water has `water_levels`."""
-    water_levels: tuple[float, ...] = WATER_LEVELS
+    water_levels: tuple[Annotated[float, Field(gt=0, le=65_535)], ...] = Field(
+        WATER_LEVELS, min_length=len(OPTICAL), max_length=len(OPTICAL)
+    )
     """DN of clear water, bands in the order of `kelp.raster.bands.OPTICAL`."""
     statistics: dict[str, ChannelStats]
     """Of each channel, in raw units: DN for bands, index units for indices; of scenes as they are,
@@ -48,24 +56,36 @@ class NetworkSpec(BaseModel):
 
     sahi: bool
     """Trained on tiles and to be applied in tiles of `tile_size`."""
-    tile_size: Shape
+    tile_size: tuple[Side, Side]
     """Height and width of a training image or tile, in its own pixels."""
-    prediction_tile: int | None = None
+    prediction_tile: Side | None = None
     """Side of the tiles that prediction cuts, shown at the training's scale; None: `tile_size`."""
-    prediction_overlap: int | None = None
+    prediction_overlap: int | None = Field(None, ge=0, le=LARGEST_SIDE)
     """Overlap of neighbouring tiles at prediction; None: half a tile."""
-    image_size: int
+    image_size: Side
     """Side of the network's input, in pixels."""
     resize_strategy: ResizeStrategy
     interpolation: Interpolation
 
     architecture: Architecture | Literal["lightgbm"]
     encoder: str
-    decoder_channels: tuple[int, ...]
+    decoder_channels: tuple[Annotated[int, Field(ge=1, le=4096)], ...]
     decoder_attention_type: Literal["scse", "none"]
 
     temperature: float = Field(1.0, gt=0)
     """Logits are divided by this: `kelp tune` fits it, so that probabilities mean what they say."""
+
+    @model_validator(mode="after")
+    def _numbers_agree(self) -> Self:
+        for name, stats in self.statistics.items():
+            if wrong := stats.wrong():
+                raise ValueError(f"statistics of {name}: {wrong}")
+        if not self.is_pixelwise and self.image_size % STRIDE:
+            raise ValueError(f"image_size {self.image_size} is no multiple of {STRIDE}")
+        tile = self.prediction_tile or min(self.tile_size)
+        if self.prediction_overlap is not None and self.prediction_overlap >= tile:
+            raise ValueError(f"prediction_overlap {self.prediction_overlap} leaves no step")
+        return self
 
     @property
     def index_settings(self) -> IndexSettings:
@@ -139,7 +159,7 @@ class BundleSpec(NetworkSpec):
     """Areas of scenes, true and mapped, with thresholds fitted on other sites: for intervals."""
     scores: dict[str, float] = {}
     """Of the validation fold, at the epoch of these weights."""
-    epoch: int = 0
+    epoch: int = Field(0, ge=0)
     """Of boosted trees: how many they are."""
     stats_file: str | None = None
     """Name of the statistics file the run was given."""

@@ -361,6 +361,14 @@ def output_folder(path: Path) -> Path:
     return path
 
 
+def is_file(path: Path) -> bool:
+    """Whether there is a file; no, where no file can have that name: it may come from a table."""
+    try:
+        return path.is_file()
+    except OSError:  # too long
+        return False
+
+
 def input_folder(path: Path, pattern: str = "*", rasters: bool = False) -> list[Path]:
     """Files of a folder that match `pattern`, sorted by name; hidden files are left out.
 

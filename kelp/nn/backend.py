@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 import torch
@@ -19,6 +20,9 @@ from kelp.nn.bundle import load_network
 from kelp.nn.device import autocast, resolve_device, resolve_precision
 from kelp.nn.fusion import folded
 from kelp.nn.model import KelpNet
+
+_EXAMPLE: Final = 1024
+"""Pixels a side of what a network is shown as it is loaded, at most."""
 
 
 class TorchNet:
@@ -100,10 +104,11 @@ def load(folder: Path, spec: BundleSpec) -> TorchNet:
         BundleError: the weights are missing, altered, or do not fit.
     """
     net = load_network(folder, spec)
+    # What is folded does not depend on the size of what is shown; memory does.
     example = torch.randn(
         1,
         len(spec.channels),
-        *spec.network_shape(spec.tile_size),
+        *(min(side, _EXAMPLE) for side in spec.network_shape(spec.tile_size)),
         generator=torch.Generator().manual_seed(0),
     )
     net.body = folded(net.body, example.to(memory_format=torch.channels_last))

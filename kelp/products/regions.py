@@ -11,6 +11,7 @@ import numpy as np
 import rasterio.features
 from affine import Affine
 from numpy.typing import NDArray
+from pyarrow import parquet
 
 from kelp.errors import InputError
 from kelp.products.maps import STRIP_ROWS, require
@@ -63,8 +64,10 @@ def read_regions(path: Path, id_column: str | None = None) -> list[Region]:
     if not path.is_file():
         raise InputError(f"{path}: no such file; check the path")
     try:
-        parquet = path.suffix.lower() == ".parquet"
-        table = geopandas.read_parquet(path) if parquet else geopandas.read_file(path)
+        is_parquet = path.suffix.lower() == ".parquet"
+        if is_parquet:  # a text that is not UTF-8 would show where it is used
+            parquet.read_table(path, partitioning=None).validate(full=True)
+        table = geopandas.read_parquet(path) if is_parquet else geopandas.read_file(path)
     except Exception as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{path}: not a readable vector file ({reason})") from error

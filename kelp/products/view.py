@@ -44,7 +44,7 @@ from kelp.products.regions import read_regions
 from kelp.progress import Progress, silent
 from kelp.raster.bands import MASK_NODATA
 from kelp.sensors.opening import find_scenes, open_scene, scene_name
-from kelp.tables import output_name
+from kelp.tables import output_name, read_table
 
 log = logging.getLogger("kelp")
 
@@ -54,6 +54,7 @@ WHOLE: Final = "Whole map"
 LARGEST_BEDS: Final = 300
 """Beds of a map on the page at most, the largest ones."""
 
+_VALUES: Final = ("mean_area_m2", "area_low_m2", "area_high_m2")
 _RAMP: Final = 48
 _DEGREE_M: Final = 111_320.0
 """Metres in a degree of longitude at the equator (and, within 1 %, of latitude)."""
@@ -296,12 +297,16 @@ def _quarters(folder: Path) -> dict[str, list[dict[str, Any]]]:
     path = folder / "quarters.parquet"
     if not path.is_file():
         raise InputError(f"{path}: no such file; --series_dir names a folder of kelp series")
-    table = pd.read_parquet(path)
+    columns = ("year", "quarter", "aoi_id", "null_reason", *_VALUES)
+    table = read_table(path, columns)
+    odd = [name for name in ("year", "quarter", *_VALUES) if table[name].dtype.kind not in "if"]
+    if odd:
+        raise InputError(f"{path}: {odd[0]} is no number; make the table anew with kelp series")
     out: dict[str, list[dict[str, Any]]] = {}
     for row in table.to_dict("records"):
         value, low, high = (
             None if pd.isna(row[name]) else float(row[name])
-            for name in ("mean_area_m2", "area_low_m2", "area_high_m2")
+            for name in _VALUES
         )
         known = row["null_reason"] if value is None else f"{value / 1e6:.3f} km²"
         label = f"{row['year']} Q{row['quarter']}: {known}"

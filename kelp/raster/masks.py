@@ -25,6 +25,7 @@ from rasterio.io import MemoryFile
 
 from kelp.errors import InputError
 from kelp.io import remote
+from kelp.io.files import is_file
 from kelp.io.location import Url
 from kelp.raster.bands import MASK_NODATA
 from kelp.raster.validity import MaskBands, missing_values
@@ -136,7 +137,7 @@ def open_dataset(path: Path | Url) -> Any:
     if isinstance(path, Url):
         with quietly(path):
             return remote.open_raster(path)
-    if not path.is_file():
+    if not is_file(path):
         raise InputError(f"{path}: no such file; check the path")
     with quietly(path):
         return rasterio.open(path)

@@ -12,11 +12,10 @@ from kelp.errors import StatsError
 from kelp.io.files import parse_json, write_json
 from kelp.raster.bands import IndexInput
 from kelp.raster.indices import INDICES, IndexSettings
-from kelp.raster.streaming import ChannelStats
+from kelp.raster.streaming import LARGEST, ChannelStats
 
 _ABOUT: Final = "_about"
 _AGAIN: Final = "make it anew with kelp stats"
-_LARGEST: Final = 1e300  # no channel holds a larger number; the test is false for NaN as well
 
 
 @dataclass(frozen=True)
@@ -138,15 +137,13 @@ def _channel(path: Path, channel: str, entry: Any) -> ChannelStats:
     for field in fields(ChannelStats):
         value: Any = entry.get(field.name)
         kinds = (int,) if field.name in ("count", "nan_count") else (int, float)
-        # The comparison is false for NaN, too.
-        if type(value) not in kinds or not abs(value) <= _LARGEST:
+        if type(value) not in kinds or not abs(value) <= LARGEST:
             raise StatsError(
                 f"{path}: channel {channel}: {field.name} must be a finite number, "
                 f"not {value!r}; {_AGAIN}"
             )
         values[field.name] = value
     stats = ChannelStats(**values)
-    ordered = stats.min <= stats.max and stats.q01 <= stats.q99
-    if not ordered or min(stats.std, stats.count, stats.nan_count) < 0:
-        raise StatsError(f"{path}: channel {channel}: the numbers contradict each other; {_AGAIN}")
+    if wrong := stats.wrong():
+        raise StatsError(f"{path}: channel {channel}: {wrong}; {_AGAIN}")
     return stats

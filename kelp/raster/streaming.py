@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any, Final, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+LARGEST: Final = 1e300
+"""No channel holds a larger number; `abs(x) <= LARGEST` is false for NaN as well."""
 _FIRST, _LAST = -32768, 65535
 
 # A float32 without its last 13 bits: sign, exponent and 10 bits of mantissa, 2^19 classes.
@@ -51,6 +53,15 @@ class ChannelStats:
     """Valid pixels."""
     nan_count: int
     """Missing pixels: nodata, padding, and what the masks leave out of an index."""
+
+    def wrong(self) -> str:
+        """What cannot be true of any channel, in words; empty where nothing speaks against it."""
+        if not all(abs(value) <= LARGEST for value in astuple(self)):
+            return "a number is not finite"
+        ordered = self.min <= self.max and self.q01 <= self.q99
+        if not ordered or min(self.std, self.count, self.nan_count) < 0:
+            return "the numbers contradict each other"
+        return ""
 
 
 def unit_stats(count: int, nan_count: int) -> ChannelStats:

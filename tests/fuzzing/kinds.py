@@ -31,8 +31,9 @@ from world import coast, write_tif
 
 from kelp import tables
 from kelp.cli.console import reporting
-from kelp.config import PredictConfig, SliceConfig
+from kelp.config import PredictConfig, SliceConfig, SplitConfig, TrainConfig
 from kelp.data_prep.slicing import slice_dataset
+from kelp.data_prep.split import split_fold
 from kelp.data_prep.stats import StatsFile
 from kelp.errors import KelpError
 from kelp.inference.backends.onnx import OnnxFile
@@ -40,6 +41,7 @@ from kelp.inference.bundle import load_bundle
 from kelp.inference.outputs import JournalFile, journal_path
 from kelp.inference.sections import SectionFile
 from kelp.nn.bundle import save_bundle
+from kelp.nn.data.datamodule import read_fold
 from kelp.nn.model import KelpNet
 from kelp.raster.bands import BANDS
 from kelp.raster.masks import read_mask, read_probability, read_tags
@@ -154,10 +156,13 @@ def _open_parent(path: Path) -> None:
 def _sliced(folder: Path) -> Path:
     for name in ("AA", "BB"):
         image, mask = coast(SHAPE, np.random.default_rng(len(name)))
-        write_tif(folder / "images" / f"{name}_satellite.tif", image)
-        write_tif(folder / "masks" / f"{name}_kelp.tif", mask[np.newaxis])
+        write_tif(folder / "train" / "images" / f"{name}_satellite.tif", image)
+        write_tif(folder / "train" / "masks" / f"{name}_kelp.tif", mask[np.newaxis])
     facts = {name: [0.5, 0.25] for name in tables.FACTS}
     rows = {"tile_id": ["AA", "BB"], "original_split": ["train", "train"], **facts}
+    for kind in ("image", "mask"):
+        end = "images/{}_satellite.tif" if kind == "image" else "masks/{}_kelp.tif"
+        rows[f"{kind}_path"] = [f"train/{end}".format(name) for name in rows["tile_id"]]
     table = pd.DataFrame({**rows, "split_0": ["val", "train"]})
     table.to_parquet(folder / "table.parquet")
     table.to_csv(folder / "table.csv", index=False)
@@ -171,7 +176,7 @@ def _csv(folder: Path) -> Path:
 
 def _slice(path: Path) -> None:
     config = SliceConfig(
-        data_dir=path.parent,
+        data_dir=path.parent / "train",
         metadata_fp=path,
         output_dir=path.parent / "out",
         image_size=16,
@@ -179,6 +184,16 @@ def _slice(path: Path) -> None:
         materialize=False,
     )
     slice_dataset(config)
+
+
+def _split(path: Path) -> None:
+    folder = path.parent
+    split_fold(SplitConfig(data_dir=folder, metadata_fp=path, output_dir=folder / "out"))
+
+
+def _fold(path: Path) -> None:
+    folder = path.parent
+    read_fold(TrainConfig(data_dir=folder, metadata_fp=path, output_dir=folder / "out"))
 
 
 def _statistics(folder: Path) -> Path:
@@ -259,8 +274,8 @@ KINDS = {
     "mtl.json": Kind(_landsat_json, mutations.change_json, (_open_parent,)),
     "stac": Kind(_stac, mutations.change_json, (_open_scene, find_scenes)),
     "tar": Kind(_tar, mutations.change_tar, (_open_scene,)),
-    "parquet": Kind(_sliced, mutations.change_bytes, (_slice,)),
-    "csv": Kind(_csv, mutations.change_text, (_slice,)),
+    "parquet": Kind(_sliced, mutations.change_parquet, (_slice, _split, _fold)),
+    "csv": Kind(_csv, mutations.change_text, (_slice, _split, _fold)),
     "statistics": Kind(_statistics, mutations.change_json, (StatsFile.load,)),
     "bundle": Kind(_bundle, mutations.change_json, (lambda path: load_bundle(path.parent),)),
     "weights": Kind(_weights, mutations.change_bytes, (lambda path: load_bundle(path.parent),)),

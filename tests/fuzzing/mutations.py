@@ -11,6 +11,9 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 
+import pyarrow as pa
+from pyarrow import parquet
+
 Mutate = Callable[[bytes, random.Random], bytes]
 
 _EXTREMES = (0, 1, 0x7F, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF)
@@ -132,6 +135,42 @@ def _places(tree: object) -> Iterator[tuple]:
     for key, value in items:
         yield tree, key
         yield from _places(value)
+
+
+def change_parquet(content: bytes, rng: random.Random) -> bytes:
+    """Texts that are not UTF-8, columns of other types, what pandas noted; or bytes."""
+    if rng.random() < 0.3:
+        return change_bytes(content, rng)
+    table = parquet.read_table(io.BytesIO(content))
+    notes = dict(table.schema.metadata or {})
+    for _ in range(rng.choice((1, 1, 2))):
+        column = rng.randrange(table.num_columns)
+        name, size = table.column_names[column], table.num_rows
+        match rng.randrange(4):
+            case 0:
+                texts = [change_bytes(rng.choice(_TEXTS).encode("utf-8", "replace"), rng)] * size
+                held = pa.array(texts, pa.binary())
+                if rng.random() < 0.8:
+                    held = pa.StringArray.from_buffers(size, *held.buffers()[1:])
+                table = table.set_column(column, name, held)
+            case 1:
+                table = table.set_column(column, name, rng.choice(_columns(size)))
+            case 2:
+                table = table.rename_columns(
+                    [rng.choice(table.column_names) if old == name else old
+                     for old in table.column_names]
+                )  # fmt: skip
+            case _:
+                notes[b"pandas"] = change_json(notes.get(b"pandas", b"{}"), rng)
+    out = io.BytesIO()
+    parquet.write_table(table.replace_schema_metadata(notes), out)
+    return out.getvalue()
+
+
+def _columns(size: int) -> list[pa.Array]:
+    """Columns of types that kelp does not write."""
+    values = ([["a"]], {"a": 1}, b"a", None, True, -(2**63), 1e308, "x" * 300)
+    return [pa.array([value] * size) for value in values]
 
 
 def change_zip(content: bytes, rng: random.Random) -> bytes:

@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import time
+from dataclasses import asdict
+from functools import partial
 
 import numpy as np
 import pytest
@@ -385,6 +387,29 @@ def edit(bundle, **changes):
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
+ODD_NUMBERS = [
+    {"tile_size": [-64, -64]},
+    {"tile_size": [0, 32]},
+    {"tile_size": [2**31, 2**31]},
+    {"image_size": -32},
+    {"image_size": 33},
+    {"image_size": 2**70},
+    {"prediction_tile": -1},
+    {"prediction_overlap": -1},
+    {"prediction_overlap": 32},
+    {"water_levels": [1, 2]},
+    {"water_levels": [-1] * 5},
+    {"decoder_channels": [0, 4]},
+    {"decoder_channels": [2**40]},
+    {"bands": []},
+    {"temperature": float("inf")},
+    {"epoch": -1},
+    {"statistics": {"R": asdict(STATISTICS["R"]) | {"std": -1}}},
+    {"statistics": {"R": asdict(STATISTICS["R"]) | {"mean": float("nan")}}},
+    {"statistics": {"R": asdict(STATISTICS["R"]) | {"max": -1}}},
+]
+
+
 @pytest.mark.parametrize(
     ("harm", "cause"),
     [
@@ -395,6 +420,7 @@ def edit(bundle, **changes):
         (lambda b: edit(b, schema_version=99), "schema version 99 is unknown"),
         (lambda b: edit(b, threshold=2), "threshold"),
         (lambda b: edit(b, surprise=1), "surprise"),
+        *[(partial(edit, **change), next(iter(change))) for change in ODD_NUMBERS],
         (lambda b: edit(b, bands=["NIR", "R"]), "does not fit"),
         (lambda b: (b / "bundle.json").unlink(), "no complete bundle"),
     ],

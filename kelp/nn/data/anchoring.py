@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from kelp.config import TrainConfig
 from kelp.errors import ConfigError
 from kelp.io.executors import spread
+from kelp.io.files import is_file
 from kelp.nn.data.dataset import Source
 from kelp.nn.data.reading import Reader
 from kelp.progress import Progress
@@ -64,7 +65,7 @@ def anchored(
     for source in sources:
         if source.parent is None:
             images[source.image] = None
-        elif source.parent.image.is_file():
+        elif is_file(source.parent.image):
             images[source.parent.image] = None
     found: dict[Path, WaterReference] = {}
     workers = max(1, config.num_workers) if len(images) >= _FEW else 1

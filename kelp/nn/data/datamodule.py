@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from kelp import tables
 from kelp.config import FoldConfig, TrainConfig
 from kelp.errors import ConfigError, TableError
-from kelp.io.files import amount
+from kelp.io.files import amount, is_file
 from kelp.nn.data.dataset import Sample, Source, TileDataset, collate, sources_of
 from kelp.nn.data.reading import Files, Reader
 from kelp.nn.data.sampling import ALL, DealtBatches, EpochSampler, EvenBatches, Share
@@ -106,7 +106,7 @@ def _can_be_moved(rows: pd.DataFrame, path: Path) -> bool:
     """Whether the images that tiles were cut from are at hand; if not, one line of notice."""
     columns = [name for name in _SOURCE_COLUMNS if name in rows.columns]
     files = {name for column in columns for name in rows[column].dropna().unique()}
-    if len(columns) == 2 and files and all((path.parent / name).is_file() for name in files):
+    if len(columns) == 2 and files and all(is_file(path.parent / str(name)) for name in files):
         return True
     log.info("%s: the images that its tiles were cut from are not at hand; no random crops", path)
     return False

@@ -336,7 +336,7 @@ def test_drawing_sees_only_what_is_observed_and_does_as_prediction(world):
     """The features of drawn pixels are those of the whole image, bit by bit."""
     image = world.train_dir / "images" / "TR000000_satellite.tif"
     source = Source(image, truth_of(image))
-    spec = tiny_spec(tile_size=(50, 70), image_size=70)
+    spec = tiny_spec(tile_size=(50, 70), image_size=96)
     preprocess, config = Preprocess(spec), tiny_config(num_workers=0, pixels_per_image=300)
     drawn = sample_pixels([source], preprocess, config, 0, silent)
     whole = features(spec, read_scene(image))
