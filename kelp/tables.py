@@ -118,6 +118,8 @@ def read_table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
         raise TableError(f"{path}: the table lacks the column {', '.join(absent)}")
     if table.empty:
         raise TableError(f"{path}: the table has no rows")
+    if "tile_id" in columns and table["tile_id"].isna().any():
+        raise TableError(f"{path}: a row has no tile_id")
     return table
 
 

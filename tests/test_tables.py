@@ -66,7 +66,7 @@ GOOD = texts(b"AA", b"BB")
 def test_columns_that_hold_no_text_are_refused(tmp_path, name, column):
     path = tmp_path / "table.parquet"
     parquet.write_table(pa.table({"tile_id": GOOD, "split_0": GOOD, name: column}), path)
-    with pytest.raises(TableError, match="UTF|holds") as error:
+    with pytest.raises(TableError, match=r"UTF|holds") as error:
         read_table(path, ("tile_id", "split_0"))
     assert str(error.value).startswith(f"{path}: ")
     assert "\n" not in str(error.value)
@@ -96,3 +96,17 @@ def test_names_that_no_file_can_have_are_absent_files(tmp_path):
         require_files([path], tmp_path / "table.parquet")
     with pytest.raises(InputError, match="no such file"):
         open_dataset(path)
+
+
+@pytest.mark.parametrize(
+    ("names", "ids", "message"),
+    [
+        (["tile_id", "x"], ["A", None], "no tile_id"),
+        (["tile_id", "tile_id"], ["A", "B"], "not a readable table"),
+    ],
+)
+def test_rows_without_a_name_and_columns_of_one_name_are_refused(tmp_path, names, ids, message):
+    path = tmp_path / "table.parquet"
+    parquet.write_table(pa.Table.from_arrays([pa.array(ids), pa.array(["a", "b"])], names), path)
+    with pytest.raises(TableError, match=message):
+        read_table(path, ("tile_id",))

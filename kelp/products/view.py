@@ -304,10 +304,7 @@ def _quarters(folder: Path) -> dict[str, list[dict[str, Any]]]:
         raise InputError(f"{path}: {odd[0]} is no number; make the table anew with kelp series")
     out: dict[str, list[dict[str, Any]]] = {}
     for row in table.to_dict("records"):
-        value, low, high = (
-            None if pd.isna(row[name]) else float(row[name])
-            for name in _VALUES
-        )
+        value, low, high = (None if pd.isna(row[name]) else float(row[name]) for name in _VALUES)
         known = row["null_reason"] if value is None else f"{value / 1e6:.3f} km²"
         label = f"{row['year']} Q{row['quarter']}: {known}"
         x = row["year"] + (row["quarter"] - 0.5) / 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import random
@@ -120,7 +121,7 @@ def change_json(content: bytes, rng: random.Random) -> bytes:
             case 2 if isinstance(holder, dict):
                 holder[rng.choice(_TEXTS)] = holder.pop(key)
             case _:
-                holder[key] = rng.choice(_VALUES)
+                holder[key] = copy.deepcopy(rng.choice(_VALUES))
     return json.dumps(tree).encode("utf-8", "surrogatepass")
 
 
@@ -142,7 +143,8 @@ def change_parquet(content: bytes, rng: random.Random) -> bytes:
     if rng.random() < 0.3:
         return change_bytes(content, rng)
     table = parquet.read_table(io.BytesIO(content))
-    notes = dict(table.schema.metadata or {})
+    notes = dict(table.schema.metadata)
+    told = notes[b"pandas"]
     for _ in range(rng.choice((1, 1, 2))):
         column = rng.randrange(table.num_columns)
         name, size = table.column_names[column], table.num_rows
@@ -161,7 +163,7 @@ def change_parquet(content: bytes, rng: random.Random) -> bytes:
                      for old in table.column_names]
                 )  # fmt: skip
             case _:
-                notes[b"pandas"] = change_json(notes.get(b"pandas", b"{}"), rng)
+                notes[b"pandas"] = change_json(told, rng)
     out = io.BytesIO()
     parquet.write_table(table.replace_schema_metadata(notes), out)
     return out.getvalue()
