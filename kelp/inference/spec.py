@@ -46,9 +46,10 @@ class NetworkSpec(BaseModel):
     normalization_strategy: Normalization
     anchoring: Anchoring = "none"  # of bundles that know nothing of it
     """How a scene's optical bands are shifted so that its clear water has `water_levels`."""
-    water_levels: tuple[Annotated[float, Field(gt=0, le=65_535)], ...] = Field(
-        WATER_LEVELS, min_length=len(OPTICAL), max_length=len(OPTICAL)
-    )
+    water_levels: Annotated[
+        tuple[Annotated[float, Field(gt=0, le=65_535)], ...],
+        Field(min_length=len(OPTICAL), max_length=len(OPTICAL)),
+    ] = WATER_LEVELS
     """DN of clear water, bands in the order of `kelp.raster.bands.OPTICAL`."""
     statistics: dict[str, ChannelStats]
     """Of each channel, in raw units: DN for bands, index units for indices; of scenes as they are,

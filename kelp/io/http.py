@@ -14,7 +14,8 @@ from kelp.io.location import Url
 
 TIMEOUT: Final = 30.0
 """Seconds that a server may take for an answer."""
-_LARGEST: Final = 64 << 20
+LARGEST: Final = 64 << 20
+"""Bytes of a document, at most; what comes after is not read."""
 
 
 def is_http(url: Url) -> bool:
@@ -44,7 +45,7 @@ def identity_of(url: Url, timeout: float | None = None) -> tuple[str, int | None
 
 
 def _request(
-    url: Url, headers: Mapping[str, str], timeout: float | None, most: int = _LARGEST
+    url: Url, headers: Mapping[str, str], timeout: float | None, most: int = LARGEST
 ) -> tuple[bytes, HTTPMessage]:
     try:
         request = Request(str(url), headers={"User-Agent": "kelp-slicer", **headers})

@@ -74,6 +74,11 @@ def find_scenes(data: Path | Url) -> list[Path | Url]:
     scenes = _scenes_at(data)
     if not scenes:
         raise InputError(f"{data}: holds no scene; kelp reads {_WANTED}")
+    for scene in scenes:
+        try:
+            _ = isinstance(scene, Path) and scene.exists()
+        except OSError as error:  # too long for a name: of a list or a catalogue
+            raise InputError(f"{data}: names a scene that is no path ({error.strerror})") from error
     times = Counter(scene_name(scene) for scene in scenes)
     for scene in scenes:
         if times[scene_name(scene)] > 1:
@@ -131,15 +136,7 @@ def _listed(data: Path | Url) -> list[Path | Url]:
     lines = [line.strip() for line in remote.read_text(data).splitlines()]
     if any("\0" in line for line in lines):
         raise InputError(f"{data}: holds zero bytes; a list of scenes is a text, one path a line")
-    found = [locate(line) for line in lines if line and not line.startswith("#")]
-    for path in found:
-        try:
-            _ = isinstance(path, Path) and path.exists()
-        except OSError as error:  # a line that is too long for a name
-            raise InputError(
-                f"{data}: a line is no path ({error.strerror}); one path a line"
-            ) from error
-    return found
+    return [locate(line) for line in lines if line and not line.startswith("#")]
 
 
 def _is_raster(name: str) -> bool:

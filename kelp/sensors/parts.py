@@ -21,6 +21,7 @@ from affine import Affine
 
 from kelp.errors import InputError
 from kelp.io import http, remote
+from kelp.io.files import is_file
 from kelp.io.location import Url
 from kelp.raster.masks import quietly
 from kelp.sensors.quality import Flag
@@ -198,7 +199,7 @@ class _Header:
 
 def _header(part: Part) -> _Header:
     if isinstance(part.place, Path) and not part.member:
-        if not part.place.is_file():
+        if not is_file(part.place):
             raise InputError(f"{part.place}: no such file; fetch the scene again")
         if part.place.stat().st_size == 0:
             raise InputError(f"{part.place}: is empty; fetch it again")

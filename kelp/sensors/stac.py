@@ -2,25 +2,26 @@
 
 An item is read as plain JSON of whatever STAC version: which asset is which band is told by the
 names of the files that Landsat and HLS assets lead to, as in a folder; only Sentinel-2 items go by
-their keys. Walking catalogues and asking services needs the extra `stac`.
+their keys. Asking services needs the extra `stac`.
 """
 
 from __future__ import annotations
 
 import importlib
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
-from urllib.parse import urljoin
+from urllib.parse import unquote, urljoin, urlsplit
 
 from kelp.config.scenes import SearchConfig
 from kelp.errors import ConfigError, InputError
 from kelp.io import http, remote
-from kelp.io.files import parse_json, write_text
-from kelp.io.location import Url, is_url
+from kelp.io.files import amount, is_file, parse_json, write_text
+from kelp.io.location import Url, is_url, locate
 from kelp.progress import Progress, silent
 from kelp.raster.bands import REFLECTANCE_OFFSET, REFLECTANCE_SCALE
 from kelp.sensors import hls, landsat, sentinel2
@@ -41,6 +42,8 @@ _SENTINEL2_KEYS: Final[Mapping[str, tuple[str, ...]]] = {
 """Keys of assets: Earth Search's, then Planetary Computer's."""
 TIMEOUT: Final = 30.0
 """Seconds that a service may take for an answer."""
+MOST_CATALOGUES: Final = 10_000
+"""Catalogues that a static one may lead to: a chain that a program makes up never ends."""
 
 
 def is_item(url: Url) -> bool:
@@ -76,6 +79,10 @@ def _document(location: Path | Url) -> dict[str, Any]:
     try:
         if isinstance(location, Url) and http.is_http(location):
             text = http.fetch_text(location, TIMEOUT)
+        elif isinstance(location, Path) and not is_file(location):
+            raise InputError(f"{location}: no such file; check the path")
+        elif isinstance(location, Path) and location.stat().st_size > http.LARGEST:
+            raise InputError(f"{location}: of {amount(location.stat().st_size)}, no STAC document")
         else:
             text = remote.read_text(location)
         value = parse_json(text)
@@ -102,29 +109,63 @@ def items_at(location: Path | Url) -> list[Path | Url]:
             f"{location}: a collection of features; list the items' own addresses in a .txt file"
         )
     if kind in ("Catalog", "Collection") or "links" in document:
-        return [_place(item.get_self_href() or "") for item in _walk(str(location))]
+        return list(_walk(location))
     raise InputError(f"{location}: neither a STAC item nor a catalogue")
 
 
-def _place(href: str) -> Path | Url:
-    return Url(href) if is_url(href) else Path(href)
+def _walk(root: Path | Url) -> Iterator[Path | Url]:
+    """Where the items of a static catalogue lie: its own, then those of its children.
+
+    No document is asked twice, whatever leads back to it.
+    """
+    seen: set[Path | Url] = {root}
+    waiting = [root]
+    catalogues = 0
+    while waiting:
+        where = waiting.pop()
+        catalogues += 1
+        if catalogues > MOST_CATALOGUES:
+            raise InputError(
+                f"{root}: leads to more than {MOST_CATALOGUES:,} catalogues; name one of them, or "
+                "list the items' own addresses in a .txt file"
+            )
+        children = []
+        for relation, place in _links(where):
+            if place in seen:
+                continue
+            seen.add(place)
+            if relation == "child":
+                children.append(place)
+            else:
+                yield place
+        waiting += reversed(children)
 
 
-def _walk(href: str) -> Iterator[Any]:
-    """The items of a static catalogue, in the order of its links."""
-    try:
-        import pystac
-    except ImportError as error:
-        raise InputError(_missing(href)) from error
-    try:
-        yield from pystac.Catalog.from_file(href).get_items(recursive=True)
-    except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"{href}: the catalogue cannot be read ({reason})") from error
+def _links(where: Path | Url) -> Iterator[tuple[str, Path | Url]]:
+    """The items and children that a catalogue leads to."""
+    links = _document(where).get("links")
+    if not isinstance(links, list):
+        raise InputError(f"{where}: not a STAC catalogue, which has a list of links")
+    for link in links:
+        relation = link.get("rel") if isinstance(link, dict) else None
+        if relation not in ("child", "item"):
+            continue
+        href = link.get("href")
+        if not isinstance(href, str) or not href.strip() or "\0" in href:
+            raise InputError(f"{where}: a link ({relation}) has no address")
+        yield relation, _join(where, href)
 
 
-def _missing(where: str) -> str:
-    return f'{where}: catalogues and searches need pystac; pip install "kelp-slicer[stac]"'
+def _join(base: Path | Url, href: str) -> Path | Url:
+    """The address that `href` means in a document at `base`."""
+    if href.startswith("file:"):
+        return Path(unquote(urlsplit(href).path))
+    if is_url(href):
+        return Url(href)
+    if isinstance(base, Path):
+        return Path(os.path.normpath(base.parent / href))
+    scheme, _, rest = str(base).partition("://")  # of stores: nothing else is joined to
+    return Url(scheme + urljoin(f"http://{rest}", href).removeprefix("http"))
 
 
 def read_item(location: Path | Url, sign: Callable[[str], str]) -> SceneFiles:
@@ -169,7 +210,7 @@ def _read_item(
             name: part
             for name, part in parts().items()
             # Of a remote product the item itself holds what the MTL file would tell.
-            if landsat.is_band(name) or (isinstance(part.place, Path) and part.place.is_file())
+            if landsat.is_band(name) or (isinstance(part.place, Path) and is_file(part.place))
         }
         files = landsat.read_product(location, known)
     elif any(hls.is_band(name) for name in names.values()):
@@ -189,12 +230,12 @@ def _resolve(location: Path | Url, href: str) -> Path | Url:
     """Where an asset lies; a file of its name beside the item comes first."""
     if isinstance(location, Path):
         beside = location.parent / file_name(href)
-        if beside.is_file():
+        if is_file(beside):
             return beside
         if is_url(href):
             return Path(file_name(href)) if href.startswith("file:") else Url(href)
         return location.parent / href
-    return Url(urljoin(str(location), href))
+    return _join(location, href)
 
 
 def _part(place: Path | Url, sign: Callable[[str], str]) -> Part:
@@ -344,14 +385,16 @@ def search(config: SearchConfig, progress: Progress = silent) -> SearchResult:
     if box is None:
         raise ConfigError("--bbox or --aoi: one of them is needed")
     found: dict[str, str] = {}
-    for count, item in enumerate(_items(config, box), start=1):
+    for count, (href, item) in enumerate(_items(config, box), start=1):
         progress("searching", count, count)
-        if not _fits(item, config, box):
-            continue
-        href = item.get_self_href()
-        if not href:
-            raise InputError(f"{config.stac}: the item {item.id} has no address of its own")
-        found[href] = str(item.properties.get("datetime") or "")
+        try:
+            if _fits(item, config, box):
+                found[href] = str(item["properties"].get("datetime") or "")
+        except (AttributeError, TypeError, ValueError, LookupError, OverflowError) as error:
+            reason = " ".join(str(error).split())
+            raise InputError(
+                f"{href}: not a STAC item as the specification has it ({reason})"
+            ) from (error)
     if not found:
         raise InputError(
             f"{config.stac}: holds no scene of {config.collection or 'any collection'} there and "
@@ -362,16 +405,18 @@ def search(config: SearchConfig, progress: Progress = silent) -> SearchResult:
     return SearchResult(config.output, tuple(hrefs))
 
 
-def _items(config: SearchConfig, box: tuple[float, ...]) -> Iterator[Any]:
-    """Candidates: those that a service finds, or all of a static catalogue."""
-    document = _document(_place(config.stac))
-    if "conformsTo" not in document:
-        yield from _walk(config.stac)
+def _items(config: SearchConfig, box: tuple[float, ...]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Candidates with their addresses: those a service finds, or all of a static catalogue."""
+    root = locate(config.stac)
+    if "conformsTo" not in _document(root):
+        yield from ((str(place), _document(place)) for place in _walk(root))
         return
     try:
         from pystac_client import Client, ConformanceClasses
     except ImportError as error:
-        raise InputError(_missing(config.stac)) from error
+        raise InputError(
+            f'{config.stac}: searches need pystac-client; pip install "kelp-slicer[stac]"'
+        ) from error
     try:
         client = Client.open(config.stac, timeout=TIMEOUT)
         query = None
@@ -381,7 +426,11 @@ def _items(config: SearchConfig, box: tuple[float, ...]) -> Iterator[Any]:
             collections=[config.collection] if config.collection else None,
             bbox=list(box), datetime=config.datetime, query=query, limit=100,
         )  # fmt: skip
-        yield from wanted.items()
+        for item in wanted.items():
+            href = item.get_self_href()
+            if not href:
+                raise LookupError(f"the item {item.id} has no address of its own")
+            yield href, item.to_dict(include_self_link=False, transform_hrefs=False)
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(
@@ -389,23 +438,23 @@ def _items(config: SearchConfig, box: tuple[float, ...]) -> Iterator[Any]:
         ) from error
 
 
-def _fits(item: Any, config: SearchConfig, box: tuple[float, ...]) -> bool:
+def _fits(item: Mapping[str, Any], config: SearchConfig, box: tuple[float, ...]) -> bool:
     """Whether an item is what was asked for: a static catalogue cannot be asked, services err."""
-    if config.collection and item.collection_id not in (None, config.collection):
+    if config.collection and item.get("collection") not in (None, config.collection):
         return False
-    cloud = item.properties.get("eo:cloud_cover")
+    properties = item["properties"]
+    cloud = properties.get("eo:cloud_cover")
     if config.max_cloud is not None and (cloud is None or float(cloud) > config.max_cloud):
         return False
-    if config.datetime and not _within(item.datetime, config.datetime):
+    moment = properties.get("datetime")
+    if config.datetime and moment and not _within(datetime.fromisoformat(moment), config.datetime):
         return False
-    return item.bbox is None or _overlap(tuple(item.bbox), box)
+    return item.get("bbox") is None or _overlap(tuple(map(float, item["bbox"])), box)
 
 
-def _within(moment: datetime | None, span: str) -> bool:
+def _within(moment: datetime, span: str) -> bool:
     start, _, end = span.partition("/")
-    if moment is None:
-        return True
-    text = moment.astimezone(UTC).isoformat()
+    text = moment.replace(tzinfo=moment.tzinfo or UTC).astimezone(UTC).isoformat()
     end = end or ("" if "/" in span else start)
     early = start not in ("", "..") and text[: len(start)] < start.rstrip("Z")[: len(text)]
     late = end not in ("", "..") and text[: len(end.rstrip("Z"))] > end.rstrip("Z")

@@ -7,6 +7,7 @@ a new file, more than 1 GB, more than 20 seconds.
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import resource
@@ -32,6 +33,7 @@ from world import coast, write_tif
 from kelp import tables
 from kelp.cli.console import reporting
 from kelp.config import PredictConfig, SliceConfig, SplitConfig, TrainConfig
+from kelp.config.scenes import SearchConfig
 from kelp.data_prep.slicing import slice_dataset
 from kelp.data_prep.split import split_fold
 from kelp.data_prep.stats import StatsFile
@@ -49,6 +51,7 @@ from kelp.raster.scene import Scene
 from kelp.raster.statistics import About
 from kelp.raster.streaming import unit_stats
 from kelp.sensors.opening import find_scenes, open_scene
+from kelp.sensors.stac import search
 from kelp.tiling.engine import Section
 from kelp.tiling.merge import MergerState
 
@@ -135,6 +138,32 @@ def _landsat_json(folder: Path) -> Path:
 
 def _stac(folder: Path) -> Path:
     return next(_landsat(folder).parent.glob("*_stac.json"))
+
+
+def _catalogue(folder: Path) -> Path:
+    """A catalogue with an item and two children, one of which leads back."""
+    item = _stac(folder)
+    about = {"type": "Catalog", "stac_version": "1.0.0", "description": "x"}
+    root = folder / "catalog.json"
+    for path, links in (
+        (root, (("item", item), ("child", folder / "a.json"), ("child", folder / "b.json"))),
+        (folder / "a.json", (("root", root), ("parent", root), ("child", root))),
+        (folder / "b.json", ()),
+    ):
+        linked = [{"rel": rel, "href": f"./{to.relative_to(folder)}"} for rel, to in links]
+        path.write_text(json.dumps({**about, "id": path.stem, "links": linked}))
+    return root
+
+
+def _read_catalogue(path: Path) -> None:
+    for scene in find_scenes(path):
+        _open_scene(scene)
+
+
+def _search(path: Path) -> None:
+    out = path.parent / "out" / "scenes.txt"
+    out.parent.mkdir(exist_ok=True)
+    search(SearchConfig(stac=str(path), bbox="-180,-90,180,90", output=out))
 
 
 def _tar(folder: Path) -> Path:
@@ -273,6 +302,7 @@ KINDS = {
     "mtl": Kind(_landsat, mutations.change_text, (_open_parent,)),
     "mtl.json": Kind(_landsat_json, mutations.change_json, (_open_parent,)),
     "stac": Kind(_stac, mutations.change_json, (_open_scene, find_scenes)),
+    "catalogue": Kind(_catalogue, mutations.change_json, (_read_catalogue, _search)),
     "tar": Kind(_tar, mutations.change_tar, (_open_scene,)),
     "parquet": Kind(_sliced, mutations.change_parquet, (_slice, _split, _fold)),
     "csv": Kind(_csv, mutations.change_text, (_slice, _split, _fold)),

@@ -6,8 +6,10 @@ import shutil
 
 import numpy as np
 import pytest
+from affine import Affine
 from satellites import PRODUCTS, REAL, layer, make_landsat
 from stacserver import add_signature, serving
+from world import write_tif
 
 from kelp.config.scenes import SceneOptions, SearchConfig
 from kelp.errors import ConfigError, InputError
@@ -270,6 +272,104 @@ def test_a_static_catalogue_is_a_list_of_scenes(tmp_path):
         stac=str(path), bbox="0,0,10,10", datetime="2020-06-01/..", output=tmp_path / "s.txt"
     )
     assert [item.rpartition("/")[2] for item in stac.search(config).items] == ["item1.json"]
+
+
+def linked(folder, **documents):
+    """Catalogues that lead to each other: `rel href` for each link."""
+    for name, links in documents.items():
+        pairs = [link.split(" ", 1) for link in links]
+        document = {
+            "type": "Catalog",
+            "stac_version": "1.0.0",
+            "id": name,
+            "description": "x",
+            "links": [{"rel": rel, "href": href} for rel, href in pairs],
+        }
+        (folder / f"{name}.json").write_text(json.dumps(document))
+    return folder / "root.json"
+
+
+@pytest.mark.parametrize(
+    "documents",
+    [
+        {"root": ["child root.json", "item x.json"]},
+        {"root": ["child a.json"], "a": ["child ./root.json", "child y/../a.json", "item x.json"]},
+        {"root": ["child a.json"] * 3, "a": ["item x.json", "item ./x.json", "child root.json"]},
+    ],
+    ids=["itself", "each other", "many times"],
+)
+def test_catalogues_that_lead_back_are_read_once(tmp_path, documents):
+    root = linked(tmp_path, **documents)
+    assert stac.items_at(root) == [tmp_path / "x.json"]
+
+
+def test_items_come_in_the_order_of_the_links(tmp_path):
+    root = linked(
+        tmp_path,
+        root=["child a.json", "item 1.json", "child b.json", "item 2.json"],
+        a=["child c.json", "item 3.json"],
+        b=["item 5.json"],
+        c=["item 4.json"],
+    )
+    assert [place.stem for place in stac.items_at(root)] == ["1", "2", "3", "4", "5"]
+
+
+def test_a_chain_without_end_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(stac, "MOST_CATALOGUES", 5)
+    chain = {f"c{i}": [f"child c{i + 1}.json"] for i in range(6)}
+    root = linked(tmp_path, root=["child c0.json"], **chain)
+    with pytest.raises(InputError, match="more than 5 catalogues"):
+        stac.items_at(root)
+
+
+@pytest.mark.parametrize(
+    ("href", "message"),
+    [
+        ("/dev/zero", "no such file"),
+        ("x" * 5000, "no such file"),
+        ("pipe.json", "no such file"),
+        ("huge.json", "no STAC document"),
+        ("", "no address"),
+    ],
+)
+def test_links_to_what_never_ends_or_cannot_be_are_refused(tmp_path, href, message):
+    os.mkfifo(tmp_path / "pipe.json")
+    with (tmp_path / "huge.json").open("wb") as file:
+        file.truncate(1 << 40)
+    root = linked(tmp_path, root=[f"child {href}"])
+    with pytest.raises(InputError, match=message):
+        stac.items_at(root)
+
+
+@pytest.mark.parametrize("name", ["blue", "scl"])
+def test_assets_whose_names_no_file_can_have_are_refused(tmp_path, name):
+    keys = ("blue", "green", "red", "nir08", "swir16", "scl")
+    path = tmp_path / "item.json"
+    document = {
+        "type": "Feature",
+        "collection": "sentinel-2-l2a",
+        "properties": {"s2:processing_baseline": "03.00"},
+        "assets": {key: {"href": "x" * 5000 if key == name else f"{key}.tif"} for key in keys},
+    }
+    path.write_text(json.dumps(document))
+    for key in keys:
+        place = {"crs": "EPSG:32618", "transform": Affine(10, 0, 5e5, 0, -10, -4e6)}
+        write_tif(tmp_path / f"{key}.tif", np.ones((1, 4, 4), np.uint16), **place)
+    with pytest.raises(InputError, match="no such file"), open_scene(path):
+        pass
+
+
+def test_an_item_whose_name_no_file_can_have_is_refused(tmp_path):
+    root = linked(tmp_path, root=[f"item {'x' * 5000}.json"])
+    with pytest.raises(InputError, match="names a scene that is no path"):
+        find_scenes(root)
+
+
+def test_relative_links_of_a_store_count_from_the_document():
+    base = Url("s3://bucket/catalogues/root.json?versionId=3")
+    assert str(stac._join(base, "./a/b.json")) == "s3://bucket/catalogues/a/b.json"
+    assert str(stac._join(base, "../c.json")) == "s3://bucket/c.json"
+    assert str(stac._join(base, "https://x/y.json")) == "https://x/y.json"
 
 
 def test_boxes_across_the_antimeridian(tmp_path):
