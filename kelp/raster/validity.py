@@ -8,6 +8,8 @@ A stored value of a band is missing where
   band is 0;
 - all optical bands of the pixel hold one value that no surface has (`fillers`).
 
+Elevations and cloud masks are unknown where any of the first two says so.
+
 A pixel of a scene is observed where enough of its bands are left and QA does not speak against
 it (`observed`). A pixel of a mask or of probabilities is observed where its value is not missing.
 """
@@ -16,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any, Final
+from xml.sax.saxutils import escape
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,6 +78,12 @@ class MaskBands:
         """Whether there is any."""
         return bool(self._alpha) or any(self._masked)
 
+    @property
+    def planes(self) -> list[str]:
+        """GDAL's names of the bands that tell where the first of ours is missing."""
+        masks = [f"mask,{self._indexes[0]}"] if self._masked[0] else []
+        return masks + [str(index) for index in self._alpha]
+
     def missing(self, window: Any = None) -> NDArray[np.bool_] | None:
         """Where the bands are missing by a mask: bool `(bands, height, width)`, or `None`.
 
@@ -96,6 +105,49 @@ class MaskBands:
             planes.append(plane)
         shape = next(plane.shape for plane in planes if plane is not None)
         return np.stack([np.zeros(shape, np.bool_) if p is None else p for p in planes])
+
+
+def masked_as(dataset: Any, void: float) -> str | None:
+    """A VRT of the first band in which what masks hide is `void`; `None` where there are none.
+
+    For warping: of a file with a mask or alpha band *and* a nodata tag GDAL heeds one of the two.
+
+    Args:
+        dataset: opened with rasterio.
+        void: the number that means "missing" in the band itself.
+    """
+    text: str | None = None
+    for plane in MaskBands(dataset, [1]).planes:
+        name = dataset.name if text is None else text
+        hidden = _vrt(dataset, f"<SimpleSource>{_source(name, '1')}</SimpleSource>", void, plane)
+        shown = f"{_source(hidden, '1')}<UseMaskBand>true</UseMaskBand>"
+        text = _vrt(dataset, f"<ComplexSource>{shown}</ComplexSource>", void)
+    return text
+
+
+def _vrt(dataset: Any, source: str, void: float, plane: str = "") -> str:
+    numbers = ", ".join(repr(float(value)) for value in dataset.transform.to_gdal())
+    mask = f"<SimpleSource>{_source(dataset.name, plane)}</SimpleSource>" if plane else ""
+    return "".join(
+        (
+            f'<VRTDataset rasterXSize="{dataset.width}" rasterYSize="{dataset.height}">',
+            f"<SRS>{escape(dataset.crs.to_wkt())}</SRS>" if dataset.crs else "",
+            f"<GeoTransform>{numbers}</GeoTransform>",
+            '<VRTRasterBand dataType="Float64" band="1">',
+            f"<NoDataValue>{float(void)!r}</NoDataValue>{source}</VRTRasterBand>",
+            f'<MaskBand><VRTRasterBand dataType="Byte">{mask}</VRTRasterBand></MaskBand>'
+            if plane
+            else "",
+            "</VRTDataset>",
+        )
+    )
+
+
+def _source(name: str, band: str) -> str:
+    return (
+        f'<SourceFilename relativeToVRT="0">{escape(name)}</SourceFilename>'
+        f"<SourceBand>{band}</SourceBand>"
+    )
 
 
 def fillers(optical: Sequence[NDArray[Any]]) -> NDArray[np.bool_] | None:

@@ -24,6 +24,7 @@ from rasterio.windows import Window
 from kelp.errors import InputError
 from kelp.raster.bands import NODATA
 from kelp.raster.masks import quietly
+from kelp.raster.validity import masked_as
 from kelp.raster.window import Shape, Tile
 from kelp.sensors.record import ElevationFacts, Source
 
@@ -215,6 +216,9 @@ class Elevation:
             source.close()
             return None
         void = NODATA if source.nodata is None else source.nodata
+        if (masked := masked_as(source, void)) is not None:
+            with quietly(file):
+                source = self._stack.enter_context(rasterio.open(masked))
         warped = self._stack.enter_context(
             WarpedVRT(
                 source, crs=self._crs, transform=self._affine, height=self.shape[0],

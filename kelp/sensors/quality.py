@@ -7,6 +7,7 @@ certain values of some bits. A *policy* is the set of flags that make a pixel no
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +23,7 @@ from rasterio.windows import Window
 
 from kelp.errors import ConfigError, InputError
 from kelp.raster.masks import quietly
+from kelp.raster.validity import MaskBands, masked_as
 from kelp.raster.window import Shape, Tile
 from kelp.sensors.record import Source
 
@@ -195,8 +197,9 @@ _UNKNOWN: Final = -32768
 class CloudMask:
     """A mask raster on the grid of a scene, read by windows: all but 0 is bad.
 
-    What the mask does not know (its nodata, unless that is 0, and all outside it) is bad. A mask
-    on another grid is warped (nearest neighbour). `close` it.
+    What the mask does not know (its nodata, unless that is 0, what a mask or alpha band of its own
+    hides, and all outside it) is bad. A mask on another grid is warped (nearest neighbour).
+    `close` it.
 
     Args:
         path: the raster.
@@ -215,33 +218,43 @@ class CloudMask:
         with quietly(path):
             self._file = rasterio.open(path)
         self._dataset: Any = self._file
+        self._hidden: MaskBands | None = None
+        self._stack = ExitStack()
+        self._stack.callback(self._file.close)
         placed = self._file.crs is not None and crs is not None and affine is not None
         if not placed:
             if (self._file.height, self._file.width) != shape:
-                self._file.close()
+                self.close()
                 raise InputError(
                     f"--cloud_mask {path}: without a georeference it must have the scene's "
                     f"{shape[0]} x {shape[1]} pixels"
                 )
+            self._hidden = MaskBands(self._file, [1])
             return
         tag = self._file.nodata
+        void = _UNKNOWN if tag in (None, 0) else tag
+        source = self._file
+        if (masked := masked_as(source, void)) is not None:
+            with quietly(path):
+                source = self._stack.enter_context(rasterio.open(masked))
         self._dataset = WarpedVRT(
-            self._file, crs=crs, transform=affine, height=shape[0], width=shape[1],
-            resampling=Resampling.nearest, src_nodata=_UNKNOWN if tag in (None, 0) else tag,
+            source, crs=crs, transform=affine, height=shape[0], width=shape[1],
+            resampling=Resampling.nearest, src_nodata=void,
             nodata=_UNKNOWN, dtype="float32", tolerance=_EXACT,
         )  # fmt: skip
+        self._stack.enter_context(self._dataset)
 
     def close(self) -> None:
         """Close the files."""
-        self._dataset.close()
-        self._file.close()
+        self._stack.close()
 
     def read(self, tile: Tile) -> NDArray[np.bool_]:
         """Where a window is bad: bool, shape `(height, width)`."""
         with quietly(self.path):
-            values = self._dataset.read(1, window=Window(tile.x, tile.y, tile.width, tile.height))
-        bad: NDArray[np.bool_] = values != 0
-        return bad
+            window = Window(tile.x, tile.y, tile.width, tile.height)
+            bad: NDArray[np.bool_] = self._dataset.read(1, window=window) != 0
+            hidden = self._hidden.missing(window) if self._hidden is not None else None
+        return bad if hidden is None else bad | hidden[0]
 
     @cached_property
     def source(self) -> Source:
