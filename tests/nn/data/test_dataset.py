@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 import shutil
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ from kelp.data_prep.slicing import slice_dataset
 from kelp.data_prep.stats import Source as StatsSource
 from kelp.data_prep.stats import file_statistics
 from kelp.errors import ConfigError, InputError, TableError
+from kelp.nn.data import datamodule
 from kelp.nn.data.datamodule import (
     EpochSampler,
     FoldData,
@@ -580,3 +582,21 @@ def test_masks_are_checked_before_a_training(tmp_path):
     named = named.model_copy(update={"kelp_value": 255})
     require_bands(read_fold(named), named)
     assert all(torch.equal(a, b) for a, b in zip(targets(named), wanted, strict=True))
+
+
+def test_batches_that_do_not_fit_into_shared_memory_are_read_in_the_main_process(
+    tmp_path, monkeypatch, caplog
+):
+    """As in a container with little of it, where workers die."""
+    config = TrainConfig(data_dir="d", metadata_fp="m", output_dir="o", num_workers=2, batch_size=8)
+    monkeypatch.setattr(datamodule, "_SHARED_MEMORY", tmp_path)
+    free = 2 << 20
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    caplog.set_level(logging.WARNING, logger="kelp")
+    assert datamodule._workers(config, (320, 320)) == 0
+    assert len(caplog.messages) == 1
+    assert "--shm-size" in caplog.text
+    assert "--num_workers 0" in caplog.text
+    free = 1 << 40
+    assert datamodule._workers(config, (320, 320)) == 2
+    assert len(caplog.messages) == 1

@@ -1,0 +1,74 @@
+"""Folders of scenes: what is one, what is passed over, how many files are open at a time."""
+
+import logging
+import os
+import resource
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import rasterio.shutil
+from bundles import tiny_bundle, use_pixel_network
+from world import coast, write_tif
+
+from kelp.cli import main
+from kelp.raster.masks import read_mask
+from kelp.sensors import find_scenes
+
+
+def image(number=0):
+    return coast((40, 50), np.random.default_rng(number))[0]
+
+
+def predict(scenes, out, bundle):
+    arguments = ["--data_dir", scenes, "--output_dir", out, "--run_dir", bundle, "--device", "cpu"]
+    return main(["predict", *map(str, arguments)])
+
+
+@pytest.fixture
+def bundle(tmp_path, monkeypatch):
+    use_pixel_network(monkeypatch)
+    return tiny_bundle(tmp_path / "bundle")
+
+
+def test_a_folder_of_virtual_scenes_is_mapped_as_their_files(tmp_path, bundle):
+    plain, virtual = tmp_path / "plain", tmp_path / "virtual"
+    virtual.mkdir()
+    for name in ("a", "b"):
+        file = write_tif(plain / f"{name}.tif", image())
+        rasterio.shutil.copy(file, virtual / f"{name}.vrt", driver="VRT")
+    for folder in (plain, virtual):
+        assert predict(folder, tmp_path / f"{folder.name}-maps", bundle) == 0
+    for name in ("a", "b"):
+        one, other = (tmp_path / f"{kind}-maps" / f"{name}_kelp.tif" for kind in (
+            "plain", "virtual"))  # fmt: skip
+        np.testing.assert_array_equal(read_mask(one), read_mask(other))
+
+
+def test_what_is_no_scene_is_named(tmp_path, caplog):
+    write_tif(tmp_path / "scene.tif", image())
+    (tmp_path / "link.tif").symlink_to(tmp_path / "gone")
+    (tmp_path / "folder.tif").mkdir()
+    os.mkfifo(tmp_path / "pipe.tif")
+    caplog.set_level(logging.WARNING, logger="kelp")
+    assert find_scenes(tmp_path) == [tmp_path / "scene.tif"]
+    assert caplog.messages == [
+        f"{tmp_path}: not used: folder.tif (a folder), link.tif (a broken link), "
+        "pipe.tif (no regular file)"
+    ]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts in /proc")
+def test_a_run_over_many_scenes_keeps_few_files_open(tmp_path, bundle):
+    for number in range(44):
+        write_tif(tmp_path / "scenes" / f"{number}.tif", image())
+    assert predict(tmp_path / "scenes" / "0.tif", tmp_path / "warm", bundle) == 0
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    highest = max(int(name.name) for name in Path("/proc/self/fd").iterdir())
+    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 30, before[1]))
+    try:
+        assert predict(tmp_path / "scenes", tmp_path / "out", bundle) == 0
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert len(list((tmp_path / "out").glob("*_kelp.tif"))) == 44
