@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
-
-import pandas as pd
-from pyarrow import parquet, types
+from typing import TYPE_CHECKING, Final
 
 from kelp.errors import InputError, TableError
 from kelp.io.files import RASTERS, atomic, input_folder, is_file
 from kelp.io.location import Url
 from kelp.sensors import scene_name
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 IMAGE_SUFFIX: Final = "_satellite.tif"
 MASK_SUFFIX: Final = "_kelp.tif"
@@ -104,6 +104,8 @@ def scenes_in(folder: Path) -> dict[str, Path]:
 
 def read_table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
     """Read a parquet (or CSV) table that must hold `columns`. Raises `TableError`."""
+    import pandas as pd  # the names of files alone, which prediction needs, start without it
+
     if not is_file(path):
         raise TableError(f"{path}: no such table; make it with kelp metadata or kelp slice")
     try:
@@ -125,6 +127,8 @@ def read_table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
 
 def _read_parquet(path: Path, columns: Sequence[str]) -> pd.DataFrame:
     """A table by its columns alone: what pandas noted about it may be damaged and is not needed."""
+    from pyarrow import parquet, types
+
     table = parquet.read_table(path, partitioning=None)
     table.validate(full=True)  # else a text that is not UTF-8 shows where it is used, if at all
     for name in set(columns) & set(table.column_names):

@@ -25,7 +25,6 @@ from kelp.inference.work import Runner
 from kelp.io import remote
 from kelp.io.files import amount, discard_partials, json_text, output_folder
 from kelp.io.location import Url, local
-from kelp.plotting.preview import write_previews
 from kelp.products.submission import ARCHIVE, write_submission
 from kelp.progress import Progress, silent
 from kelp.raster.scene import SceneSize
@@ -294,6 +293,8 @@ def _submit(
     submission = write_submission([local(mask) for mask in masks], archive, progress).path
     if not config.preview_submission:
         return submission, ()
+    from kelp.plotting.preview import write_previews
+
     folder = output_folder(output_dir / "previews")
     return submission, write_previews(
         [local(scene) for scene in scenes],

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.ndimage import maximum_filter
 
 from kelp.raster.window import Shape, Tile
 from kelp.sensors.aoi import Polygons
@@ -71,6 +70,8 @@ class Rules:
 
     def _inland(self, tile: Tile, elevation: ReadElevation) -> NDArray[np.bool_]:
         """Land with no water within the tolerance."""
+        from scipy.ndimage import maximum_filter
+
         top = max(0, tile.y - self.tolerance)
         bottom = min(self.shape[0], tile.bottom + self.tolerance)
         water = ~(elevation(Tile(top, 0, bottom - top, tile.width)) > 0)

@@ -13,7 +13,6 @@ from typing import Any, Final, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import special
 
 from kelp import __version__
 from kelp.config.choices import Precision
@@ -101,13 +100,15 @@ class PixelTrees:
         return viewed(self._run, raw, symmetries)
 
     def _run(self, raw: Pixels) -> Pixels:
+        from scipy.special import expit
+
         count, _, height, width = raw.shape
         p = np.empty((count, height * width), dtype=np.float32)
         for row, crop in zip(p, raw, strict=True):  # one at a time: they are large
             logits: NDArray[np.float64] = self._trees.predict(
                 features(self.spec, crop), raw_score=True, num_threads=self._threads
             )
-            row[:] = special.expit(logits / self.spec.temperature)
+            row[:] = expit(logits / self.spec.temperature)
         return p.reshape(count, height, width)
 
 

@@ -1,0 +1,156 @@
+"""What it costs to read a scene as USGS delivers it, to map an area of interest, to warp a DEM.
+
+    python benchmarks/real_scenes.py [--side 4000] [--repeats 3] [--work_dir DIR] [--quick]
+
+A Landsat 9 folder is made (one tiled, compressed GeoTIFF a band, names and bits as of the real
+ones) and the same pixels as one tiled GeoTIFF of seven bands. Windows are read from both in the
+order of a prediction. The packaged network maps the folder as it is, with a DEM in degrees, and
+with an area of interest: a square in the middle. Ratios of medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+import geopandas
+import numpy as np
+import rasterio
+from rasterio.transform import from_origin
+from rasterio.warp import transform_bounds
+from shapely import box
+from shapely.affinity import translate
+
+from kelp.config import PredictConfig
+from kelp.inference.predict import predict_scenes
+from kelp.raster.bands import BANDS as BANDS_OF_STACK
+from kelp.raster.masks import decoding
+from kelp.raster.window import Tile
+from kelp.sensors import open_scene
+from kelp.simulation.scene import make_place, take_picture
+from kelp.simulation.world import WORLDS
+
+NAME: Final = "LC09_L2SP_042036_20220704_20220706_02_T1"
+BANDS: Final = {"SR_B6": 0, "SR_B5": 1, "SR_B4": 2, "SR_B3": 3, "SR_B2": 4}
+CLEAR: Final = 21_952  # QA_PIXEL of clear water
+CLOUD: Final = 22_280
+CRS: Final = "EPSG:32611"
+SHOWN: Final = 448  # side of a window and of what is read around it
+
+
+def make(folder: Path, side: int) -> tuple[Path, Path, Path]:
+    """The product's folder, the stacked scene, and a DEM in degrees."""
+    product, stack, dem = folder / NAME, folder / "stack.tif", folder / "dem.tif"
+    if dem.is_file():
+        return product, stack, dem
+    product.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    piece = take_picture(rng, make_place(rng, (500, 500), WORLDS["varied"]), (0, 0), (500, 500))
+    times = -(-side // 500)
+    pixels = np.tile(np.nan_to_num(piece.pixels, nan=0), (1, times, times))[:, :side, :side]
+    profile = {
+        "driver": "GTiff", "height": side, "width": side, "crs": CRS,
+        "transform": from_origin(300_000, 3_800_000, 30, 30), "tiled": True, "blockxsize": 256,
+        "blockysize": 256, "compress": "deflate", "predictor": 2,
+    }  # fmt: skip
+    for name, band in BANDS.items():
+        path = product / f"{NAME}_{name}.TIF"
+        with rasterio.open(path, "w", count=1, dtype="uint16", nodata=0, **profile) as file:
+            file.write(pixels[band].clip(1, 65_535).astype("uint16"), 1)
+    quality = np.where(pixels[5] == 1, CLOUD, CLEAR).astype("uint16")
+    with rasterio.open(
+        product / f"{NAME}_QA_PIXEL.TIF", "w", count=1, dtype="uint16", nodata=1, **profile
+    ) as file:
+        file.write(quality, 1)
+    with rasterio.open(stack, "w", count=7, dtype="uint16", **profile) as file:
+        file.write(pixels.clip(0, 65_535).astype("uint16"))
+        file.descriptions = BANDS_OF_STACK
+        bounds = file.bounds
+    west, _, east, north = transform_bounds(CRS, "EPSG:4326", *bounds)
+    count = round((east - west) * 3600)
+    size = (east - west + 0.02) / count
+    heights = np.kron(rng.normal(0, 60, (40, 40)), np.ones((count // 40 + 1, count // 40 + 1)))
+    with rasterio.open(
+        dem, "w", driver="GTiff", count=1, dtype="float32", height=count, width=count,
+        crs="EPSG:4326", transform=from_origin(west - 0.01, north + 0.01, size, size), tiled=True,
+    ) as file:  # fmt: skip
+        file.write(heights[:count, :count].astype("float32"), 1)
+    return product, stack, dem
+
+
+def read_all(path: Path) -> Callable[[], None]:
+    """Reads a scene in windows, row by row."""
+    config = PredictConfig(data_dir=path, output_dir=path.parent)
+
+    def work() -> None:
+        with decoding(256_000_000), open_scene(path, config) as scene:
+            height, width = scene.shape
+            for y in range(0, height, SHOWN):
+                for x in range(0, width, SHOWN):
+                    scene.read(Tile(y, x, min(SHOWN, height - y), min(SHOWN, width - x)))
+
+    return work
+
+
+def seconds_of(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--side", type=int, default=4000)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--work_dir", type=Path)
+    parser.add_argument("--quick", action="store_true")
+    options = parser.parse_args()
+    if options.quick:
+        options.side, options.repeats = 700, 1
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.work_dir or Path(temporary)
+        product, stack, dem = make(folder, options.side)
+        area, side = folder / "aoi.gpkg", options.side * 30
+        half = 0.05**0.5 * side / 2
+        square = box(-half, -half, half, half)
+        middle = translate(square, 300_000 + side / 2, 3_800_000 - side / 2)
+        geopandas.GeoDataFrame({"id": [1]}, geometry=[middle], crs=CRS).to_file(area)
+
+        def predict(**more: object) -> Callable[[], object]:
+            config = PredictConfig(
+                data_dir=product, output_dir=folder / "maps", overwrite=True, **more
+            )
+            return lambda: predict_scenes(config)
+
+        ways = {
+            "read the folder": read_all(product),
+            "read the stack": read_all(stack),
+            "map": predict(),
+            "map with a DEM": predict(dem=dem),
+            "map 5 % of it": predict(aoi=area),
+        }
+        times: dict[str, list[float]] = {name: [] for name in ways}
+        for _ in range(options.repeats):
+            for name, work in ways.items():
+                times[name].append(seconds_of(work))
+        medians = {name: statistics.median(values) for name, values in times.items()}
+        for name, median in medians.items():
+            print(f"{name}: {median:.2f} s")
+        for words, above, below, target in (
+            ("folder / stack, reading", "read the folder", "read the stack", 1.3),
+            ("DEM warped / none", "map with a DEM", "map", 1.05),
+            ("AOI of 5 % / whole", "map 5 % of it", "map", 0.08),
+        ):
+            found = medians[above] / medians[below]
+            print(f"{words}: {found:.3f} (at most {target})")
+
+
+if __name__ == "__main__":
+    main()
