@@ -2,7 +2,7 @@
 
 `reference/cli.md` comes from the configuration classes, `reference/indices.md` from the table of
 spectral indices, `reference/comparison.md` from what `comparison.json` says of itself;
-ARCHITECTURE.md and CHANGELOG.md of the repository become pages as they are.
+ARCHITECTURE.md and CHANGELOG.md of the repository become pages; their links are as seen from there.
 
     python docs/gen_cli.py    # prints the command line page
 """
@@ -113,8 +113,8 @@ def comparison_page() -> str:
 
 
 def root_page(name: str) -> str:
-    """A Markdown file of the repository's root."""
-    return (ROOT / name).read_text(encoding="utf-8")
+    """A Markdown file of the repository's root, with links as seen from the site's."""
+    return (ROOT / name).read_text(encoding="utf-8").replace("](docs/", "](")
 
 
 PAGES: Final[dict[str, Callable[[], str]]] = {
