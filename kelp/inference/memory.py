@@ -11,9 +11,7 @@ import ctypes
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Final
-
-import psutil
+from typing import Any, Final
 
 _PROC: Final = Path("/proc/self")
 _M_MMAP_THRESHOLD: Final = -3  # malloc.h of glibc
@@ -25,7 +23,7 @@ def resident() -> int:
     try:
         return _status("RssAnon") + _status("RssShmem")
     except OSError:
-        return int(psutil.Process().memory_info().rss)
+        return int(_memory_info().rss)
 
 
 def peak() -> int:
@@ -34,7 +32,7 @@ def peak() -> int:
     try:
         now = _status("VmHWM") - _status("RssFile")
     except OSError:
-        info = psutil.Process().memory_info()
+        info = _memory_info()
         now = int(getattr(info, "peak_wset", info.rss))  # of Windows
     _highest = max(_highest, now)
     return _highest
@@ -68,6 +66,13 @@ def give_back() -> None:
         library = ctypes.CDLL(None)
         library.mallopt(_M_MMAP_THRESHOLD, 1 << 20)
         library.malloc_trim(0)
+
+
+def _memory_info() -> Any:
+    """What the system tells of this process where there is no /proc."""
+    import psutil  # Linux does without
+
+    return psutil.Process().memory_info()
 
 
 def _status(name: str) -> int:

@@ -16,7 +16,6 @@ import re
 import secrets
 import shutil
 import socket
-import sys
 import time
 import zlib
 from collections.abc import Iterator, Sequence
@@ -180,15 +179,9 @@ def discard_partials(folder: Path) -> None:
 
 def _is_another(process: int) -> bool:
     """Whether this is the number of another process of this machine that lives."""
-    if process == os.getpid() or sys.platform == "win32":  # there signal 0 would end it
-        return False
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
+    import psutil  # only where something was left behind
+
+    return process != os.getpid() and psutil.pid_exists(process)
 
 
 @contextmanager
@@ -287,21 +280,23 @@ def open_locked(path: Path, wait: bool = False) -> IO[bytes]:
 
     While another process holds it: wait until it is free, or raise `BlockingIOError`. The lock is
     on the file itself (`flock`): whoever has the rows has the lock, and nothing is left behind.
-    A file system without such locks gets a lock file beside it (`filelock.SoftFileLock`), which
-    a killed process of this host no longer holds, but one of another host does.
+    Windows, and file systems without such locks, get a lock file beside it
+    (`filelock.SoftFileLock`), which a killed process of this host no longer holds, but one of
+    another host does.
     """
     while True:
         with ExitStack() as stack:
             file = stack.enter_context(path.open("a+b"))
-            if sys.platform != "win32":  # no advisory locks of this kind there
+            try:
                 import fcntl
 
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except OSError as error:
-                    if error.errno not in _NO_LOCKS:
-                        raise
-                    return _open_beside_lock(path, wait)
+                fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except ModuleNotFoundError:  # Windows
+                return _open_beside_lock(path, wait)
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise
+                return _open_beside_lock(path, wait)
             with suppress(FileNotFoundError):  # else another process removed it just now
                 if path.stat().st_ino == os.fstat(file.fileno()).st_ino:
                     stack.pop_all()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime
@@ -50,8 +51,9 @@ class StatsFile:
     def name(self, time: datetime) -> str:
         """The file's name: when, and with what settings."""
         about = self.about
+        clock = "%H-%M-%S" if os.name == "nt" else "%H:%M:%S"  # Windows takes no colons
         return (
-            f"{time:%Y-%m-%dT%H:%M:%S}-stats-fill_value={about.fill_value}"
+            f"{time:%Y-%m-%dT}{time:{clock}}-stats-fill_value={about.fill_value}"
             f"-mask_using_qa={about.mask_using_qa}"
             f"-mask_using_water_mask={about.mask_using_water_mask}.json"
         )

@@ -5,6 +5,7 @@ import logging
 import weakref
 from dataclasses import asdict
 from datetime import UTC, datetime
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -220,6 +221,14 @@ def table_of(root, ids, fold):
             "split_0": [*fold, "test"],
         }
     )
+
+
+def test_windows_gets_a_name_without_colons(monkeypatch):
+    about = About(None, 3, True, True, "nan", "dn", "1")
+    moment = datetime(2023, 12, 31, 20, 30, 39, tzinfo=UTC)
+    assert StatsFile({}, about).name(moment).startswith("2023-12-31T20:30:39-stats-")
+    monkeypatch.setattr("kelp.raster.statistics.os", SimpleNamespace(name="nt"))
+    assert StatsFile({}, about).name(moment).startswith("2023-12-31T20-30-39-stats-")
 
 
 def test_a_fold_uses_its_training_rows_only(folder, tmp_path):

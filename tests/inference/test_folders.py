@@ -14,7 +14,7 @@ from world import coast, write_tif
 
 from kelp.cli import main
 from kelp.raster.masks import read_mask
-from kelp.sensors import find_scenes
+from kelp.sensors import find_scenes, opening
 
 
 def image(number=0):
@@ -44,6 +44,17 @@ def test_a_folder_of_virtual_scenes_is_mapped_as_their_files(tmp_path, bundle):
         one, other = (tmp_path / f"{kind}-maps" / f"{name}_kelp.tif" for kind in (
             "plain", "virtual"))  # fmt: skip
         np.testing.assert_array_equal(read_mask(one), read_mask(other))
+
+
+def test_the_names_of_many_scenes_are_each_made_a_few_times(tmp_path, monkeypatch):
+    """Comparing each name with all others takes minutes for 100,000 scenes."""
+    calls = []
+    name = opening.scene_name
+    monkeypatch.setattr(opening, "scene_name", lambda path: calls.append(path) or name(path))
+    for number in range(60):
+        (tmp_path / f"{number}_satellite.tif").touch()
+    assert len(find_scenes(tmp_path)) == 60
+    assert len(calls) <= 5 * 60
 
 
 def test_what_is_no_scene_is_named(tmp_path, caplog):

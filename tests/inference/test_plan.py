@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -249,6 +250,20 @@ def test_growth_sees_an_allocation():
     del block
     assert memory.growth(work) > 190 * MB
     assert memory.peak() >= peak  # the most ever held is not forgotten
+
+
+def test_where_there_is_no_proc_the_system_is_asked(monkeypatch, tmp_path):
+    """macOS and Windows; Windows alone tells its own peak."""
+    monkeypatch.setattr(memory, "_PROC", tmp_path / "absent")
+    monkeypatch.setattr(memory, "_highest", 0)
+    block = np.ones(25 * MB)
+    assert memory.resident() > block.nbytes
+    assert memory.peak() >= memory.resident() - MB
+    told = SimpleNamespace(rss=3, peak_wset=10**15)
+    monkeypatch.setattr("psutil.Process", lambda: SimpleNamespace(memory_info=lambda: told))
+    assert (memory.resident(), memory.peak()) == (3, 10**15)
+    told.peak_wset += 7
+    assert memory.growth(lambda: setattr(told, "peak_wset", 2 * 10**15)) == 10**15 - 7
 
 
 def test_the_peak_is_that_of_this_process_not_of_the_one_that_started_it():

@@ -267,6 +267,18 @@ def test_units_shrink_as_less_is_left(tmp_path, monkeypatch):
     assert again == sizes
 
 
+def test_the_driver_of_a_cluster_opens_no_scene_to_hand_it_out(scene, tmp_path, monkeypatch):
+    """Else all workers wait for one process to have opened everything."""
+    run, tasks = set_up(scene, tmp_path / "out")
+
+    def opened(*_):
+        raise AssertionError("opened")
+
+    monkeypatch.setattr("kelp.inference.work.open_scene", opened)
+    monkeypatch.setattr(Runner, "outputs", opened)
+    assert WorkQueue(run, tasks, lambda: 3).next().sections
+
+
 def test_a_failing_scene_drops_its_other_sections(scene, tmp_path):
     run, tasks = set_up(scene, tmp_path / "out")
     work = WorkQueue(run, tasks, lambda: 3)

@@ -197,9 +197,11 @@ def test_a_scratch_folder_is_gone_however_it_ends(tmp_path, error):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.fixture(params=["flock", "no flock"])
+@pytest.fixture(params=["flock", "no flock", "no fcntl"])
 def file_system(request, monkeypatch):
-    """One that has locks, and one that answers as Lustre without -o flock does."""
+    """One that has locks, one that answers as Lustre without -o flock does, and Windows."""
+    if request.param == "no fcntl":
+        monkeypatch.setitem(sys.modules, "fcntl", None)
     if request.param == "no flock":
 
         def refused(*_):

@@ -450,6 +450,43 @@ def test_an_input_error_in_any_scene_spares_the_others():
 # Going on
 
 
+def test_what_two_threads_count_at_a_time_is_all_counted():
+    """The network counts a batch while the reading thread adds tiles that were found finished."""
+    reading, ran = threading.Event(), threading.Event()
+    calls = []
+
+    class Slow(int):
+        """A number whose addition the network overtakes."""
+
+        added = 0
+
+        def __radd__(self, other):
+            type(self).added += 1
+            if self.added == 2:  # of `tiles` and `resumed` the second
+                reading.set()
+                assert ran.wait(10)
+            return other + int(self)
+
+    def network(batch):
+        calls.append(len(batch))
+        if len(calls) == 2:
+            assert reading.wait(10)
+        elif len(calls) == 3:
+            ran.set()
+        return exact(batch)
+
+    engine = Engine(network, Slicing((4, 4), (0, 0), batch_size=1))
+    scene = ArrayScene(random_scene((4, 12), missing=0))
+
+    def jobs():
+        yield Job(scene, scene)
+        engine.skip(Slow(5))
+
+    engine.run(jobs())
+    counts = engine.counts
+    assert (counts.tiles, counts.predicted, counts.resumed, counts.batches) == (8, 3, 5, 3)
+
+
 @settings(LAWS, max_examples=30)
 @given(small, _slicings(16, land=True), missing, seeds, st.data())
 def test_from_any_row_of_tiles_on_the_rest_is_the_same(shape, slicing, gone, seed, data):
