@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from http.client import HTTPException, HTTPMessage
-from typing import Final
-from urllib.error import HTTPError, URLError
-from urllib.request import Request, urlopen
+from typing import TYPE_CHECKING, Final
 
 from kelp.errors import InputError
 from kelp.io.location import Url
+
+if TYPE_CHECKING:
+    from http.client import HTTPMessage
 
 TIMEOUT: Final = 30.0
 """Seconds that a server may take for an answer."""
@@ -47,6 +47,11 @@ def identity_of(url: Url, timeout: float | None = None) -> tuple[str, int | None
 def _request(
     url: Url, headers: Mapping[str, str], timeout: float | None, most: int = LARGEST
 ) -> tuple[bytes, HTTPMessage]:
+    # Scenes on this machine start without the web.
+    from http.client import HTTPException
+    from urllib.error import HTTPError, URLError
+    from urllib.request import Request, urlopen
+
     try:
         request = Request(str(url), headers={"User-Agent": "kelp-slicer", **headers})
         with urlopen(request, timeout=timeout or TIMEOUT) as answer:

@@ -17,8 +17,8 @@ it (`observed`). A pixel of a mask or of probabilities is observed where its val
 from __future__ import annotations
 
 from collections.abc import Sequence
+from html import escape
 from typing import Any, Final
-from xml.sax.saxutils import escape
 
 import numpy as np
 from numpy.typing import NDArray
@@ -131,7 +131,7 @@ def _vrt(dataset: Any, source: str, void: float, plane: str = "") -> str:
     return "".join(
         (
             f'<VRTDataset rasterXSize="{dataset.width}" rasterYSize="{dataset.height}">',
-            f"<SRS>{escape(dataset.crs.to_wkt())}</SRS>" if dataset.crs else "",
+            f"<SRS>{escape(dataset.crs.to_wkt(), quote=False)}</SRS>" if dataset.crs else "",
             f"<GeoTransform>{numbers}</GeoTransform>",
             '<VRTRasterBand dataType="Float64" band="1">',
             f"<NoDataValue>{float(void)!r}</NoDataValue>{source}</VRTRasterBand>",
@@ -145,7 +145,7 @@ def _vrt(dataset: Any, source: str, void: float, plane: str = "") -> str:
 
 def _source(name: str, band: str) -> str:
     return (
-        f'<SourceFilename relativeToVRT="0">{escape(name)}</SourceFilename>'
+        f'<SourceFilename relativeToVRT="0">{escape(name, quote=False)}</SourceFilename>'
         f"<SourceBand>{band}</SourceBand>"
     )
 

@@ -11,10 +11,10 @@ import json
 import tarfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import quote, unquote, urlsplit
-from xml.sax.saxutils import escape, quoteattr
 
 import rasterio
 from affine import Affine
@@ -272,7 +272,7 @@ def vrt_of(
     height, width = grid.shape
     lines = [f'<VRTDataset rasterXSize="{width}" rasterYSize="{height}">']
     if grid.crs is not None:
-        lines.append(f"<SRS>{escape(grid.crs.to_wkt())}</SRS>")
+        lines.append(f"<SRS>{escape(grid.crs.to_wkt(), quote=False)}</SRS>")
     numbers = ", ".join(repr(float(value)) for value in grid.transform.to_gdal())
     lines.append(f"<GeoTransform>{numbers}</GeoTransform>")
     if grid.point:
@@ -302,13 +302,13 @@ def _band(
     return [
         f'<VRTRasterBand dataType="{dtype}" band="{number}" blockXSize="{block[1]}" '
         f'blockYSize="{block[0]}">',
-        f"<Description>{escape(role)}</Description>",
+        f"<Description>{escape(role, quote=False)}</Description>",
         f"<NoDataValue>{missing}</NoDataValue>" if missing else "",
         f"<{kind}{resampling}>",
-        f'<SourceFilename relativeToVRT="0">{escape(part.gdal)}</SourceFilename>',
+        f'<SourceFilename relativeToVRT="0">{escape(part.gdal, quote=False)}</SourceFilename>',
         "<SourceBand>1</SourceBand>",
         f'<SourceProperties RasterXSize="{width}" RasterYSize="{height}" '
-        f"DataType={quoteattr(_GDAL_TYPES.get(header.dtype, 'UInt16'))} "
+        f'DataType="{_GDAL_TYPES.get(header.dtype, "UInt16")}" '
         f'BlockXSize="{header.block[1]}" BlockYSize="{header.block[0]}"/>',
         f'<SrcRect xOff="0" yOff="0" xSize="{width}" ySize="{height}"/>',
         f'<DstRect xOff="0" yOff="0" xSize="{grid.shape[1]}" ySize="{grid.shape[0]}"/>',

@@ -23,6 +23,7 @@ from kelp.config import ExportConfig
 from kelp.errors import BundleError, ConfigError, KelpError
 from kelp.inference.backends import Processor
 from kelp.inference.backends.onnx import SPEC_KEY, WEIGHTS_KEY, OnnxFile, tensors
+from kelp.inference.backends.onnxproto import model_class
 from kelp.inference.bundle import read_spec
 from kelp.nn import export as module
 from kelp.nn import resize
@@ -305,6 +306,35 @@ def test_a_graph_that_answers_otherwise_gets_no_name(exported, tmp_path, monkeyp
     assert (tmp_path / "model.onnx").read_text() == "an older file"
 
 
+def test_no_tensor_of_a_file_is_overlooked():
+    """What kelp knows of ONNX is all of the package's messages in which tensors lie."""
+
+    def within(message, known):
+        """All messages that a message can hold."""
+        known[message.name] = message
+        for field in message.fields:
+            if field.message_type and field.message_type.name not in known:
+                within(field.message_type, known)
+        return known
+
+    def ways(model):
+        """Fields that lead to a tensor: message, number, name, what it holds."""
+        holders, found = {"TensorProto"}, None
+        while found is None or holders != {*holders, *(way[0] for way in found)}:
+            holders |= {way[0] for way in found or ()}
+            found = {
+                (name, field.number, field.name, field.message_type.name)
+                for name, message in within(model, {}).items()
+                for field in message.fields
+                if field.message_type and field.message_type.name in holders
+            }
+        return found
+
+    found = ways(model_class().DESCRIPTOR)
+    assert ("GraphProto", 5, "initializer", "TensorProto") in found
+    assert found == ways(onnx.ModelProto.DESCRIPTOR)
+
+
 @pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])
 def test_without_the_extra_the_message_says_what_to_install(
     exported, tmp_path, monkeypatch, capfd, package
@@ -315,7 +345,7 @@ def test_without_the_extra_the_message_says_what_to_install(
     (line,) = capfd.readouterr().err.splitlines()
     assert package in line
     assert 'pip install "kelp-slicer[train]"' in line
-    if package != "onnxscript":  # only the exporter needs it
+    if package == "onnxruntime":  # only the exporter needs the others
         with pytest.raises(KelpError, match=r"pip install \"kelp-slicer\[train\]\""):
             kelp.load_bundle(exported[1])
 

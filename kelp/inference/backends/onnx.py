@@ -1,7 +1,7 @@
 """Networks as ONNX files: what such a file says of itself, and ONNX Runtime as a backend.
 
-ONNX is protobuf: reading one runs nothing and unpickles nothing. The packages come with
-`pip install "kelp-slicer[train]"` and are imported on first use.
+ONNX is protobuf: reading one runs nothing and unpickles nothing. ONNX Runtime is imported on first
+use.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from kelp import __version__
 from kelp.config.choices import Precision
 from kelp.errors import BundleError, KelpError
 from kelp.inference.backends import DeviceName, Pixels, Processor, cpu_threads, viewed
+from kelp.inference.backends.onnxproto import EXTERNAL, model_class
 from kelp.inference.spec import BundleSpec
 from kelp.raster.bands import BANDS
 from kelp.raster.window import Shape
@@ -166,10 +167,10 @@ class OnnxFile:
             BundleError: no such file, no ONNX, not of kelp, altered, or with weights elsewhere.
             KelpError: the packages of the extra `onnx` are missing.
         """
-        onnx, protobuf = extra("onnx"), extra("google.protobuf.message")
+        protobuf = extra("google.protobuf.message")
         try:
             content = path.read_bytes()
-            model = onnx.ModelProto.FromString(content)
+            model = model_class().FromString(content)
         except OSError as error:
             raise BundleError(
                 f"{path}: cannot be read ({error.strerror}); check the path"
@@ -183,7 +184,7 @@ class OnnxFile:
                 "unknown; make the file with kelp export"
             )
         # The file is all there is: a path in it could name any other file of this machine.
-        if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in tensors(model)):
+        if any(tensor.data_location == EXTERNAL for tensor in tensors(model)):
             raise BundleError(f"{path}: keeps weights in other files, which kelp does not read")
         if weights_sha256(model) != metadata.get(WEIGHTS_KEY):
             raise BundleError(f"{path}: its weights were altered after the export; {_AGAIN}")
