@@ -25,13 +25,16 @@ lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# The wheel, installed into an empty environment, does the whole job.
+# The wheel, installed into empty environments, does the whole job, and alone the plain one.
 wheel: $(VENV)/.ready-dev
-	rm -rf dist build/wheel
+	rm -rf dist build/wheel build/plain
 	$(BIN)/python -m build --wheel --installer uv --outdir dist .
 	$(PYTHON) -m venv build/wheel
 	$(BIN)/uv pip install --quiet --python build/wheel/bin/python "$$(echo dist/*.whl)[train]"
 	KELP_BIN=build/wheel/bin $(BIN)/python -m pytest tests/test_seed.py -k program
+	$(PYTHON) -m venv --without-pip build/plain
+	$(BIN)/uv pip install --quiet --python build/plain/bin/python dist/*.whl
+	KELP_BIN=build/plain/bin $(BIN)/python -m pytest tests/test_plain.py
 
 docs: $(VENV)/.ready-dev
 	$(INSTALL) --editable ".[docs]"

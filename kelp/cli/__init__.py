@@ -235,6 +235,7 @@ _TRAIN: Final = (
     "lightning",
     "mlflow",
     "safetensors",
+    "onnx",
     "onnxscript",
 )
 """Packages of the extra `train`."""
@@ -290,7 +291,7 @@ def _run(
     module, _, function = command.target.partition(":")
     with reporting(quiet) as progress:
         try:
-            run = getattr(importlib.import_module(module), function)
+            result = getattr(importlib.import_module(module), function)(config, progress=progress)
         except ModuleNotFoundError as error:
             if error.name is None or error.name.partition(".")[0] not in _TRAIN:
                 raise
@@ -298,7 +299,6 @@ def _run(
                 f"this command needs {error.name}, which is not installed: "
                 'pip install "kelp-slicer[train]"'
             ) from error
-        result = run(config, progress=progress)
     if text := result.summary():
         click.echo(text)
 
