@@ -37,7 +37,7 @@ sys.exit(main(sys.argv[1:]))
 """
 LOOKS = """
 assert status == 0
-slow = {"torch", "lightning", "mlflow", "timm", "pandas", "scipy", "matplotlib"}  # to import
+slow = {"torch", "lightning", "mlflow", "timm", "pandas", "scipy", "matplotlib", "onnx", "psutil"}
 loaded = slow & set(sys.modules)
 assert not loaded, loaded
 """
