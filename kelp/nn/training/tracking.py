@@ -16,12 +16,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 from urllib.parse import unquote, urlparse
 
 from kelp.config import FoldConfig
 from kelp.errors import InputError
-from kelp.io.files import locked, output_folder
+from kelp.io.files import atomic, locked, output_folder
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -175,6 +175,8 @@ def start_run(config: FoldConfig, part: Part | None = None, name: str | None = N
     try:
         # Of two trainings that begin at once one makes the store and the experiment.
         with locked(output_dir / _LOCK, wait=True):
+            if STORE_VARIABLE not in os.environ and not (output_dir / STORE).exists():
+                _make_store(output_dir / STORE)
             client = _client(output_dir)
             experiment = _experiment(client, config.experiment, output_dir)
         tags = {"mlflow.parentRunId": part.parent} if part and part.parent else {}
@@ -210,10 +212,22 @@ def _store_uri(output_dir: Path) -> str:
     return os.environ.get(STORE_VARIABLE) or f"sqlite:///{output_dir / STORE}"
 
 
+def _make_store(path: Path) -> None:
+    """MLflow fills a new store table by table, for seconds: it appears when all are there."""
+    from mlflow import MlflowClient
+
+    with atomic(path) as partial:
+        client: Any = MlflowClient(tracking_uri=f"sqlite:///{partial}")
+        client._tracking_client.store.engine.dispose()  # else it keeps the file open
+
+
 def _client(output_dir: Path) -> MlflowClient:
     from mlflow import MlflowClient
 
-    return MlflowClient(tracking_uri=_store_uri(output_dir))
+    try:
+        return MlflowClient(tracking_uri=_store_uri(output_dir))
+    except Exception as error:  # MLflow's, SQLAlchemy's, or alembic's of a damaged store
+        raise _unusable(error) from error
 
 
 def _experiment(client: MlflowClient, name: str, output_dir: Path) -> str:
@@ -254,5 +268,6 @@ def _tracking(client: MlflowClient, artifact_uri: str, run_dir: Path) -> Trackin
 def _unusable(error: Exception) -> InputError:
     reason = " ".join(str(error).split())[:200]
     return InputError(
-        f"MLflow's store cannot be used ({reason}); check --output_dir and MLFLOW_TRACKING_URI"
+        f"MLflow's store cannot be used ({reason}); check --output_dir and MLFLOW_TRACKING_URI; "
+        f"move a damaged {STORE} away"
     )

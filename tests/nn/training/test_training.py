@@ -5,6 +5,7 @@ import logging
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -761,3 +762,30 @@ def test_of_two_trainings_that_begin_at_once_one_makes_the_store(configure, monk
     with quiet_libraries():
         tracking.start_run(config)
     assert not list(config.output_dir.glob(".*"))
+
+
+def test_a_store_that_was_being_made_is_not_there(options, tmp_path, monkeypatch):
+    class Stopped:
+        def __init__(self, tracking_uri):
+            Path(tracking_uri.removeprefix("sqlite:///")).write_bytes(b"half")
+            raise KeyboardInterrupt
+
+    config = TrainConfig(**options | {"output_dir": tmp_path})
+    with quiet_libraries():
+        with monkeypatch.context() as patch:
+            patch.setattr("mlflow.MlflowClient", Stopped)
+            with pytest.raises(KeyboardInterrupt):
+                tracking.start_run(config)
+        assert not (tmp_path / "mlflow.db").exists()
+        made = tracking.start_run(config)
+    assert made.client.get_run(made.run_id)
+    assert (tmp_path / "mlflow.db").is_file()
+
+
+def test_a_store_that_was_made_in_part_is_one_line(options, tmp_path):
+    """As older versions of kelp left it where they were killed early."""
+    with sqlite3.connect(tmp_path / "mlflow.db") as database:
+        database.execute("CREATE TABLE metrics (key TEXT)")
+    database.close()
+    with quiet_libraries(), pytest.raises(InputError, match="move a damaged"):
+        tracking.start_run(TrainConfig(**options | {"output_dir": tmp_path}))
