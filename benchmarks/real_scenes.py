@@ -10,15 +10,14 @@ with an area of interest: a square in the middle. Ratios of medians.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
 import geopandas
+import measuring
 import numpy as np
 import rasterio
 from rasterio.transform import from_origin
@@ -97,16 +96,8 @@ def read_all(path: Path) -> Callable[[], None]:
     return work
 
 
-def seconds_of(work: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = measuring.parser(__doc__, threads=False)
     parser.add_argument("--side", type=int, default=4000)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--work_dir", type=Path)
@@ -136,20 +127,19 @@ def main() -> None:
             "map with a DEM": predict(dem=dem),
             "map 5 % of it": predict(aoi=area),
         }
-        times: dict[str, list[float]] = {name: [] for name in ways}
-        for _ in range(options.repeats):
-            for name, work in ways.items():
-                times[name].append(seconds_of(work))
-        medians = {name: statistics.median(values) for name, values in times.items()}
-        for name, median in medians.items():
-            print(f"{name}: {median:.2f} s")
+        times = measuring.interleaved(ways, options.repeats)
+    rows: list[measuring.Row] = [
+        {"what": name, "s": statistics.median(values)} for name, values in times.items()
+    ]
+    verdicts = [
+        f"{words}: {measuring.ratio(times[above], times[below]):.3f} (at most {target})"
         for words, above, below, target in (
             ("folder / stack, reading", "read the folder", "read the stack", 1.3),
             ("DEM warped / none", "map with a DEM", "map", 1.05),
             ("AOI of 5 % / whole", "map 5 % of it", "map", 0.08),
-        ):
-            found = medians[above] / medians[below]
-            print(f"{words}: {found:.3f} (at most {target})")
+        )
+    ]
+    measuring.report("Scenes as they are delivered", rows, verdicts, options.json)
 
 
 if __name__ == "__main__":

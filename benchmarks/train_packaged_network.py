@@ -10,7 +10,7 @@ packaged EfficientNet-Lite0 as `kelp train --sahi True` shows them: turned, mirr
 from sites that training has not seen, with clean truth. No real scene and no real label takes part.
 
 What is finished in `--work_dir` is not done again: scenes lie there in parts, and training goes on
-from the last of its checkpoints. At the end `bundle/` and `record.json` lie there. About 3 GB of
+from the last of its checkpoints. At the end `bundle/` and `record.json` lie there. About 7 GB of
 memory for 900 scenes; with the defaults some minutes on one large GPU, two days on two cores.
 `--quick` runs the same program small; its network is good for nothing.
 """

@@ -118,7 +118,7 @@ def test_the_wheel_is_small_and_brings_little():
     assert len(list(bin_.parent.glob("lib/python*/site-packages/*.dist-info"))) <= 40
 
 
-def test_a_scene_is_mapped_and_the_map_is_told_of(world):
+def test_a_scene_is_mapped_and_reported(world):
     assert (read_mask(world / "placed" / "A_2023-01-15_kelp.tif") == 1).any()
     for made in ("view.html", "report/report.html", "submission/submission.tar"):
         assert (world / made).stat().st_size

@@ -312,10 +312,10 @@ def _tell_strangers(config: SliceConfig, table: pd.DataFrame) -> None:
     """Say so when tiles of an earlier slice, with other settings, lie beside the new ones."""
     known = {Path(path).name for path in table["image_path"]}
     found = {entry.name for entry in os.scandir(config.output_dir / IMAGES)}
-    if strangers := sorted(found - known):
+    if unknown := sorted(found - known):
         log.warning(
             "%s: %d files are not of this slice, %s for one; the table does not name them",
             config.output_dir / IMAGES,
-            len(strangers),
-            strangers[0],
+            len(unknown),
+            unknown[0],
         )

@@ -95,7 +95,7 @@ def make_coast(
             calibration, and the errors behind intervals.
         seed: of the coast.
         size: side of its scenes.
-        progress: told of each step.
+        progress: gets each step.
     """
     from kelp.inference.predict import predict_scenes
     from kelp.nn.comparison.tune import tune

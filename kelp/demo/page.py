@@ -59,9 +59,9 @@ def write_report(path: Path, outcome: Outcome, raw: Path, predictions: Path) -> 
         f"**The network that comes with kelp finds kelp at {packaged.images} simulated places that "
         f"it has never seen with a Dice of {_number(packaged.pooled_dice)}; the small one that was "
         f"trained here on slices, for {minutes:.0f} minutes, with "
-        f"{_number(figures.pooled_dice)}.** Both are judged by the simulation's own truth, not by "
-        "the noisy labels that they learn from. Scores on simulated data say that the tool works, "
-        "not how well kelp is found in real images."
+        f"{_number(figures.pooled_dice)}.** Truth is the simulation's own, not the noisy labels "
+        "that they learn from. Scores on simulated data say that the tool works, not how well "
+        "kelp is found in real images."
     )
     report.cards(
         {

@@ -129,7 +129,7 @@ def fit_memory(
     network: NetworkMemory,
     spread: bool = False,
 ) -> Plan:
-    """The plan with the largest batch, up to the wish, for which the process stays in `budget`.
+    """The plan with the largest batch, at most that of `plan`, that keeps to `budget`.
 
     `spread`: whether the spread of tiles is worked out, too.
 

@@ -84,7 +84,7 @@ def predict_scenes(
 
     Args:
         config: the options.
-        progress: told of tiles.
+        progress: gets the number of tiles.
         client: of a Dask cluster that is to do the work; without it `config.scheduler` counts.
 
     Raises:

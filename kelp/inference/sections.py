@@ -43,16 +43,16 @@ def sections_of(grid: TileGrid, batch_size: int, first: int = 0) -> list[Section
     """
     rows, columns = grid.rows, len(grid.columns)
     tiles = min(max(len(grid) // _SECTIONS, _FEWEST_TILES), _MOST_TILES)
-    wish = max(1, tiles // columns)
+    wanted = max(1, tiles // columns)
     # The last batch is filled up: of the next sizes the one that wastes least.
-    wish = min(range(wish, 2 * wish + 1), key=lambda n: -(n * columns) % batch_size / n)
+    wanted = min(range(wanted, 2 * wanted + 1), key=lambda n: -(n * columns) % batch_size / n)
     found: list[Section] = []
     start = end = first
     while end < len(rows):
         end += 1
         above = rows[start - 1] + grid.tile[0] if start else 0
         clear = end < len(rows) and rows[end] >= above
-        if clear and end - start >= wish and len(rows) - end >= wish:
+        if clear and end - start >= wanted and len(rows) - end >= wanted:
             found.append(Section(start, end))
             start = end
     return [*found, Section(start, end)]

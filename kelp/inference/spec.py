@@ -109,7 +109,7 @@ class NetworkSpec(BaseModel):
 
     @property
     def is_pixelwise(self) -> bool:
-        """Whether each pixel is judged on its own, so that tiles make no difference."""
+        """Whether each pixel is classified on its own, so that tiles make no difference."""
         return self.architecture == TREES
 
     @property

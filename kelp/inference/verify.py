@@ -421,17 +421,17 @@ def _figures(entry: Map, record: MapRecord) -> Iterator[str]:
     found = measure_whole(entry)
     observed = record.observed_share
     if observed is None or round(observed * found.pixels) != found.observed:
-        told = "none" if observed is None else f"{observed * found.pixels:,.0f}"
-        yield f"{found.observed:,} pixels are observed, the record says {told}"
+        words = "none" if observed is None else f"{observed * found.pixels:,.0f}"
+        yield f"{found.observed:,} pixels are observed, the record says {words}"
     if record.kelp_pixels != found.kelp:
         yield f"{found.kelp:,} pixels are kelp, the record says {record.kelp_pixels}"
     areas = [("presence", record.presence_area_m2, found.presence_m2, 0.0)]
     if record.expected_area_m2 is not None and found.expected_m2 is not None:
         stored_in_steps = 0.5 / CODES * found.observed_m2
         areas.append(("expected", record.expected_area_m2, found.expected_m2, stored_in_steps))
-    for name, told_m2, area, slack in areas:
-        if told_m2 is None or not math.isclose(told_m2, area, rel_tol=_AREA, abs_tol=slack + 1e-3):
-            yield f"the {name} area is {area:,.1f} m2, the record says {told_m2}"
+    for name, stated, area, slack in areas:
+        if stated is None or not math.isclose(stated, area, rel_tol=_AREA, abs_tol=slack + 1e-3):
+            yield f"the {name} area is {area:,.1f} m2, the record says {stated}"
 
 
 def _networks(recorded: Sequence[NetworkFacts], bundles: Sequence[Bundle]) -> Iterator[str]:

@@ -36,7 +36,7 @@ SPEC_KEY: Final = "kelp_spec"
 VERSION_KEY: Final = "kelp_version"
 WEIGHTS_KEY: Final = "kelp_weights_sha256"
 
-_AGAIN: Final = "copy the file again, or make it anew with kelp export"
+_AGAIN: Final = "copy the file again, or export it again with kelp export"
 _ERRORS_ONLY: Final = 3  # severity: ONNX Runtime would tell stderr of every node it skips
 
 
