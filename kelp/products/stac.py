@@ -37,20 +37,27 @@ PROJECTION: Final = _EXTENSIONS.format("projection/v2.0.0")
 RASTER: Final = _EXTENSIONS.format("raster/v2.0.0")
 FILE: Final = _EXTENSIONS.format("file/v2.1.0")
 CLASSIFICATION: Final = _EXTENSIONS.format("classification/v2.0.0")
-PROCESSING: Final = _EXTENSIONS.format("processing/v1.2.0")
+PROCESSING: Final = _EXTENSIONS.format("processing/v1.1.0")
+EO: Final = _EXTENSIONS.format("eo/v1.1.0")
 VERSION: Final = _EXTENSIONS.format("version/v1.2.0")
 MLM: Final = _EXTENSIONS.format("mlm/v1.4.0")
 
 _GEOTIFF: Final = "image/tiff; application=geotiff"
 _COG: Final = "image/tiff; application=geotiff; profile=cloud-optimized"
 _GEOJSON: Final = "application/geo+json"
+_COMMON_NAMES: Final = {
+    "SWIR": "swir16", "NIR": "nir08", "R": "red", "G": "green", "B": "blue",
+}  # fmt: skip
 _EDGE_POINTS: Final = 16
 _PLATFORMS: Final = {"landsat": "landsat-{}", "sentinel": "sentinel-2"}
 _CLASSES: Final = [
-    {"value": 0, "name": "no-kelp", "color_hint": "{:02X}{:02X}{:02X}".format(*NO_KELP)},
-    {"value": 1, "name": "kelp", "color_hint": "{:02X}{:02X}{:02X}".format(*KELP)},
-    {"value": 255, "name": "not-observed", "nodata": True},
-]
+    {"value": 0, "name": "no-kelp", "description": "No kelp canopy",
+     "color_hint": "{:02X}{:02X}{:02X}".format(*NO_KELP)},
+    {"value": 1, "name": "kelp", "description": "Kelp canopy",
+     "color_hint": "{:02X}{:02X}{:02X}".format(*KELP)},
+    {"value": 255, "name": "not-observed", "description": "Not observed", "nodata": True},
+]  # fmt: skip
+"""The mlm extension wants descriptions, the classification extension names."""
 
 
 @dataclass(frozen=True)
@@ -132,8 +139,9 @@ def _item(entry: Map, folder: Path, collection: str) -> dict[str, Any]:
     extensions = [PROJECTION, RASTER, FILE, CLASSIFICATION, VERSION]
     mask = _asset(entry.mask, folder, "Kelp mask", ["data"], [
         {"name": "kelp", "description": "0 = no kelp, 1 = kelp, 255 = not observed",
-         "data_type": "uint8", "nodata": 255, "classification:classes": _CLASSES},
+         "data_type": "uint8", "nodata": 255, "raster:sampling": "area"},
     ])  # fmt: skip
+    mask["classification:classes"] = _CLASSES
     properties["version"] = mask["file:checksum"][4:16]
     if record:
         extensions.append(PROCESSING)
@@ -258,7 +266,7 @@ def _code(crs: Any) -> str | None:
 def _band(path: Path, name: str) -> dict[str, Any]:
     with open_dataset(path) as dataset:
         kind, nodata, scale = dataset.dtypes[0], dataset.nodata, dataset.scales[0]
-    band: dict[str, Any] = {"name": name, "data_type": kind}
+    band: dict[str, Any] = {"name": name, "data_type": kind, "raster:sampling": "area"}
     if nodata is not None:
         band["nodata"] = "nan" if np.isnan(nodata) else nodata
     if scale != 1:
@@ -328,6 +336,11 @@ def _read_spec(path: Path) -> dict[str, Any]:
     return found
 
 
+def _eo_band(name: str) -> dict[str, str]:
+    common = _COMMON_NAMES.get(name)
+    return {"name": name, **({"common_name": common} if common else {})}
+
+
 def _model(path: Path, folder: Path, collection: str, extent: tuple[str, str]) -> dict[str, Any]:
     """A bundle as an item of the mlm extension. Its time is that of the maps."""
     spec = _read_spec(path)
@@ -345,7 +358,8 @@ def _model(path: Path, folder: Path, collection: str, extent: tuple[str, str]) -
         if (path.parent / file).is_file():
             asset = _file(path.parent / file, folder, f"Weights ({kind})", ["mlm:model"])
             asset |= {"type": "application/octet-stream", "mlm:artifact_type": kind}
-            assets[name] = {**asset, "bands": [{"name": band} for band in bands]}
+            # mlm 1.4 looks for the bands here, or where STAC 1.1 itself forbids them.
+            assets[name] = {**asset, "eo:bands": [_eo_band(band) for band in bands]}
     if not assets:
         raise BundleError(f"{path.parent}: holds no weights; fetch the bundle again")
     card = path.parent / "README.md"
@@ -359,7 +373,7 @@ def _model(path: Path, folder: Path, collection: str, extent: tuple[str, str]) -
     return {
         "type": "Feature",
         "stac_version": STAC_VERSION,
-        "stac_extensions": [MLM, FILE, CLASSIFICATION],
+        "stac_extensions": [MLM, EO, FILE, CLASSIFICATION],
         "id": f"model-{str(spec.get('weights_sha256'))[:12]}",
         "collection": collection,
         "geometry": None,

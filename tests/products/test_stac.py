@@ -1,8 +1,9 @@
-"""STAC items of maps: valid by the schemas of STAC 1.1, and true of the files."""
+"""STAC items of maps: valid by the schemas of STAC 1.1 and its extensions, true of the files."""
 
 import hashlib
 import json
 from importlib import resources
+from pathlib import Path
 
 import jsonschema
 import numpy as np
@@ -22,8 +23,14 @@ from kelp.raster.masks import Georeference
 BASE = "https://schemas.stacspec.org/v1.1.0"
 
 
+EXTENSIONS = {
+    "https://stac-extensions.github.io/{}/{}/schema.json".format(*file.stem.split("-", 1)): file
+    for file in (Path(__file__).parents[1] / "data" / "stac").glob("*.json")
+}
+
+
 def schemas():
-    """The core schemas that pystac brings, by the names they refer to each other by."""
+    """Core schemas as pystac brings them, and extensions, by the names they refer to them by."""
     folder = resources.files("pystac.validation") / "jsonschemas"
     found = []
     for file in (folder / "stac-spec" / "v1.1.0").iterdir():
@@ -35,6 +42,7 @@ def schemas():
     for file in (folder / "geojson").iterdir():
         content = json.loads(file.read_text())
         found += [(content["$id"], content), (f"https://geojson.org/schema/{file.name}", content)]
+    found += [(uri, json.loads(file.read_text())) for uri, file in EXTENSIONS.items()]
     return Registry().with_resources(
         [(uri, Resource.from_contents(content)) for uri, content in found]
     )
@@ -45,9 +53,12 @@ REGISTRY = schemas()
 
 def errors(document):
     kind = {"Feature": "item", "Collection": "collection"}[document["type"]]
-    schema = {"$ref": f"{BASE}/{kind}-spec/json-schema/{kind}.json"}
-    validator = jsonschema.Draft7Validator(schema, registry=REGISTRY)
-    return [error.message for error in validator.iter_errors(document)]
+    core = f"{BASE}/{kind}-spec/json-schema/{kind}.json"
+    found = []
+    for uri in (core, *document.get("stac_extensions", ())):
+        validator = jsonschema.Draft7Validator({"$ref": uri}, registry=REGISTRY)
+        found += [f"{uri}: {error.message}" for error in validator.iter_errors(document)]
+    return found
 
 
 def run(folder, out, *more):
@@ -99,6 +110,30 @@ def test_the_check_would_notice_an_error(catalogue):
         assert errors(broken)
 
 
+@pytest.mark.parametrize(
+    ("name", "extension", "path", "wrong"),
+    [
+        ("A", "projection", "properties proj:shape", [60]),
+        ("A", "raster", "assets mask bands 0 raster:sampling", "pixel"),
+        ("A", "file", "assets mask file:checksum", "SHA-256"),
+        ("A", "classification", "assets mask classification:classes 1 name", "giant kelp"),
+        ("A", "processing", "properties processing:software", "kelp 1"),
+        ("A", "version", "properties version", 1),
+        ("model-000000000000", "mlm", "properties mlm:tasks", ["kelp"]),
+        ("model-000000000000", "eo", "assets weights eo:bands 2 common_name", "infra-red"),
+        ("model-000000000000", "mlm", "properties mlm:output 0 classification:classes 1", {}),
+    ],
+)  # fmt: skip
+def test_the_check_of_each_extension_would_notice_an_error(catalogue, name, extension, path, wrong):
+    item = json.loads((catalogue / f"{name}.json").read_text())
+    *there, last = (int(key) if key.isdigit() else key for key in path.split())
+    part = item
+    for key in there:
+        part = part[key]
+    part[last] = wrong
+    assert any(f"/{extension}/" in error for error in errors(item))
+
+
 def test_pystac_reads_them(catalogue):
     collection = pystac.Collection.from_file(catalogue / "collection.json")
     items = {item.id: item for item in collection.get_items()}
@@ -112,8 +147,7 @@ def test_pystac_reads_them(catalogue):
     content = (catalogue / mask.href).read_bytes()
     assert mask.ext.file.size == len(content)
     assert mask.ext.file.checksum == "1220" + hashlib.sha256(content).hexdigest()
-    classes = mask.extra_fields["bands"][0]["classification:classes"]
-    assert [(c["value"], c["name"]) for c in classes] == [
+    assert [(c.value, c.name) for c in mask.ext.classification.classes] == [
         (0, "no-kelp"), (1, "kelp"), (255, "not-observed"),
     ]  # fmt: skip
     assert a.assets["probability"].extra_fields["bands"][0]["nodata"] == "nan"
