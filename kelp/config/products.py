@@ -90,6 +90,7 @@ class SeriesConfig(OptionalRegionOptions, WorkerOptions):
     """Quarterly and yearly series of a coast: stations, grid, tables, persistence."""
 
     output_dir: Path = option(help="Folder for the files of the series")
+    zarr: bool = option(False, help="Also the grid as Zarr, grid.zarr beside grid.nc")
     baseline: str | None = option(
         None, help="Years whose median is status 1, as in 1984-2013; default: no status"
     )

@@ -1,10 +1,11 @@
-"""NetCDF files of a series: stations as SBC LTER's clients read them, and a CF grid."""
+"""Files of a series: stations as SBC LTER's clients read them, and a CF grid, also as Zarr."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import date
+from itertools import product
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,7 +16,7 @@ from rasterio.warp import transform as reproject
 
 from kelp import __version__
 from kelp.errors import InputError
-from kelp.io.files import atomic
+from kelp.io.files import atomic, atomic_folder
 from kelp.products.maps import require
 from kelp.products.stack import GROUPS, SENSOR_GROUPS, STRIP_ROWS, Stack, Strips
 
@@ -23,6 +24,8 @@ _EPOCH: Final = date(1970, 1, 1)
 _UNITS: Final = "days since 1970-01-01"
 _CHUNK: Final = 512
 _STATIONS: Final = 4096
+_QUARTERS: Final = 4
+"""Quarters of a chunk of Zarr: a file each would be many files."""
 _CACHE: Final = 4_000_000
 """Bytes of written chunks that HDF5 keeps for a variable; its own default is far larger."""
 _MIDDLE: Final = {1: (2, 15), 2: (5, 15), 3: (8, 15), 4: (11, 15)}
@@ -179,6 +182,44 @@ def write_grid(path: Path, strips: Strips, box: tuple[int, ...], source: str) ->
                     area[quarter, y0:y1, x0:x1] = values
                     passes[quarter, y0:y1, x0:x1] = times
             del strip
+
+
+def write_zarr(path: Path, grid: Path) -> None:
+    """Write the grid of a NetCDF file as Zarr: the same variables, a year a chunk.
+
+    Format 2, which GDAL reads from 3.4 on; 3.10 fails on format 3. Chunks of fill are not stored.
+    """
+    netcdf = require("netCDF4", "series", "reading NetCDF")
+    zarr, codecs = (require(name, "series", "writing Zarr") for name in ("zarr", "numcodecs"))
+    with netcdf.Dataset(grid) as file, atomic_folder(path) as partial:
+        file.set_auto_maskandscale(False)
+        group = zarr.create_group(partial, zarr_format=2, attributes=_attributes(file))
+        for name, variable in file.variables.items():
+            attributes = _attributes(variable) | {"_ARRAY_DIMENSIONS": list(variable.dimensions)}
+            if mapping := attributes.get("grid_mapping"):  # GDAL before 3.10 looks here
+                attributes["_CRS"] = {"wkt": file[mapping].crs_wkt}
+            stored = variable.chunking()
+            chunks = list(variable.shape if stored == "contiguous" else stored)
+            if variable.dimensions[:1] == ("time",):
+                chunks[0] = min(_QUARTERS, variable.shape[0])
+            array = group.create_array(
+                name, shape=variable.shape, dtype=variable.dtype, chunks=tuple(chunks),
+                fill_value=attributes.pop("_FillValue", None), attributes=attributes,
+                compressors=codecs.Zlib(level=1),
+            )  # fmt: skip
+            starts = (range(0, n, step) for n, step in zip(variable.shape, chunks, strict=True))
+            for corner in product(*starts):
+                block = tuple(slice(k, k + n) for k, n in zip(corner, chunks, strict=True))
+                array[block] = variable[block]
+        zarr.consolidate_metadata(partial)
+
+
+def _attributes(of: Any) -> dict[str, Any]:
+    """Attributes of a NetCDF file or variable as JSON knows them."""
+    values = {name: of.getncattr(name) for name in of.ncattrs()}
+    return {
+        k: v.tolist() if isinstance(v, np.generic | np.ndarray) else v for k, v in values.items()
+    }
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from kelp.io.executors import spread
 from kelp.io.files import discard_partials, json_text, output_folder, write_text
 from kelp.products.areas import Intervals, intervals_of, warn_of_mixed_sensors, write_table
 from kelp.products.maps import Map, find_maps, require, require_comparable, trusted
-from kelp.products.netcdf import write_grid, write_stations
+from kelp.products.netcdf import write_grid, write_stations, write_zarr
 from kelp.products.regions import read_regions
 from kelp.products.stack import GROUPS, Stack, Strips, group_of, station_count
 from kelp.progress import Progress, silent
@@ -107,11 +107,13 @@ def series(config: SeriesConfig, progress: Progress = silent) -> Series:
     """Make the series of a folder of maps of one coast.
 
     Raises:
-        ConfigError: netCDF4 is not installed (or geopandas, for regions).
+        ConfigError: netCDF4 is not installed (or geopandas, for regions; zarr, for `zarr`).
         InputError: a map cannot be used, or maps do not go together.
         BundleError: `run_dir` holds no bundle, or not that of the maps.
     """
     require("netCDF4", "series", "writing NetCDF")
+    if config.zarr:
+        require("zarr", "series", "writing Zarr")
     maps = trusted(find_maps(config.predictions_dir), config.allow_distrusted)
     require_comparable(maps, config.allow_mixed)
     regions = read_regions(config.aoi, config.aoi_id) if config.aoi else []
@@ -131,9 +133,13 @@ def series(config: SeriesConfig, progress: Progress = silent) -> Series:
     if box is None:
         log.warning("%s: no map shows kelp, so there are no stations", config.predictions_dir)
         (folder / "grid.nc").unlink(missing_ok=True)
+        shutil.rmtree(folder / "grid.zarr", ignore_errors=True)
     else:
         files.append(folder / "grid.nc")
         write_grid(files[-1], strips, box, source)
+        if config.zarr:
+            files.append(folder / "grid.zarr")
+            write_zarr(files[-1], files[-2])
     sums = _Sums.of(strips)
     quarters = _quarters(stack, sums, intervals, tides, config)
     years = _years(stack, sums, quarters, config.baseline_years)

@@ -101,6 +101,7 @@ def test_the_area_of_a_map_that_may_be_wrong_is_null(tmp_path):
         ("geopandas", ["areas", "--aoi", "{aoi}", "--output", "{out}.csv"], "geo"),
         ("pyogrio", ["beds", "--output", "{out}.fgb"], "geo"),
         ("netCDF4", ["series", "--output_dir", "{out}"], "series"),
+        ("zarr", ["series", "--zarr", "True", "--output_dir", "{out}"], "series"),
     ],
 )
 def test_a_missing_extra_is_named_in_one_line(

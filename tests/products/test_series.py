@@ -172,6 +172,29 @@ def test_the_grid_opens_in_gdal_and_xarray(coast, tmp_path):
         assert np.isnan(passes[data["footprint"].values == 0]).all()
 
 
+def test_the_grid_as_zarr_opens_in_gdal_and_xarray(coast, tmp_path):
+    """The same as the NetCDF file, to the last attribute; unseen is fill, and not stored."""
+    out = tmp_path / "series"
+    assert run(coast, out, "--zarr", "True") == 0
+    with (
+        xarray.open_dataset(out / "grid.nc") as one,
+        xarray.open_dataset(out / "grid.zarr", engine="zarr") as two,
+    ):
+        for name in two.data_vars:
+            two[name].attrs.pop("_CRS", None)
+        xarray.testing.assert_identical(one, two)
+        assert np.isnan(two["area"].values[0]).all()
+    assert sorted(file.name for file in (out / "grid.zarr" / "area").glob("[0-9]*")) == [
+        "0.0.0", "1.0.0", "2.0.0",
+    ]  # fmt: skip
+    with rasterio.open(f'ZARR:"{out / "grid.zarr"}":/area') as grid:
+        assert (grid.crs.to_epsg(), grid.count, grid.transform.a) == (32721, 12, 30)
+        values = grid.read()
+        row, column = grid.index(400_000 + 45, 4_272_000 - 45)
+        assert values[1, row, column] == 675
+        assert np.isnan(values[0]).all()
+
+
 def test_the_csv_has_the_header_of_kelpwatch_and_empty_fields(coast, tmp_path):
     out = tmp_path / "series"
     assert run(coast, out) == 0
