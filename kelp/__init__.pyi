@@ -20,10 +20,10 @@ from .nn.search import sweep as sweep
 from .nn.training.baseline import train_baseline as train_baseline
 from .nn.training.fit import train as train
 from .nn.training.folds import train_folds as train_folds
-from .plotting.reports.run import make_report as make_report
 from .products.areas import areas as areas
 from .products.beds import beds as beds
 from .products.cube import to_xarray as to_xarray
+from .products.reports.run import make_report as make_report
 from .products.series import series as series
 from .products.stac import stac as stac
 from .products.submission import submit as submit

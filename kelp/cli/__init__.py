@@ -100,11 +100,11 @@ COMMANDS: Final = {
         "A fold's validation images and masks as a folder.",
     ),
     "evaluate": Command(
-        "kelp.plotting.reports.run:evaluate_and_report",
+        "kelp.products.reports.run:evaluate_and_report",
         "Scores of masks against truth.",
     ),
     "report": Command(
-        "kelp.plotting.reports.run:make_report",
+        "kelp.products.reports.run:make_report",
         "One page about masks and their truth.",
     ),
     "compare": Command(

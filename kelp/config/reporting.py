@@ -25,3 +25,10 @@ class ReportConfig(BootstrapOptions, BandOrderOptions, PixelSizeOptions, TruthOp
     pictures: int = option(
         2, help="Pictures of the worst and of the best scenes", unit="each", ge=0
     )
+    map_scenes: int = option(
+        12,
+        help="Scenes on the map of the page, the worst first: masks, errors, probabilities and "
+        "beds to move about in. 0: no map, and a page without scripts",
+        unit="scenes",
+        ge=0,
+    )

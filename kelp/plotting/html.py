@@ -1,7 +1,7 @@
-"""One self-contained HTML file of text, tables and pictures: nothing is fetched, nothing runs.
+"""One self-contained HTML file of text, tables and pictures: nothing is fetched.
 
-Text is Markdown (CommonMark); HTML in it is shown, not obeyed, and links lead to the web or to
-files beside the page only.
+Nothing runs but what `Report.insert` brings. Text is Markdown (CommonMark); HTML in it is shown,
+not obeyed, and links lead to the web or to files beside the page only.
 """
 
 from __future__ import annotations
@@ -70,6 +70,10 @@ class Report:
     def details(self, summary: str, markdown: str) -> Report:
         """Add text that is shown when its summary is opened."""
         return self._add("details", summary=_inline(summary), html=_blocks(markdown))
+
+    def insert(self, html: str) -> Report:
+        """Add HTML as it is: of kelp's own making, not a user's."""
+        return self._add("html", html=html)
 
     def write(self, path: Path) -> Path:
         """Write the page to `path`, atomically, and return the path."""

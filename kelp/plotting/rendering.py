@@ -227,6 +227,20 @@ def shrink_mask(mask: Mask, step: int) -> Mask:
     return np.where(kelp > 0, 1, small).astype(np.uint8)
 
 
+def shrink_errors(truth: Mask, prediction: Mask, step: int) -> Mask:
+    """What blocks of `step` x `step` pixels show most: 1 hits, 2 misses, 3 false alarms.
+
+    Without any of them a block is 255 when either mask is in more than half of it, else 0.
+    """
+    unseen = (truth == MASK_NODATA) | (prediction == MASK_NODATA)
+    kinds = [(truth == 1) & (prediction == 1), (truth == 1) & (prediction == 0),
+             (truth == 0) & (prediction == 1), unseen, np.ones_like(unseen)]  # fmt: skip
+    *counts, not_seen, number = _block_sums(np.stack(kinds), step)
+    most = np.argmax(counts, axis=0) + 1
+    empty = np.where(2 * not_seen > number, MASK_NODATA, 0)
+    return np.where(np.max(counts, axis=0) > 0, most, empty).astype(np.uint8)
+
+
 def _block_sums(planes: NDArray[np.generic], step: int) -> NDArray[np.float32]:
     """Sums of blocks of `step` x `step` over the last two axes; a last block may be smaller."""
     height, width = planes.shape[-2:]

@@ -130,6 +130,12 @@ class Map:
             return "the network's probabilities are not calibrated (kelp tune)"
         return None
 
+    @property
+    def is_turned(self) -> bool:
+        """Whether its rows do not lie along an axis of its CRS."""
+        transform = self.georeference.transform
+        return transform is not None and bool(transform.b or transform.d)
+
     @cached_property
     def area(self) -> GroundArea:
         """Ground area of its pixels. Raises `InputError` naming the file."""

@@ -1,4 +1,4 @@
-"""`kelp view`: maps, beds and areas as one HTML page that needs no network.
+"""`kelp view`: maps, beds and areas as one HTML page that needs no network; the map of a report.
 
 Leaflet is inlined. Maps are laid out in metres of their own CRS, so that no pixel is resampled;
 there is no base map, which would need a server.
@@ -11,7 +11,7 @@ import html
 import io
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.resources import files
@@ -25,6 +25,7 @@ from PIL import Image
 
 from kelp import __version__
 from kelp.config.products import ViewConfig
+from kelp.config.scenes import SceneOptions
 from kelp.errors import ConfigError, InputError
 from kelp.io.files import output_folder, write_text
 from kelp.io.location import Url
@@ -40,9 +41,10 @@ from kelp.products.areas import (
 )
 from kelp.products.beds import beds_of
 from kelp.products.maps import Map, find_maps, require, require_comparable
-from kelp.products.regions import read_regions
+from kelp.products.regions import Region, read_regions
 from kelp.progress import Progress, silent
 from kelp.raster.bands import MASK_NODATA
+from kelp.raster.masks import read_mask
 from kelp.sensors.opening import find_scenes, open_scene, scene_name
 from kelp.tables import output_name, read_table
 
@@ -75,13 +77,32 @@ class View:
 
 
 @dataclass(frozen=True)
+class Beside:
+    """What is drawn beside a map: its scene, its true mask, and how they are read."""
+
+    scene: Path | Url | None = None
+    truth: Path | None = None
+    kelp_value: int = 1
+    options: SceneOptions | None = None
+
+
+@dataclass(frozen=True)
 class _Frame:
-    """From a CRS to metres on the page: the lower left corner of all maps, and units in metres."""
+    """From a CRS to metres on the page: the lower left corner of all maps, and units in metres.
+
+    Attributes:
+        west: of the corner, in units of the CRS.
+        south: likewise.
+        x_m: metres of a unit eastward.
+        y_m: likewise northward.
+        extent: width and height of all maps in metres.
+    """
 
     west: float
     south: float
     x_m: float
     y_m: float
+    extent: tuple[float, float]
 
     def place(self, x: Any, y: Any) -> tuple[Any, Any]:
         """Metres east and north of the corner."""
@@ -106,53 +127,97 @@ def view(config: ViewConfig, progress: Progress = silent) -> View:
     intervals = intervals_of(config.run_dir, maps, config.coverage)
     warn_of_mixed_sensors(maps)
     quarters = _quarters(config.series_dir) if config.series_dir else None
-    scenes = _scenes(config.data_dir, maps)
+    beside = {name: Beside(scene) for name, scene in _scenes(config.data_dir, maps).items()}
+    frame = _frame(maps)
+    data = _data(config, maps, [frame] * len(maps), beside, regions, intervals, progress)
+    data["quarters"] = quarters
+    output_folder(config.output.parent)
+    parts = {
+        "title": html.escape(config.title),
+        "generator": f"kelp {__version__}",
+        "about": html.escape(_about(maps)),
+        "view_css": _asset("view.css"),
+        "map": _section(data),
+    }
+    write_text(config.output, _filled("view.html", parts))
+    config.record(config.output.parent)
+    count = sum(len(m["beds"]["features"]) for m in data["maps"] if m["beds"])
+    return View(config.output, len(maps), count)
+
+
+def map_section(
+    maps: Sequence[Map],
+    beside: Mapping[str, Beside],
+    config: ViewConfig,
+    progress: Progress = silent,
+) -> str:
+    """The map as a part of another page, as HTML with its styles and scripts.
+
+    Maps that do not all meet the first one are shown one on the other, each from its lower left
+    corner.
+
+    Args:
+        maps: in the order of the slider.
+        beside: what is drawn beside a map, by its mask's name.
+        config: `side`, `beds`, `run_dir` and what decides whether an area is null.
+        progress: progress callback.
+
+    Raises:
+        InputError: a map or what lies beside it cannot be used.
+        BundleError: `run_dir` holds no bundle, or not that of the maps.
+    """
+    intervals = intervals_of(config.run_dir, maps, config.coverage)
+    frames = [_frame(maps)] * len(maps) if _meet(maps) else [_frame([entry]) for entry in maps]
+    return _section(_data(config, maps, frames, beside, [], intervals, progress))
+
+
+def _data(
+    config: ViewConfig, maps: Sequence[Map], frames: Sequence[_Frame],
+    beside: Mapping[str, Beside], regions: Sequence[Region], intervals: Intervals,
+    progress: Progress,
+) -> dict[str, Any]:  # fmt: skip
+    """What the page's script reads."""
     with_beds = config.beds and _can_have_beds(maps)
-    frame, bounds = _frame(maps)
     names = [region.id for region in regions] or [WHOLE]
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     shown = []
-    for at, entry in enumerate(maps):
+    for at, (entry, frame) in enumerate(zip(maps, frames, strict=True)):
         progress("drawing maps", at, len(maps))
-        drawn = _draw(entry, frame, config.side, scenes.get(entry.mask.name))
+        drawn = _draw(entry, frame, config.side, beside.get(entry.mask.name, Beside()))
         drawn["beds"] = _beds(entry, frame, config.output) if with_beds else None
         shown.append(drawn)
         measured = [measure(entry, region) for region in regions] or [measure_whole(entry)]
         for name, found in zip(names, measured, strict=True):
             rows[name].append(_row(at, entry, found, intervals, config))
     progress("drawing maps", len(maps), len(maps))
-    data = {
+    return {
         "maps": shown,
-        "bounds": bounds,
+        "bounds": [[0.0, 0.0], [round(max(f.extent[k] for f in frames), 2) for k in (1, 0)]],
         "regions": names,
         "rows": rows,
         "coverage": config.coverage,
-        "quarters": quarters,
+        "quarters": None,
         "colors": {
             "kelp": style.web_color(style.KELP),
             "water": style.web_color(style.NO_KELP),
+            "missed": style.web_color(style.MISSED),
+            "false": style.web_color(style.FALSE),
             "ramp": [style.web_color(tuple(c)) for c in _ramp()[::8].tolist()],
         },
     }
-    output_folder(config.output.parent)
-    write_text(config.output, _page(config.title, data, _about(maps)))
-    config.record(config.output.parent)
-    count = sum(len(m["beds"]["features"]) for m in shown if m["beds"])
-    return View(config.output, len(maps), count)
 
 
-def _frame(maps: Sequence[Map]) -> tuple[_Frame, list[list[float]]]:
-    """Where the page's origin lies, and the bounds of all maps in its metres."""
+def _frame(maps: Sequence[Map]) -> _Frame:
+    """Where the page's origin lies, and how far maps of one CRS reach."""
     first = maps[0].georeference.crs
     corners = []
     for entry in maps:
-        crs, transform = entry.georeference.crs, entry.georeference.transform
-        if crs != first:
+        if entry.georeference.crs != first:
             raise InputError(
                 f"{entry.mask}: lies in another CRS than {maps[0].mask.name}; a page shows maps "
                 "of one"
             )
-        if transform is not None and (transform.b or transform.d):
+        if entry.is_turned:
             raise InputError(f"{entry.mask}: its grid is turned; warp it first (gdalwarp)")
         corners.append(_corners(entry))
     west, south = (min(c[k] for c in corners) for k in (0, 1))
@@ -163,9 +228,18 @@ def _frame(maps: Sequence[Map]) -> tuple[_Frame, list[list[float]]]:
         x_m = _DEGREE_M * float(np.cos(np.radians((south + north) / 2)))
     elif first is not None:
         x_m = y_m = float(first.linear_units_factor[1])
-    frame = _Frame(west, south, x_m, y_m)
-    right, top = frame.place(east, north)
-    return frame, [[0.0, 0.0], [round(top, 2), round(right, 2)]]
+    return _Frame(west, south, x_m, y_m, ((east - west) * x_m, (north - south) * y_m))
+
+
+def _meet(maps: Sequence[Map]) -> bool:
+    """Whether all maps lie in one CRS and overlap the first."""
+    first = maps[0].georeference.crs
+    if any(entry.georeference.crs != first for entry in maps):
+        return False
+    corners = np.array([_corners(entry) for entry in maps])
+    low = np.maximum(corners[:, :2], corners[0, :2])
+    high = np.minimum(corners[:, 2:], corners[0, 2:])
+    return bool((low < high).all())
 
 
 def _corners(entry: Map) -> tuple[float, float, float, float]:
@@ -178,27 +252,32 @@ def _corners(entry: Map) -> tuple[float, float, float, float]:
     return min(x), min(y), max(x), max(y)
 
 
-def _draw(entry: Map, frame: _Frame, side: int, scene: Path | Url | None) -> dict[str, Any]:
+def _draw(entry: Map, frame: _Frame, side: int, beside: Beside) -> dict[str, Any]:
     """The pictures of a map as PNGs in data URLs, and what the page says of it."""
     step = -(-max(entry.shape) // side)
     tiles = list(entry.strips(step * max(1, 512 // step)))
     mask = np.concatenate([rendering.shrink_mask(entry.read(tile), step) for tile in tiles])
     hatch = rendering.hatch(mask.shape)[..., 0] == style.HATCH_LIGHT[0]
-    unseen = np.where(hatch, 1, 0)
-    pictures = {"mask": _png(
-        np.where(mask == MASK_NODATA, unseen, np.where(mask == 1, 3, 2)),
-        [style.HATCH_DARK, style.HATCH_LIGHT, style.NO_KELP, style.KELP],
-    )}  # fmt: skip
+    pictures = {"mask": _png(mask, [style.NO_KELP, style.KELP], hatch)}
     if entry.probability:
         p = np.concatenate([_shrunk(entry, tile, step) for tile in tiles])
-        levels = np.rint(np.nan_to_num(p) * (_RAMP - 1)) + 2
-        colors = [style.HATCH_DARK, style.HATCH_LIGHT, *map(tuple, _ramp().tolist())]
-        pictures["p"] = _png(np.where(np.isnan(p), unseen, levels), colors)
-    if scene:
-        with open_scene(scene) as source:
+        levels = np.where(np.isnan(p), MASK_NODATA, np.rint(np.nan_to_num(p) * (_RAMP - 1)))
+        pictures["p"] = _png(levels, _ramp().tolist(), hatch)
+    if beside.truth:
+        codes = [
+            rendering.shrink_errors(
+                read_mask(beside.truth, tile, beside.kelp_value), entry.read(tile), step
+            )
+            for tile in tiles
+        ]
+        colors = [style.NO_KELP, style.KELP, style.MISSED, style.FALSE]
+        pictures["errors"] = _png(np.concatenate(codes), colors, hatch)
+    if beside.scene:
+        with open_scene(beside.scene, beside.options) as source:
             if source.shape != entry.shape:
                 raise InputError(
-                    f"{scene}: its pixels are not those of {entry.mask}; name the maps' own scenes"
+                    f"{beside.scene}: its pixels are not those of {entry.mask}; name the maps' own "
+                    "scenes"
                 )
             pixels = np.concatenate(
                 [rendering.shrink_pixels(source.read(tile), step) for tile in tiles], axis=1
@@ -229,9 +308,14 @@ def _ramp() -> NDArray[np.uint8]:
     return rendering.ramp("viridis", _RAMP).reshape(-1, 3)
 
 
-def _png(codes: NDArray[Any], colors: Sequence[Sequence[int]]) -> str:
-    image = Image.fromarray(codes.astype(np.uint8), mode="P")
-    image.putpalette([part for color in colors for part in color])
+def _png(codes: NDArray[Any], colors: Sequence[Sequence[int]], hatch: NDArray[np.bool_]) -> str:
+    """Codes 0, 1 … in their colours, 255 hatched."""
+    unseen = len(colors) + np.where(hatch, 1, 0)
+    places = np.where(codes == MASK_NODATA, unseen, codes).astype(np.uint8)
+    image = Image.fromarray(places, mode="P")
+    image.putpalette(
+        [part for color in (*colors, style.HATCH_DARK, style.HATCH_LIGHT) for part in color]
+    )
     return _url(image, "png")
 
 
@@ -348,27 +432,26 @@ def _about(maps: Sequence[Map]) -> str:
     )
 
 
-def _page(title: str, data: dict[str, Any], about: str) -> str:
-    folder = files("kelp.products") / "page"
-
-    def asset(name: str) -> str:
-        return (folder / name).read_text(encoding="utf-8")
-
-    leaflet = asset("leaflet.js").replace("//# sourceMappingURL=leaflet.js.map", "")
+def _section(data: Mapping[str, Any]) -> str:
+    """The map, its slider, charts and table as HTML with their styles and scripts."""
+    leaflet = _asset("leaflet.js").replace("//# sourceMappingURL=leaflet.js.map", "")
     parts = {
-        "title": html.escape(title),
-        "generator": f"kelp {__version__}",
-        "about": html.escape(about),
-        "leaflet_css": asset("leaflet.css"),
-        "css": asset("view.css"),
+        "leaflet_css": _asset("leaflet.css"),
+        "map_css": _asset("map.css"),
         "leaflet_js": leaflet,
-        "js": asset("view.js"),
+        "map_js": _asset("map.js"),
         # Inside a script nothing of the data may end it.
         "data": json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c"),
     }
-    pieces = asset("view.html").split("{{")
-    out = [pieces[0]]
-    for piece in pieces[1:]:
-        name, _, rest = piece.partition("}}")
-        out += [parts[name], rest]
-    return "".join(out)
+    return _filled("map.html", parts)
+
+
+def _asset(name: str) -> str:
+    return (files("kelp.products") / "page" / name).read_text(encoding="utf-8")
+
+
+def _filled(name: str, parts: Mapping[str, str]) -> str:
+    """A page or a part of one; what is put in is not looked at for names again."""
+    first, *pieces = _asset(name).split("{{")
+    named = (piece.partition("}}") for piece in pieces)
+    return "".join([first, *(parts[key] + rest for key, _, rest in named)])

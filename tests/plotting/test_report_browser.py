@@ -2,30 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import re
-import subprocess
 
 import pytest
-from browser import BROWSER, needs_browser
+from browser import look, look_on_phone, needs_browser
 
 from kelp.plotting.charts import by_class, curves, lines
 from kelp.plotting.html import Report
 
 pytestmark = needs_browser
 
-FLAGS = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--hide-scrollbars",
-    "--enable-logging=stderr",
-)
 DARK = "--blink-settings=preferredColorScheme=0"
 
 # What a person or a screen reader would notice, written into the page by the page itself.
@@ -91,28 +77,6 @@ def page(tmp_path_factory):
     return path
 
 
-def look(page, *flags):
-    """What the probe found, and what the browser said meanwhile."""
-    done = subprocess.run(
-        [
-            BROWSER,
-            *FLAGS,
-            f"--user-data-dir={page.parent / 'profile'}",
-            *flags,
-            "--dump-dom",
-            page.as_uri(),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    match = re.search(r'data-found="([^"]*)"', done.stdout)
-    assert match, done.stderr[-2000:]
-    console = [line for line in done.stderr.splitlines() if ":CONSOLE" in line]
-    return json.loads(match[1].replace("&quot;", '"').replace("&amp;", "&")), console
-
-
 def test_a_report_has_no_errors_and_says_everything_in_words(page):
     found, console = look(page, "--window-size=1100,900")
     assert console == []
@@ -126,15 +90,7 @@ def test_a_report_has_no_errors_and_says_everything_in_words(page):
 
 
 def test_a_report_fits_a_phone(page):
-    # Headless windows are at least 500 px wide; a frame of 360 px is what a phone shows.
-    frame = page.with_name("phone.html")
-    frame.write_text(
-        f'<iframe id="f" width="360" height="800" src="{page.name}"></iframe><script>'
-        'addEventListener("load", () => setTimeout(() => {'
-        "const inner = document.getElementById('f').contentDocument.documentElement;"
-        'document.documentElement.setAttribute("data-found", inner.dataset.found); }, 0));</script>'
-    )
-    found, _ = look(frame, "--window-size=800,900", "--allow-file-access-from-files")
+    found = look_on_phone(page)
     assert found["width"] == 360
     assert found["overflow"] <= 0
 

@@ -162,3 +162,11 @@ def test_a_photograph_does_not_look_as_if_it_meant_something():
     pixels = image(page.png(40))
     assert not near(pixels[:10, :3], style.MISSED, most=0).any()
     assert near(pixels[:10, :3], photo, most=4).all()
+
+
+def test_blocks_of_errors_show_what_they_hold_most_of():
+    truth = np.array([[1, 1, 0, 0], [1, 0, 0, 255], [0, 0, 255, 255], [0, 0, 255, 0]], np.uint8)
+    found = np.array([[1, 0, 1, 0], [0, 0, 0, 0], [0, 0, 0, 0], [0, 255, 0, 0]], np.uint8)
+    assert rendering.shrink_errors(truth, found, 2).tolist() == [[2, 3], [0, 255]]
+    each = rendering.shrink_errors(truth, found, 1)
+    assert each.tolist() == [[1, 2, 3, 0], [2, 0, 0, 255], [0, 0, 255, 255], [0, 255, 255, 0]]

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 
 import geopandas
 import numpy as np
 import pytest
 from affine import Affine
-from browser import BROWSER, needs_browser
+from browser import look, look_on_phone, needs_browser
 from coasts import UTM, write_map
 from rasterio.crs import CRS
 from shapely import box
@@ -30,6 +29,11 @@ addEventListener("load", () => {
     when: text("#when"), row: all("tr[aria-current] td").map((e) => e.textContent),
     picture: all(".leaflet-image-layer").map((e) => e.alt),
     outlines: all("path.leaflet-interactive").length,
+    hit: all("path.leaflet-interactive").filter((e) => {
+      const { x, y, width, height } = e.getBoundingClientRect();
+      return document.elementFromPoint(x + width / 2, y + height / 2) === e;
+    }).length,
+    listed: all("#largest-beds tr").map((e) => +e.children[1].textContent),
   });
   const first = state();
   const width = document.querySelector(".leaflet-image-layer").naturalWidth;
@@ -125,7 +129,7 @@ def test_a_browser_shows_it(coast, tmp_path):
     page = tmp_path / "map.html"
     text = page_of(coast, page, "--aoi", coast / "r.gpkg", "--series_dir", coast / "s")
     page.write_text(text.replace("</body>", PROBE + "</body>"), encoding="utf-8")
-    found, console = look(page)
+    found, console = look(page, "--window-size=1000,900")
     assert console == []
     assert found["requests"] == []
     assert found["first"]["when"] == "2021-02-11 13:30 UTC, landsat-9 (3 of 3)"
@@ -134,7 +138,8 @@ def test_a_browser_shows_it(coast, tmp_path):
     assert found["second"]["row"][:5] == ["2020-02-01", "landsat-8", "100 %", "0.041", "–"]
     assert found["second"]["picture"] == ["Mask of 2020-02-01"]
     assert found["width"] == 30
-    assert found["second"]["outlines"] == 2
+    assert (found["second"]["outlines"], found["second"]["hit"]) == (2, 2)
+    assert found["second"]["listed"] == [40, 20]
     assert found["probability"] == ["Probability of 2020-02-01"]
     assert found["without"] == 0
     assert (found["crosses"], found["dots"], found["whiskers"], found["rows"]) == (1, 2, 0, 3)
@@ -149,30 +154,8 @@ def test_a_phone_shows_it(coast, tmp_path):
     page = tmp_path / "map.html"
     text = page_of(coast, page, "--aoi", coast / "r.gpkg")
     page.write_text(text.replace("</body>", PROBE + "</body>"), encoding="utf-8")
-    frame = tmp_path / "phone.html"
-    frame.write_text(
-        '<iframe id="f" width="360" height="800" src="map.html"></iframe><script>'
-        'addEventListener("load", () => setTimeout(() => {'
-        "const inner = document.getElementById('f').contentDocument.documentElement;"
-        'document.documentElement.setAttribute("data-found", inner.dataset.found); }, 0));</script>'
-    )
-    found, _ = look(frame, "--allow-file-access-from-files")
+    found = look_on_phone(page)
     assert (found["overflow"], found["small"]) == (0, 0)
-
-
-def look(page, *flags):
-    """What the probe found, and what the browser said meanwhile."""
-    done = subprocess.run(
-        [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync",
-         "--disable-background-networking", "--enable-logging=stderr", "--window-size=1000,900",
-         f"--user-data-dir={page.parent / 'profile'}", *flags, "--dump-dom", page.as_uri()],
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    match = re.search(r'data-found="([^"]*)"', done.stdout)
-    assert match, done.stderr[-2000:]
-    console = [line for line in done.stderr.splitlines() if ":CONSOLE" in line]
-    return json.loads(match[1].replace("&quot;", '"').replace("&amp;", "&").replace("&lt;", "<")
-                      .replace("&gt;", ">")), console  # fmt: skip
 
 
 def test_scenes_and_shrunk_pictures(tmp_path):

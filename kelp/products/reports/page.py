@@ -16,6 +16,8 @@ import numpy as np
 
 import kelp
 from kelp.config import ReportConfig
+from kelp.config.products import ViewConfig
+from kelp.config.scenes import SceneOptions
 from kelp.errors import InputError
 from kelp.evaluation.bootstrap import FEW_SITES, Estimate, SiteBootstrap
 from kelp.evaluation.calibration import BINS, Reliability
@@ -27,6 +29,9 @@ from kelp.evaluation.thresholds import best_threshold
 from kelp.plotting.charts import by_class, curves, lines
 from kelp.plotting.html import Report
 from kelp.plotting.preview import picture_of
+from kelp.products.maps import open_map
+from kelp.products.view import Beside, map_section
+from kelp.progress import Progress, silent
 from kelp.raster.probability import CODES
 from kelp.tables import WORKERS_FILE
 
@@ -44,6 +49,8 @@ _FROM_PROBABILITIES: Final = (
     ("area_by_probability", "sum of probabilities / true area"),
     ("calibration_error", "calibration error (ECE)"),
 )
+_MAP_SIDE: Final = 700
+"""Pixels of a picture of the map; of larger scenes blocks are shown."""
 _SHARES: Final = (
     ("tiles", 1),
     ("reading", 1),
@@ -83,6 +90,7 @@ def write_page(
     evaluated: Evaluated,
     history: Mapping[str, Sequence[tuple[float, float]]],
     bundle: Mapping[str, Any] | None,
+    progress: Progress = silent,
 ) -> Path:
     """Write the page.
 
@@ -92,10 +100,12 @@ def write_page(
         evaluated: what the masks are worth.
         history: training curves by name; may be empty.
         bundle: what `bundle.json` holds, if a run was named.
+        progress: progress callback.
     """
     report = Report(config.title)
     _answer(report, evaluated)
     _gallery(report, config, evaluated)
+    _map(report, config, evaluated, progress)
     report.text("## Scores")
     report.table(_scores_table(evaluated), "Intervals: 95 %, bootstrap over sites")
     _patches(report, evaluated)
@@ -296,6 +306,33 @@ def _gallery(report: Report, config: ReportConfig, evaluated: Evaluated) -> None
             f"`{name}`, {words}: Dice {value:.3f}. The last panel shows hits, misses and false "
             "alarms.",
         )
+
+
+def _map(report: Report, config: ReportConfig, evaluated: Evaluated, progress: Progress) -> None:
+    """The map of `kelp view`, of the scenes with the lowest Dice, by date."""
+    pairs = {pair.tile_id: pair for pair in evaluated.pairs}
+    ranked = [name for _, name in _ranked(evaluated)]
+    worst = [*ranked, *(name for name in pairs if name not in ranked)][: config.map_scenes]
+    opened = [(open_map(pairs[n].prediction, config.pixel_size), pairs[n]) for n in worst]
+    opened = [pair for pair in opened if not pair[0].is_turned]
+    if not opened:
+        return
+    opened.sort(key=lambda pair: (pair[0].acquired_text or "9", pair[0].scene_id))
+    options = SceneOptions(band_order=config.band_order)
+    beside = {
+        entry.mask.name: Beside(pair.scene, pair.truth, config.kelp_value, options)
+        for entry, pair in opened
+    }
+    shown = "" if len(opened) == len(pairs) else f"The {len(opened)} of them with the lowest Dice. "
+    report.text(
+        f"## The map\n\n{shown}Choose a scene below the map, a picture above it, a bed on it; a "
+        "click into the map lets the wheel zoom."
+    )
+    view = ViewConfig(
+        predictions_dir=config.preds_dir, output=config.output_dir / "map.html",
+        run_dir=config.run_dir, side=_MAP_SIDE,
+    )  # fmt: skip
+    report.insert(map_section([entry for entry, _ in opened], beside, view, progress))
 
 
 def _training(

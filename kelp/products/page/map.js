@@ -8,13 +8,18 @@
     for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
     return made;
   };
-  const NAMES = { scene: "Scene", mask: "Mask", p: "Probability" };
+  const NAMES = { scene: "Scene", errors: "Errors", mask: "Mask", p: "Probability" };
   const kinds = Object.keys(NAMES).filter((kind) => data.maps.some((m) => m[kind]));
-  const state = { at: 0, kind: kinds.includes("mask") ? "mask" : kinds[0], region: data.regions[0] };
+  const state = { at: 0, kind: kinds.includes("errors") ? "errors" : "mask", region: data.regions[0] };
 
+  const [, [north, east]] = data.bounds;
+  $("map").style.aspectRatio = `${east} / ${north}`;
   const map = L.map("map", { crs: L.CRS.Simple, minZoom: -12, maxZoom: 3, zoomSnap: 0.25, zoomDelta: 0.5 });
   map.attributionControl.setPrefix("Leaflet");
   L.control.scale({ imperial: false }).addTo(map);
+  // The wheel scrolls the page until the map is chosen.
+  map.scrollWheelZoom.disable();
+  map.on("focus", () => map.scrollWheelZoom.enable()).on("blur", () => map.scrollWheelZoom.disable());
   map.fitBounds(data.bounds);
   map.createPane("pictures").style.zIndex = 300; // below the outlines of beds
   let picture = null, beds = null;
@@ -45,17 +50,27 @@
     const swatch = (style, text, name = "") => {
       const mark = element("i", null, { class: name, "aria-hidden": "true" });
       if (style) mark.style.background = style;
-      return [mark, document.createTextNode(text)];
+      const entry = element("span");
+      entry.append(mark, text);
+      return [entry];
     };
     const unseen = swatch("", "not observed", "unseen");
     const of = {
       mask: [...swatch(data.colors.kelp, "kelp"), ...swatch(data.colors.water, "no kelp"), ...unseen],
+      errors: [
+        ...swatch(data.colors.kelp, "found"), ...swatch(data.colors.missed, "missed"), ...swatch(data.colors.false, "false alarm"),
+        ...swatch(data.colors.water, "no kelp"), ...unseen,
+      ],
       p: [...swatch(`linear-gradient(90deg, ${data.colors.ramp.join(", ")})`, "probability 0 to 1", "ramp"), ...unseen],
-      scene: [document.createTextNode("true colour, stretched"), ...unseen],
+      scene: [element("span", "true colour, stretched"), ...unseen],
     };
     $("legend").replaceChildren(...of[state.kind]);
   }
 
+  const outline = {
+    scene: { color: "#ff3d9a", weight: 1.5, fillOpacity: 0 }, p: { color: "#ff3d9a", weight: 1.5, fillOpacity: 0 },
+    mask: { color: "#ffffff", weight: 1.5, fillOpacity: 0 }, errors: { color: "#ffffff", weight: 1, opacity: 0.5, fillOpacity: 0 }, // misses lie under it
+  };
   function draw() {
     const shown = data.maps[state.at];
     const url = shown[state.kind] || shown.mask;
@@ -68,17 +83,32 @@
     if (shown.beds && $("beds").checked) {
       beds = L.geoJSON(shown.beds, {
         coordsToLatLng: ([x, y]) => L.latLng(y, x),
-        style: { color: state.kind === "mask" ? "#ffffff" : "#ff3d9a", weight: 1.5, fillOpacity: 0 },
-        onEachFeature: (feature, layer) => layer.bindPopup(() => popup(feature.properties)),
+        style: outline[state.kind],
+        onEachFeature: (feature, layer) => layer.bindPopup(() => popup(feature.properties), { minWidth: 240 }),
       }).addTo(map);
     }
-    const words = `${shown.date || "no date"}${shown.sensor ? ", " + shown.sensor : ""}`;
+    listed(shown);
+    const words = `${shown.date || shown.name}${shown.sensor ? ", " + shown.sensor : ""}`;
     $("when").textContent = `${words} (${state.at + 1} of ${data.maps.length})`;
     $("slider").value = state.at;
     $("slider").setAttribute("aria-valuetext", words);
     for (const button of $("layers").children) button.setAttribute("aria-pressed", button.dataset.kind === state.kind);
     legend();
     mark();
+  }
+
+  // What a click on the map says, for who reads, prints or has no mouse.
+  function listed(shown) {
+    const found = shown.beds ? [...shown.beds.features].sort((a, b) => b.properties.pixels - a.properties.pixels) : [];
+    $("largest").hidden = !found.length;
+    $("largest-beds").replaceChildren(...found.slice(0, 10).map(({ properties: p }) => {
+      const row = element("tr");
+      row.append(element("td", p.bed_id));
+      for (const text of [p.pixels, km2(p.presence_area_m2), km2(p.expected_area_m2), number(p.mean_p, 2), number(p.observed_share, 2)])
+        row.append(element("td", text, { class: "n" }));
+      row.append(element("td", p.touches_unobserved ? "touches unseen pixels" : p.touches_edge ? "touches the map's edge" : ""));
+      return row;
+    }));
   }
 
   const SVG = "http://www.w3.org/2000/svg";
@@ -165,8 +195,11 @@
       label: `${data.maps[r.at].date}: ${r[which] === null ? r.note : km2(r[which]) + " km²"}`,
     }));
     const unseen = points.filter((p) => p.value === null).length;
-    const bars = interval ? ` Bars: intervals of ${Math.round(100 * data.coverage)} %.` : " No intervals: the note says why.";
-    const gaps = unseen ? ` Crosses: ${unseen} dates without an area, which are gaps, not zeros.` : "";
+    const notes = new Set(rows.filter((r) => r[which] !== null).map((r) => r.note));
+    const common = notes.size === 1 ? [...notes][0] : null; // said once
+    const bars = interval ? ` Bars: intervals of ${Math.round(100 * data.coverage)} %.` : common ? ` ${common[0].toUpperCase()}${common.slice(1)}.` : " No intervals: the note says why.";
+    const gaps = unseen ? ` Crosses: ${unseen} date${unseen > 1 ? "s" : ""} without an area, which ${unseen > 1 ? "are gaps, not zeros" : "is a gap, not a zero"}.` : "";
+    $("dates").hidden = !points.some((p) => p.x !== null);
     const what = which === "expected" ? "Expected area by date." : "Presence area by date, an upper bound.";
     timeline = chart($("chart"), points, `${what} ${points.length - unseen} values, ${unseen} gaps.`);
     $("caption").textContent = what + bars + gaps;
@@ -175,7 +208,7 @@
     if (quarters) {
       const empty = quarters.filter((q) => q.value === null).length;
       chart($("chart-quarters"), quarters, `Quarterly means. ${quarters.length - empty} values, ${empty} gaps.`);
-      $("caption-quarters").textContent = `Mean of the looks of each quarter. ${empty ? `Crosses: ${empty} quarters that were not observed well enough.` : ""}`;
+      $("caption-quarters").textContent = `Mean of the looks of each quarter. ${empty ? `Crosses: ${empty} quarter${empty > 1 ? "s" : ""} not observed well enough.` : ""}`;
     }
     $("rows").replaceChildren(...rows.map((r) => {
       const shown = data.maps[r.at], row = element("tr", null, { "data-at": r.at });
@@ -183,7 +216,7 @@
       const range = r.low === null ? "–" : `${km2(r.low)} to ${km2(r.high)}`;
       row.append(element("td", shown.date || shown.name), element("td", shown.sensor || "–"));
       for (const text of [share, km2(r.expected), range, km2(r.presence)]) row.append(element("td", text, { class: "n" }));
-      row.append(element("td", r.note || ""));
+      row.append(element("td", r.note === common ? "" : r.note || ""));
       return row;
     }));
     mark();
@@ -216,7 +249,14 @@
   $("region-label").hidden = data.regions.length < 2;
   for (const region of data.regions) $("region").append(element("option", region));
   $("region").addEventListener("change", () => { state.region = $("region").value; areas(); });
-  addEventListener("beforeprint", () => map.invalidateSize());
+  // Leaflet lays out in pixels of the screen: on paper the map has a width that fits every sheet.
+  function resized(width) {
+    $("map").style.width = width;
+    map.invalidateSize({ animate: false });
+    map.fitBounds(data.bounds, { animate: false });
+  }
+  addEventListener("beforeprint", () => { $("largest").open = true; resized("560px"); });
+  addEventListener("afterprint", () => resized(""));
   let waiting = 0;
   addEventListener("resize", () => { clearTimeout(waiting); waiting = setTimeout(areas, 200); });
   areas();

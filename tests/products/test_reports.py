@@ -1,18 +1,26 @@
 """`kelp report`: figures known by hand, what the page holds, and refusals of one line."""
 
+import base64
+import io
 import json
+import re
 import shutil
 import tracemalloc
 
 import numpy as np
 import pytest
+from affine import Affine
+from browser import look, look_on_phone, needs_browser
 from bundles import tiny_bundle
+from PIL import Image
+from rasterio.crs import CRS
 from world import coast, write_tif
 
 import kelp
 from kelp.cli import main
 from kelp.config import ReportConfig
 from kelp.errors import InputError
+from kelp.raster.masks import Georeference
 from kelp.raster.writer import write_mask
 
 TRUTH = np.zeros((20, 20), np.uint8)
@@ -119,6 +127,69 @@ def test_the_page_says_what_it_is_about(tmp_path):
     assert "Most false kelp is in <code>AA000002</code>: 0.003 km²" in answer
     assert all(words in text for words in ("AA000002", "kelp report --config", "lr: 0.001"))
     assert text.count("<img") == 1 + 3 + 2 + 1  # patches, curves, worst and best, training
+
+
+def map_of(page):
+    (found,) = re.findall(r'<script id="data" type="application/json">(.*?)</script>', page, re.S)
+    return json.loads(found)
+
+
+def test_the_map_shows_the_errors_of_the_worst_scenes(tmp_path):
+    config = make_folders(tmp_path).model_copy(update={"pictures": 0})
+    page = kelp.make_report(config).page.read_text(encoding="utf-8")
+    maps = map_of(page)["maps"]
+    assert [shown["name"] for shown in maps] == ["AA000001", "AA000002", "AA000003"]
+    assert all(shown["scene"] and shown["p"] for shown in maps)
+    picture = Image.open(io.BytesIO(base64.b64decode(maps[1]["errors"].partition(",")[2])))
+    # 0 no kelp, 1 found, 2 missed, 3 false alarms
+    assert np.bincount(np.asarray(picture).ravel()).tolist() == [400 - 43, 36, 4, 3]
+    config = config.model_copy(update={"map_scenes": 1})
+    page = kelp.make_report(config).page.read_text(encoding="utf-8")
+    assert [shown["name"] for shown in map_of(page)["maps"]] == ["AA000002"]
+    assert "The 1 of them with the lowest Dice" in page
+    config = config.model_copy(update={"map_scenes": 0})
+    assert "<script" not in kelp.make_report(config).page.read_text(encoding="utf-8")
+
+
+def test_scenes_far_from_each_other_are_laid_on_each_other(tmp_path):
+    """Each from its own corner; one whose grid is turned is left out."""
+    config = make_folders(tmp_path, probabilities=False)
+    config = config.model_copy(update={"data_dir": None, "pictures": 0})
+    grids = [(32610, Affine(30, 0, 4e5, 0, -30, 4e6)), (32621, Affine(30, 0, 7e5, 0, -30, 5e6)),
+             (32610, Affine(30, 0, 4e5, 0, -30, 4e6) @ Affine.rotation(20))]  # fmt: skip
+    for name, (crs, transform) in zip("123", grids, strict=True):
+        for folder in ("truth", "masks"):
+            place = Georeference(CRS.from_epsg(crs), transform)
+            write_mask(tmp_path / folder / f"AA00000{name}_kelp.tif", TRUTH, place)
+    maps = map_of(kelp.make_report(config).page.read_text(encoding="utf-8"))
+    assert [shown["name"] for shown in maps["maps"]] == ["AA000001", "AA000002"]
+    assert {tuple(map(tuple, shown["bounds"])) for shown in maps["maps"]} == {((0, 0), (600, 600))}
+    assert [len(shown["beds"]["features"]) for shown in maps["maps"]] == [2, 2]
+
+
+@needs_browser
+def test_a_browser_shows_the_map_of_a_report(tmp_path):
+    probe = """<script>addEventListener("load", () => {
+      const all = (selector) => [...document.querySelectorAll(selector)];
+      const [picture] = all(".leaflet-image-layer");
+      document.documentElement.setAttribute("data-found", JSON.stringify({
+        kinds: all("#layers button").map((e) => e.textContent), rows: all("#rows tr").length,
+        shown: [picture.alt, picture.naturalWidth, picture.offsetWidth > 200],
+        chart: document.getElementById("dates").offsetHeight,
+        overflow: document.documentElement.scrollWidth - document.documentElement.clientWidth,
+        requests: performance.getEntriesByType("resource").map((r) => r.name)
+          .filter((name) => !name.startsWith("data:")),
+      }));
+    });</script></body>"""
+    page = kelp.make_report(make_folders(tmp_path)).page
+    page.write_text(page.read_text(encoding="utf-8").replace("</body>", probe), encoding="utf-8")
+    found, console = look(page, "--window-size=1000,900")
+    assert console == []
+    assert found == {
+        "kinds": ["Scene", "Errors", "Mask", "Probability"], "rows": 3, "requests": [],
+        "shown": ["Errors of AA000003", 20, True], "chart": 0, "overflow": 0,
+    }  # fmt: skip
+    assert look_on_phone(page)["overflow"] == 0
 
 
 def test_masks_alone_are_enough(tmp_path):

@@ -14,7 +14,7 @@ from kelp.evaluation.metrics import SiteTotals
 from kelp.evaluation.pairs import Pair, find_pairs, sites_of
 from kelp.evaluation.scoring import PairOptions, Scores, evaluate, score_pairs
 from kelp.io.files import output_folder, write_json
-from kelp.plotting.reports.page import Evaluated, figures_json, history_of, write_page
+from kelp.products.reports.page import Evaluated, figures_json, history_of, write_page
 from kelp.progress import Progress, silent
 
 _SPEC = "bundle.json"
@@ -48,11 +48,15 @@ def make_report(config: ReportConfig, progress: Progress = silent) -> ReportResu
     pairs = find_pairs(config.gt_dir, config.preds_dir, config, config.data_dir)
     options = PairOptions.of(config, config.band_order)
     scores = score_pairs(pairs, options, progress=progress)
-    return _write(config, pairs, scores, bundle)
+    return _write(config, pairs, scores, bundle, progress)
 
 
 def _write(
-    config: ReportConfig, pairs: list[Pair], scores: Scores, bundle: dict[str, Any] | None
+    config: ReportConfig,
+    pairs: list[Pair],
+    scores: Scores,
+    bundle: dict[str, Any] | None,
+    progress: Progress = silent,
 ) -> ReportResult:
     names = [pair.tile_id for pair in pairs]
     sites = site_numbers(list(sites_of(config.metadata_fp, names).values()))
@@ -60,7 +64,7 @@ def _write(
     evaluated = Evaluated(pairs, SiteTotals(scores.by_image, sites, bootstrap), bootstrap, scores)
     folder = output_folder(config.output_dir)
     history = history_of(config.run_dir) if config.run_dir else {}
-    page = write_page(folder / "report.html", config, evaluated, history, bundle)
+    page = write_page(folder / "report.html", config, evaluated, history, bundle, progress)
     figures = folder / "report.json"
     write_json(figures, figures_json(evaluated))
     config.record(folder)
@@ -80,6 +84,7 @@ def evaluate_and_report(config: EvaluateConfig, progress: Progress = silent) -> 
         pixel_size=config.pixel_size,
         kelp_value=config.kelp_value,
         ignore_georeference=config.ignore_georeference,
+        map_scenes=0,
     )
     pairs = find_pairs(config.gt_dir, config.preds_dir, config)
     page = _write(report, pairs, scores, None).page
