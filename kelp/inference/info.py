@@ -65,6 +65,7 @@ class SceneInfo:
         lines.append(f"  quality   {quality_text}")
         lines.append(
             f"            bad by the bits that count (*): {100 * quality['bad_share']:.1f} %"
+            + " of the area" * (quality["over"] == "area")
         )
         dem = v["dem"]
         if dem is None:

@@ -44,7 +44,7 @@ from kelp.raster.water import Anchored
 from kelp.raster.window import Blend, RasterSource, Shape, Tile
 from kelp.sensors import open_scene
 from kelp.tiling.engine import Counts, Engine, Job, Sink, WriteRows
-from kelp.tiling.strip import Slicing
+from kelp.tiling.strip import Area, Slicing
 
 log = logging.getLogger("kelp")
 
@@ -241,13 +241,16 @@ class Predictor:
     def anchored(self, source: RasterSource, name: str) -> RasterSource:
         """A scene as the networks know scenes: its clear water at the levels of their training.
 
-        Where they are trained so, it is read once for that, some rows at a time. A scene without
-        clear water is left as it is, which is one line of notice.
+        Where they are trained so, it is read once for that, some rows at a time; with an area of
+        interest no more than what lies around its tiles. A scene without clear water is left as it
+        is, which is one line of notice.
         """
         spec = self._main.spec
         if spec.anchoring == "none":
             return source
-        reference = spec.reference(source)
+        area: Area | None = getattr(source, "area", None)
+        windows = self.slicing.windows(source.shape, area) if area else None
+        reference = spec.reference(source, windows)
         if reference.fallback:
             log.warning("%s: %s", name, reference.fallback)
         return Anchored(source, reference)

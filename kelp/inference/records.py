@@ -96,6 +96,7 @@ def water_of(reference: WaterReference) -> WaterFacts:
     """What a record says of a scene's clear water."""
     levels = zip(OPTICAL, *reference.extremes(), strict=False)
     return WaterFacts(
+        read_share=reference.read_share,
         levels={band: (round(low, 1), round(high, 1)) for band, low, high in levels},
         clear_pixels=int(reference.clear.sum()),
         fallback=reference.fallback,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -13,7 +14,7 @@ from kelp.raster.bands import OPTICAL, Anchoring, IndexInput
 from kelp.raster.indices import IndexSettings, channel_names
 from kelp.raster.streaming import ChannelStats
 from kelp.raster.water import WATER_LEVELS, WaterReference
-from kelp.raster.window import RasterSource, Shape
+from kelp.raster.window import RasterSource, Shape, Tile
 
 SCHEMA_VERSION: Final = 1
 STRIDE: Final = 32
@@ -93,9 +94,14 @@ class NetworkSpec(BaseModel):
         """Index input and masks."""
         return IndexSettings(self.index_input, self.mask_using_qa, self.mask_using_water_mask)
 
-    def reference(self, source: RasterSource) -> WaterReference:
-        """The water reference of a scene, which is read once for it; not, without anchoring."""
-        return WaterReference.estimate(source, self.anchoring, self.water_levels)
+    def reference(
+        self, source: RasterSource, windows: Sequence[Tile] | None = None
+    ) -> WaterReference:
+        """The water reference of a scene, which is read once for it; not, without anchoring.
+
+        `windows`: see `WaterReference.estimate`.
+        """
+        return WaterReference.estimate(source, self.anchoring, self.water_levels, windows)
 
     def network_shape(self, tile: Shape) -> Shape:
         """What the network sees of a tile, `(height, width)` in its own pixels."""

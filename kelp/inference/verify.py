@@ -290,10 +290,10 @@ class _Verifier:
             rules = rules_of(config, scene, predictor.threshold)
             bound = _bound(record, predictor)
             sink = _Comparison(entry, tiles, predictor.threshold, bound, rules, agreement)
-            source = predictor.anchored(scene, str(task.path))
+            source = predictor.anchored(_Part(scene, tiles), str(task.path))
             engine = predictor.engine()
             try:
-                engine.run([Job(_Part(source, tiles), sink)])
+                engine.run([Job(source, sink)])
             finally:
                 if rules:
                     rules.close()

@@ -291,7 +291,7 @@ class Scene:
                 plane[values == value] = np.nan
             if hidden is not None:
                 plane[hidden[i]] = np.nan
-        if "QA" in self.names:
+        if QA in self._targets:
             out[QA] = validity.decode_qa(out[QA], self.qa_bits)
         return out
 

@@ -6,7 +6,8 @@ scene's own clear water has fixed levels: in training, in prediction, in every c
 
 The levels are estimated once a scene, on a coarse grid: medians of clear-water pixels in cells
 about as large as a competition image. They come from counts of whole numbers, so they do not
-depend on the windows in which the scene is read, and reading needs a few rows at a time.
+depend on the windows in which the scene is read, and reading needs a few rows at a time. A cell
+looks at its neighbours only, so a part of a scene needs no more than the cells around it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from typing import Any, Final, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from kelp.errors import InputError
 from kelp.raster.bands import DEM, NODATA, OPTICAL, QA, Anchoring
 from kelp.raster.window import RasterSource, Shape, Tile
 
@@ -56,13 +56,15 @@ class WaterReference:
 
     Attributes:
         shape: height and width of the scene, px.
-        levels: DN of clear water in each cell, `(rows, columns, 5)`, bands in `OPTICAL` order;
-            empty (0 rows) where nothing is known, and nothing is shifted.
+        levels: DN of clear water in each cell, `(rows, columns, 5)`, bands in `OPTICAL` order; NaN
+            in cells that nobody asked for; empty (0 rows) where nothing is known, and nothing is
+            shifted.
         clear: clear-water pixels that were found in each cell, `(rows, columns)`.
         target: levels that the water is shifted to.
         knows_elevation: whether the DEM is known anywhere.
         origin: `(y, x)` in the scene of the upper left pixel of what is read: of a file that was
             cut out of it.
+        read_share: share of the scene's pixels that were read for it, 0-1.
     """
 
     shape: Shape
@@ -71,6 +73,7 @@ class WaterReference:
     target: tuple[float, ...] = WATER_LEVELS
     knows_elevation: bool = True
     origin: tuple[int, int] = (0, 0)
+    read_share: float = 1.0
 
     @classmethod
     def estimate(
@@ -78,6 +81,7 @@ class WaterReference:
         source: RasterSource,
         anchoring: Anchoring = "local",
         target: Sequence[float] = WATER_LEVELS,
+        windows: Sequence[Tile] | None = None,
     ) -> Self:
         """Find the clear water of a scene, reading it once, some rows at a time.
 
@@ -89,30 +93,17 @@ class WaterReference:
             source: the scene; values in DN of Landsat Collection 2 Level 2.
             anchoring: one cell for all the scene, or cells of about `CELL` px, or none.
             target: DN that clear water is to have, of each optical band.
+            windows: the only ones that will be shifted: as all of the scene would shift them, from
+                the cells that they lie in and those around, which alone are read. None = all.
         """
-        height, width = source.shape
-        side = CELL if anchoring == "local" else max(height, width)
-        down, right = _edges(height, side), _edges(width, side)
-        grid = (len(down) - 1, len(right) - 1)
-        levels = np.full((*grid, len(OPTICAL)), np.nan)
-        clear = np.zeros(grid, dtype=np.int64)
-        knows = False
+        cells = _Cells(source, CELL if anchoring == "local" else max(source.shape))
+        levels = cells.levels[:0]
         if anchoring != "none":
-            for row, (top, bottom) in enumerate(pairwise(down)):
-                kind = np.int32 if anchoring == "local" else np.int64  # of cells, of a scene
-                counts = np.zeros((grid[1], len(OPTICAL), _LEVELS), dtype=kind)
-                for y in range(top, bottom, _ROWS):
-                    for x in range(0, width, _COLUMNS):
-                        rows, columns = min(_ROWS, bottom - y), min(_COLUMNS, width - x)
-                        pixels = source.read(Tile(y, x, rows, columns))
-                        knows = knows or bool(np.isfinite(pixels[DEM]).any())
-                        _count(pixels, [max(0, edge - x) for edge in right], counts)
-                clear[row] = counts[:, 0].sum(axis=1)
-                for column in range(grid[1]):
-                    area = (bottom - top) * (right[column + 1] - right[column])
-                    if clear[row, column] >= max(1, min(_ENOUGH, area // 100)):
-                        levels[row, column] = _medians(counts[column])
-        return cls((height, width), _filled(levels, clear), clear, tuple(target), knows)
+            levels = cells.fill(_between_which(windows, source.shape, cells.clear.shape))
+        return cls(
+            source.shape, levels, cells.clear, tuple(target), cells.knows_elevation,
+            read_share=cells.pixels / (source.shape[0] * source.shape[1]),
+        )  # fmt: skip
 
     @classmethod
     def constant(
@@ -143,7 +134,7 @@ class WaterReference:
         """Lowest and highest DN of clear water over the scene, of each band; empty if unknown."""
         if not len(self.levels):
             return [], []
-        cells = self.levels.reshape(-1, len(OPTICAL))
+        cells = self.levels[np.isfinite(self.levels[..., 0])]
         return cells.min(axis=0).tolist(), cells.max(axis=0).tolist()
 
     def apply(self, pixels: NDArray[np.float32], tile: Tile) -> NDArray[np.float32]:
@@ -173,32 +164,6 @@ class WaterReference:
     def cut(self, y: int, x: int) -> Self:
         """The same reference for a file that was cut out of the scene at `(y, x)`."""
         return replace(self, origin=(self.origin[0] + y, self.origin[1] + x))
-
-    def to_json(self) -> dict[str, Any]:
-        """For records; `from_json` gives it back."""
-        return {
-            "shape": list(self.shape),
-            "levels": self.levels.tolist(),
-            "clear": self.clear.tolist(),
-            "target": list(self.target),
-            "knows_elevation": self.knows_elevation,
-            "origin": list(self.origin),
-        }
-
-    @classmethod
-    def from_json(cls, content: dict[str, Any]) -> Self:
-        """Raises `InputError` where it is not what `to_json` wrote."""
-        try:
-            height, width = (int(size) for size in content["shape"])
-            levels = np.array(content["levels"], dtype=np.float64)
-            levels = levels.reshape(-1, levels.shape[1] if levels.size else 1, len(OPTICAL))
-            clear = np.array(content["clear"], dtype=np.int64)
-            target = tuple(float(value) for value in content["target"])
-            y, x = (int(start) for start in content["origin"])
-            known = bool(content["knows_elevation"])
-            return cls((height, width), levels, clear, target, known, (y, x))
-        except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise InputError("not a water reference as kelp writes it") from error
 
     def _levels(self, tile: Tile) -> NDArray[np.float64]:
         """Levels at each pixel of a window, `(5, height, width)`: bilinear between cells.
@@ -255,6 +220,106 @@ def is_clear_water(pixels: NDArray[np.float32]) -> NDArray[np.bool_]:
     return clear
 
 
+class _Cells:
+    """The cells of a scene, read when they are asked for.
+
+    Args:
+        source: the scene.
+        side: of a cell, about, in px.
+    """
+
+    def __init__(self, source: RasterSource, side: int) -> None:
+        height, width = source.shape
+        self._source = source
+        self._down, self._right = _edges(height, side), _edges(width, side)
+        grid = (len(self._down) - 1, len(self._right) - 1)
+        self._wide = np.int32 if side == CELL else np.int64  # counts of cells, of a scene
+        self._read = np.zeros(grid, dtype=np.bool_)
+        self.levels = np.full((*grid, len(OPTICAL)), np.nan)
+        """Of each cell's own water; NaN where there is too little, or it was not read."""
+        self.clear = np.zeros(grid, dtype=np.int64)
+        self.knows_elevation = False
+        self.pixels = 0
+        """How many were read."""
+
+    def fill(self, wanted: NDArray[np.bool_]) -> NDArray[np.float64]:
+        """Levels of the wanted cells, NaN in the others; no row where no cell's water is known.
+
+        Each is the mean of those around it, itself included, weighted by their water and nearness:
+        inverse distances to the sixth power (Shepard 1968), so a cell's own water weighs 27 times
+        what its neighbour's does. Around it are its eight neighbours, and where none of them is
+        known the smallest larger square of cells in which one is.
+        """
+        out = np.full_like(self.levels, np.nan)
+        left, reach = wanted.copy(), 1
+        while left.any() and reach <= max(wanted.shape):
+            squares = {(row, column): _square(row, column, reach) for row, column in _true(left)}
+            around = np.zeros_like(left)
+            for square in squares.values():
+                around[square] = True
+            self._look(around)
+            for cell, square in squares.items():
+                known = np.isfinite(self.levels[square][..., 0])
+                if known.any():
+                    rows, columns = square
+                    at = np.argwhere(known) - (cell[0] - rows.start, cell[1] - columns.start)
+                    distance = (at.astype(np.float64) ** 2).sum(axis=1)
+                    weight = self.clear[square][known] / (_NEAR + distance) ** 3
+                    values = self.levels[square][known]
+                    out[cell] = (weight[:, np.newaxis] * values).sum(axis=0) / weight.sum()
+                    left[cell] = False
+            reach += 1
+        return out if np.isfinite(out).any() or not wanted.any() else out[:0]
+
+    def _look(self, chosen: NDArray[np.bool_]) -> None:
+        """Find the water of those cells that were not read yet."""
+        new = chosen & ~self._read
+        self._read |= chosen
+        for row in np.flatnonzero(new.any(axis=1)).tolist():
+            changes = np.flatnonzero(np.diff(new[row], prepend=False, append=False)).tolist()
+            for first, end in zip(changes[::2], changes[1::2], strict=True):
+                self._look_at(row, first, end)
+
+    def _look_at(self, row: int, first: int, end: int) -> None:
+        """Cells side by side: those of a row from the column `first` to before `end`."""
+        (top, bottom), edges = self._down[row : row + 2], self._right[first : end + 1]
+        counts = np.zeros((end - first, len(OPTICAL), _LEVELS), dtype=self._wide)
+        for y in range(top, bottom, _ROWS):
+            for x in range(edges[0], edges[-1], _COLUMNS):
+                rows, columns = min(_ROWS, bottom - y), min(_COLUMNS, edges[-1] - x)
+                pixels = self._source.read(Tile(y, x, rows, columns))
+                self.pixels += rows * columns
+                self.knows_elevation |= bool(np.isfinite(pixels[DEM]).any())
+                _count(pixels, [max(0, edge - x) for edge in edges], counts)
+        self.clear[row, first:end] = counts[:, 0].sum(axis=1)
+        for column in range(first, end):
+            area = (bottom - top) * (self._right[column + 1] - self._right[column])
+            if self.clear[row, column] >= max(1, min(_ENOUGH, area // 100)):
+                self.levels[row, column] = _medians(counts[column - first])
+
+
+def _true(cells: NDArray[np.bool_]) -> list[tuple[int, int]]:
+    return [(int(row), int(column)) for row, column in np.argwhere(cells)]
+
+
+def _square(row: int, column: int, reach: int) -> tuple[slice, slice]:
+    """The cells around one, itself included; beyond the grid there are none."""
+    return (
+        slice(max(0, row - reach), row + reach + 1),
+        slice(max(0, column - reach), column + reach + 1),
+    )
+
+
+def _between_which(windows: Sequence[Tile] | None, shape: Shape, grid: Shape) -> NDArray[np.bool_]:
+    """The cells between which levels of windows are interpolated; of None, all."""
+    chosen = np.full(grid, windows is None)
+    for one in windows or ():
+        up, down, _ = _between(np.array([one.y, one.bottom - 1]), shape[0], grid[0])
+        left, right, _ = _between(np.array([one.x, one.right - 1]), shape[1], grid[1])
+        chosen[up[0] : down[1] + 1, left[0] : right[1] + 1] = True
+    return chosen
+
+
 def _edges(size: int, side: int) -> list[int]:
     """Where cells begin, and the end: as even as whole pixels allow, each about `side` px."""
     count = max(1, round(size / side))
@@ -283,26 +348,6 @@ def _medians(counts: NDArray[np.signedinteger[Any]]) -> NDArray[np.float64]:
     half = (counts.sum(axis=1, keepdims=True) + 1) // 2
     medians: NDArray[np.float64] = np.argmax(counts.cumsum(axis=1) >= half, axis=1).astype(float)
     return medians
-
-
-def _filled(levels: NDArray[np.float64], clear: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Levels of all cells: each the mean of all known, weighted by their water and nearness.
-
-    Inverse distances to the sixth power (Shepard 1968): a cell's own water weighs 27 times what
-    its neighbour's does, and holes take what lies around them. No row where none is known.
-    """
-    known = np.isfinite(levels[..., 0])
-    if not known.any():
-        return levels[:0]
-    places = np.argwhere(known).astype(np.float64)
-    values, water = levels[known], clear[known].astype(np.float64)
-    out = np.empty_like(levels)
-    for row in range(levels.shape[0]):
-        for column in range(levels.shape[1]):
-            distance = ((places - (row, column)) ** 2).sum(axis=1)
-            weight = water / (_NEAR + distance) ** 3
-            out[row, column] = (weight[:, np.newaxis] * values).sum(axis=0) / weight.sum()
-    return out
 
 
 def _between(

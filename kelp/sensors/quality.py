@@ -122,11 +122,22 @@ class Policy:
     def decide(self, layers: Mapping[str, NDArray[np.integer[Any]]]) -> NDArray[np.bool_] | None:
         """Where pixels are bad; None where no flag counts."""
         out: NDArray[np.bool_] | None = None
-        for name in self.bad:
-            flag = self.flags[name]
+        for flag in self._merged:
             found = flag.holds(layers[flag.layer])
             out = found if out is None else np.logical_or(out, found, out=out)
         return out
+
+    @cached_property
+    def _merged(self) -> tuple[Flag, ...]:
+        """The flags that count; single bits of a layer are looked at together."""
+        bits: dict[str, int] = {}
+        others = []
+        for flag in (self.flags[name] for name in self.bad):
+            if flag.values is None:
+                bits[flag.layer] = bits.get(flag.layer, 0) | flag.mask
+            else:
+                others.append(flag)
+        return (*(Flag(layer, mask) for layer, mask in bits.items()), *others)
 
     def count(
         self,

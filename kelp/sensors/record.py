@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from datetime import UTC, date, datetime
 from pathlib import Path
-from typing import Annotated, Any, Final, TypeVar, cast
+from typing import Annotated, Any, Final, Literal, TypeVar, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -130,11 +130,13 @@ class QualityFacts(_Part):
     """Names of the quality bits that counted."""
     cloud_mask: Source | None = None
     """The mask that was given with --cloud_mask."""
+    over: Literal["scene", "area"] = "scene"
+    """Of which pixels the shares are: of all the scene, or of its area of interest."""
     share: dict[str, float] = Field(default_factory=dict)
-    """Share of the scene's pixels for which a bit is set, 0-1, for every bit that is known, also
-    those that did not count. Bits overlap: the shares need not add up."""
+    """Share of the pixels for which a bit is set, 0-1, for every bit that is known, also those that
+    did not count. Bits overlap: the shares need not add up."""
     bad_share: float | None = None
-    """Share of the scene's pixels that the policy took away, 0-1."""
+    """Share of the pixels that the policy took away, 0-1."""
 
 
 class ElevationFacts(_Part):
@@ -171,9 +173,13 @@ class Removed(_Part):
 class WaterFacts(_Part):
     """Clear water of the scene, at whose levels it was shown to the network."""
 
+    read_share: float = 1.0
+    """Share of the scene's pixels in which it was looked for, 0-1: an area of interest needs its
+    surroundings only."""
     levels: dict[str, tuple[float, float]] = Field(default_factory=dict)
-    """Lowest and highest level over the scene, DN, by band; empty: none was found."""
+    """Lowest and highest level there, DN, by band; empty: none was found."""
     clear_pixels: int = 0
+    """Pixels of clear water there."""
     fallback: str | None = None
     """Why the scene was shown as it is; None where its water was found."""
 
@@ -217,7 +223,7 @@ class MapRecord(_Part):
     settings: dict[str, Any] = Field(default_factory=dict)
     """Options of the prediction, resolved."""
     observed_share: float | None = None
-    """Share of all pixels that were observed, 0-1."""
+    """Share of the scene's pixels that were observed, 0-1; outside an area of interest none is."""
     kelp_pixels: int | None = None
     presence_area_m2: float | None = None
     """Ground area of the pixels with kelp: an upper bound, however sparse the canopy."""

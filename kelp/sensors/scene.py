@@ -246,22 +246,44 @@ class SensorScene(Scene):
 
     @property
     def quality(self) -> QualityFacts:
-        """What counts as bad, and, from a pass over the quality layers, how much of it there is."""
+        """What counts as bad, and, from a pass over the quality layers, how much of it there is.
+
+        With an area of interest, how much of that; nothing is read outside.
+        """
         shares = Shares()
-        for window in windows_of(self.shape):
+        for window, inside in self._wanted():
             if self._layers is not None and self._policy is not None and self._files is not None:
                 layers = self._read_layers(window, tuple(self._files.layers))
-                self._policy.count(layers, shares, self._cloud(window))
+                cloud = self._cloud(window)
+                self._policy.count(
+                    {name: values[inside] for name, values in layers.items()},
+                    shares,
+                    None if cloud is None else cloud[inside],
+                )
             else:
-                bad = self.read(window)[bands.QA] == 1
+                bad = self.read(window)[bands.QA][inside] == 1
                 shares.pixels += bad.size
                 shares.bad += int(np.count_nonzero(bad))
         return QualityFacts(
             policy=self.policy,
             cloud_mask=self.cloud_mask,
+            over="scene" if self.area is None else "area",
             share=shares.share,
             bad_share=shares.bad_share,
         )
+
+    def _wanted(self) -> Iterator[tuple[Tile, Any]]:
+        """The scene, or its area of interest, in windows, with the pixels that count in each."""
+        for window in windows_of(self.shape):
+            if self.area is None:
+                yield window, ...
+                continue
+            inside = self.area.mask(window)
+            columns = np.flatnonzero(inside.any(axis=0))
+            if len(columns):
+                left, right = int(columns[0]), int(columns[-1]) + 1
+                part = Tile(window.y, window.x + left, window.height, right - left)
+                yield part, inside[:, left:right]
 
     def _cloud(self, window: Tile) -> NDArray[np.bool_] | None:
         return self._cloud_mask.read(window) if self._cloud_mask else None

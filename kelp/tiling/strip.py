@@ -68,6 +68,17 @@ class Slicing:
         """The tiles of a scene."""
         return TileGrid(shape, self.tile, self.overlap)
 
+    def windows(self, shape: Shape, area: Area) -> list[Tile]:
+        """What tiles that touch an area see of a scene: a window for each run of them in a row."""
+        grid, found = self.grid(shape), list[Tile]()
+        for y in grid.rows:
+            rows, right = min(self.tile[0], shape[0] - y), 0
+            for x in np.array(grid.columns)[_touching(grid, area, y)].tolist():
+                left = found.pop().x if found and x <= right else x
+                right = min(x + self.tile[1], shape[1])
+                found.append(Tile(y, left, rows, right - left))
+        return found
+
 
 def strip_rows(slicing: Slicing) -> int:
     """Rows that a strip holds at most."""
@@ -172,12 +183,7 @@ class Strip:
     def _touching(self, y: int) -> NDArray[np.bool_]:
         """Which tiles of the row that begins at `y` touch the area."""
         if y not in self._wanted and self._area:
-            height, width = self._source.shape
-            mask = self._area.mask(Tile(y, 0, min(self._tile[0], height - y), width))
-            before = _running(mask)
-            columns = np.array(self._grid.columns)
-            right = np.minimum(columns + self._tile[1], width)
-            self._wanted[y] = before[right] > before[columns]
+            self._wanted[y] = _touching(self._grid, self._area, y)
         return self._wanted[y]
 
     def _fetched(self, y: int) -> int:
@@ -199,6 +205,16 @@ class Strip:
             self._inside_before = _running(reflected(self._inside[rows], *self._tile))
         if self._skip_land:
             self._water_before = _running(~(self._pixels[DEM, around] > 0))
+
+
+def _touching(grid: TileGrid, area: Area, y: int) -> NDArray[np.bool_]:
+    """Which tiles of the row that begins at `y` touch an area."""
+    height, width = grid.shape
+    before = _running(area.mask(Tile(y, 0, min(grid.tile[0], height - y), width)))
+    columns = np.array(grid.columns)
+    right = np.minimum(columns + grid.tile[1], width)
+    touching: NDArray[np.bool_] = before[right] > before[columns]
+    return touching
 
 
 def _running(plane: NDArray[np.bool_]) -> NDArray[np.int64]:

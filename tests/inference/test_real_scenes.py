@@ -176,6 +176,46 @@ def test_an_area_of_interest(bundle, tmp_path):
     assert record.observed_share == pytest.approx(inside.mean())
 
 
+@pytest.mark.parametrize("corners", [(40, 50, 70, 85), (0, 0, 9, 200), (121, 181, 130, 190)])
+def test_an_area_of_an_anchored_scene(tmp_path, monkeypatch, corners):
+    """Water cells of 10 px: the area needs those around its tiles, and is mapped as ever."""
+    monkeypatch.setattr("kelp.raster.water.CELL", 10)
+    anchored = tiny_bundle(
+        tmp_path / "anchored", bands=("SWIR", "NIR", "R", "G", "B"), anchoring="local"
+    )
+    shape = (130, 200)
+    rows, columns = np.mgrid[: shape[0], : shape[1]]
+    qa = np.where((rows // 7 + columns // 9) % 5 == 0, 22280, 21952).astype(np.uint16)
+    folder = make_landsat(tmp_path, 8, shape, qa)
+    for number in range(2, 7):  # haze from corner to corner
+        path = folder / f"{folder.name}_SR_B{number}.TIF"
+        haze = 3 * rows + (columns - 90) ** 2 // 20
+        write_layer(path, (read(path) + haze).astype(np.uint16), 0)
+    aoi = square(tmp_path / "aoi.geojson", *corners)
+    assert predict(folder, anchored, tmp_path / "whole", "--soft_labels") == 0
+    assert predict(folder, anchored, tmp_path / "part", "--soft_labels", "--aoi", aoi) == 0
+    inside = np.zeros(shape, bool)
+    top, left, bottom, right = corners
+    inside[top:bottom, left:right] = True
+    for product in ("kelp", "kelp_prob"):
+        whole, part = (
+            read(tmp_path / name / f"{folder.name}_{product}.tif") for name in ("whole", "part")
+        )
+        assert part[inside].tobytes() == whole[inside].tobytes()
+    assert np.isfinite(part[inside]).any()
+    whole, part = (
+        read_record(tmp_path / name / f"{folder.name}_kelp.json") for name in ("whole", "part")
+    )
+    assert (whole.water.read_share, whole.quality.over) == (1, "scene")
+    assert part.water.read_share < 0.6
+    assert part.water.clear_pixels < whole.water.clear_pixels
+    assert part.quality.over == "area"
+    bad = bad_by_hand(folder)
+    assert part.quality.bad_share == pytest.approx(bad[inside].mean())
+    assert part.quality.share["cloud"] == pytest.approx(bad[inside].mean())
+    assert whole.quality.bad_share == pytest.approx(bad.mean())
+
+
 def test_excluded_polygons_and_land_are_no_kelp_and_counted(bundle, tmp_path):
     folder = make_landsat(tmp_path, 8, SHAPE)
     ports = square(tmp_path / "ports.geojson", 10, 10, 30, 50)

@@ -3,10 +3,9 @@
 import hypothesis.strategies as st
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from laws import LAWS
 
-from kelp.errors import InputError
 from kelp.raster.bands import DEM, QA
 from kelp.raster.water import CELL, WATER_LEVELS, Anchored, WaterReference, is_clear_water
 from kelp.raster.window import Tile
@@ -168,7 +167,6 @@ def test_without_clear_water_nothing_is_shifted_and_it_is_said(spoil):
     assert found.fallback == "no clear water found (0 px); optical bands are not shifted"
     assert np.isnan(found.level()).all()
     assert found.apply(pixels, Tile(0, 0, 60, 70)).tobytes() == pixels.tobytes()
-    assert WaterReference.from_json(found.to_json()).fallback == found.fallback
 
 
 def test_an_unknown_elevation_may_be_sea_and_is_recorded():
@@ -192,17 +190,6 @@ def test_what_is_missing_saturated_or_no_band_stays():
     assert (after[2, 0, 1], after[3, 0, 2]) == (65_535, -32_768)
     assert after[QA:].tobytes() == before[QA:].tobytes()
     assert after[0, 5, 5] - before[0, 5, 5] == 7574 - 7400
-
-
-def test_records_give_the_same_shifts_back():
-    pixels = busy((500, 900), 3)
-    found = WaterReference.estimate(Scene(pixels))
-    again = WaterReference.from_json(found.to_json())
-    tile = Tile(40, 300, 70, 200)
-    part = pixels[:, *tile.slices]
-    assert again.apply(part, tile).tobytes() == found.apply(part, tile).tobytes()
-    with pytest.raises(InputError, match="water reference"):
-        WaterReference.from_json({"shape": [1, 2]})
 
 
 def test_none_is_no_shift():
@@ -238,3 +225,66 @@ def test_windows_of_a_wide_scene_do_not_matter(monkeypatch):
     assert (parts.levels == whole.levels).all()
     assert (parts.clear == whole.clear).all()
     assert len(whole.levels[0]) > 1
+
+
+def some_windows(shape, seed):
+    rng = np.random.default_rng(seed)
+    for _ in range(2):
+        y, x = (int(rng.integers(0, size)) for size in shape)
+        sides = (int(rng.integers(1, 25)) for _ in shape)
+        yield Tile(y, x, *sides).clipped(shape)
+
+
+@settings(LAWS, max_examples=40)
+@given(st.tuples(st.integers(30, 110), st.integers(30, 110)), st.integers(0, 99), st.booleans())
+def test_a_part_of_a_scene_is_shifted_as_in_the_whole_scene(shape, seed, inland):
+    """Law: cells of windows that alone are wanted are those of the whole scene, to the last bit."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("kelp.raster.water.CELL", 10)
+        pixels = busy(shape, seed)
+        if inland:  # water lies many cells away from most of the windows
+            pixels[:5, 20:], pixels[DEM, 20:] = 13_000, 50
+        whole = WaterReference.estimate(Scene(pixels))
+        scene, windows = Scene(pixels), list(some_windows(shape, seed))
+        part = WaterReference.estimate(scene, windows=windows)
+    assert whole.read_share == 1
+    for tile in windows:
+        shifted = part.apply(pixels[:, *tile.slices], tile)
+        assert shifted.tobytes() == whole.apply(pixels[:, *tile.slices], tile).tobytes()
+    read = np.zeros(shape, int)
+    for tile in scene.asked:
+        read[tile.slices] += 1
+    assert read.max() == 1
+    assert part.read_share == pytest.approx(read.mean())
+
+
+def test_only_the_cells_around_a_window_are_read(monkeypatch):
+    """A window needs the cells that it lies between, and their neighbours."""
+    monkeypatch.setattr("kelp.raster.water.CELL", 10)
+    pixels = sea((200, 300))
+    pixels[:5] += np.rint(np.linspace(0, 900, 300)).astype(np.float32)
+    scene, window = Scene(pixels), Tile(96, 150, 8, 4)  # rows of cells 9 and 10, columns 14 and 15
+    part = WaterReference.estimate(scene, windows=[window])
+    read = np.zeros(scene.shape, bool)
+    for tile in scene.asked:
+        read[tile.slices] = True
+    assert read[80:120, 130:170].all()
+    assert read.sum() == 40 * 40
+    assert part.read_share == pytest.approx(1600 / 60_000)
+    low, high = part.extremes()
+    assert SEA[0] + 390 < low[0] <= high[0] < SEA[0] + 510
+    # Planted: only the window's own cells were read, and their neighbours taken for land.
+    own = pixels.copy()
+    own[:5, :90] = own[:5, 110:] = 13_000
+    alone = WaterReference.estimate(Scene(own), windows=[window])
+    seen = pixels[:, *window.slices]
+    assert (alone.apply(seen, window) != part.apply(seen, window)).any()
+
+
+def test_windows_of_a_scene_without_water_are_left_as_they_are(monkeypatch):
+    monkeypatch.setattr("kelp.raster.water.CELL", 10)
+    pixels = sea((60, 70))
+    pixels[QA] = 1
+    found = WaterReference.estimate(Scene(pixels), windows=[Tile(5, 5, 4, 4)])
+    assert found.fallback
+    assert found.read_share == 1  # it was looked for everywhere
