@@ -24,6 +24,7 @@ from kelp.io import http, remote
 from kelp.io.files import is_file
 from kelp.io.location import Url
 from kelp.raster.masks import quietly
+from kelp.raster.validity import MaskBands, masked_as
 from kelp.sensors.quality import Flag
 from kelp.sensors.record import SceneFacts, Source
 
@@ -120,6 +121,8 @@ class SceneFiles:
     """The quality bits of the sensor, also those whose layer is missing."""
     default_quality: tuple[str, ...]
     metadata: tuple[Part, ...] = ()
+    masks: tuple[Part, ...] = ()
+    """Files beside those of bands and layers that hide pixels of theirs (`.msk`)."""
     dtype: str = "UInt16"
     """GDAL's type that holds the values of all files."""
     nodata: float = 0
@@ -130,7 +133,7 @@ class SceneFiles:
     @property
     def parts(self) -> tuple[Part, ...]:
         """Every file that is read."""
-        return (*self.bands.values(), *self.layers.values(), *self.metadata)
+        return (*self.bands.values(), *self.layers.values(), *self.metadata, *self.masks)
 
 
 def files_of_tar(path: Path) -> dict[str, Part]:
@@ -189,6 +192,12 @@ class _Header:
     dtype: str
     point: bool
     count: int
+    gdal: str
+    """What GDAL opens: of a band with a mask of its own a VRT in which what it hides is nodata."""
+    hides: bool
+    """Whether a mask hides pixels that `gdal` shows."""
+    masks: tuple[Part, ...]
+    """The files of masks that lie beside it."""
 
     @property
     def bounds(self) -> tuple[float, float, float, float]:
@@ -197,7 +206,8 @@ class _Header:
         return left, top, right, bottom
 
 
-def _header(part: Part) -> _Header:
+def _header(part: Part, void: float | None) -> _Header:
+    """Look at a file; what a mask of its own hides becomes `void`, if that is a number."""
     if isinstance(part.place, Path) and not part.member:
         if not is_file(part.place):
             raise InputError(f"{part.place}: no such file; fetch the scene again")
@@ -206,6 +216,8 @@ def _header(part: Part) -> _Header:
     name = f"{part.place}/{part.member}" if part.member else without_secrets(str(part.place))
     spoken = Path(name) if isinstance(part.place, Path) else Url(name)
     with quietly(spoken), rasterio.open(part.gdal) as opened:
+        masked = None if void is None else masked_as(opened, void)
+        beside = {Path(file).name: file for file in opened.files if file.endswith(".msk")}
         return _Header(
             shape=(opened.height, opened.width),
             crs=opened.crs,
@@ -214,6 +226,13 @@ def _header(part: Part) -> _Header:
             dtype=opened.dtypes[0],
             point=opened.tags().get("AREA_OR_POINT") == "Point",
             count=opened.count,
+            gdal=masked or part.gdal,
+            hides=void is None and MaskBands(opened, [1]).present,
+            # Of a mask in an archive the hash is that of all the archive.
+            masks=tuple(
+                Part("mask", name, part.place if part.member else Path(file))
+                for name, file in beside.items()
+            ),
         )
 
 
@@ -224,7 +243,10 @@ def open_headers(files: SceneFiles, layers: Sequence[str]) -> dict[str, _Header]
         InputError: a file cannot be read, or lies on another grid than the others.
     """
     parts = {**files.bands, **{name: files.layers[name] for name in layers}}
-    headers = {role: _header(part) for role, part in parts.items()}
+    headers = {
+        role: _header(part, files.nodata if role in files.bands else None)
+        for role, part in parts.items()
+    }
     reference_role = max(headers, key=lambda role: abs(headers[role].transform.a))
     reference = headers[reference_role]
     for role, header in headers.items():
@@ -267,7 +289,6 @@ def vrt_of(
         headers: of all files of the scene.
         nodata: value of missing pixels; None = no such value.
     """
-    parts = {**files.bands, **files.layers}
     grid = max(headers.values(), key=lambda header: abs(header.transform.a))
     height, width = grid.shape
     lines = [f'<VRTDataset rasterXSize="{width}" rasterYSize="{height}">']
@@ -278,7 +299,7 @@ def vrt_of(
     if grid.point:
         lines.append('<Metadata><MDI key="AREA_OR_POINT">Point</MDI></Metadata>')
     for number, role in enumerate(roles, start=1):
-        lines += _band(number, role, parts[role], headers[role], grid, files.dtype, nodata)
+        lines += _band(number, role, headers[role], grid, files.dtype, nodata)
     lines.append("</VRTDataset>")
     return "\n".join(lines)
 
@@ -286,13 +307,17 @@ def vrt_of(
 def _band(
     number: int,
     role: str,
-    part: Part,
     header: _Header,
     grid: _Header,
     dtype: str,
     nodata: float | None,
 ) -> list[str]:
     height, width = header.shape
+    rectangles = (
+        f'<SrcRect xOff="0" yOff="0" xSize="{width}" ySize="{height}"/>'
+        f'<DstRect xOff="0" yOff="0" xSize="{grid.shape[1]}" ySize="{grid.shape[0]}"/>'
+    )
+    name = f'<SourceFilename relativeToVRT="0">{escape(header.gdal, quote=False)}</SourceFilename>'
     block = [min(a, b) for a, b in zip(header.block, grid.shape, strict=True)]
     finer = header.shape != grid.shape
     # Of classes and bits there is no average.
@@ -305,15 +330,18 @@ def _band(
         f"<Description>{escape(role, quote=False)}</Description>",
         f"<NoDataValue>{missing}</NoDataValue>" if missing else "",
         f"<{kind}{resampling}>",
-        f'<SourceFilename relativeToVRT="0">{escape(part.gdal, quote=False)}</SourceFilename>',
+        name,
         "<SourceBand>1</SourceBand>",
         f'<SourceProperties RasterXSize="{width}" RasterYSize="{height}" '
         f'DataType="{_GDAL_TYPES.get(header.dtype, "UInt16")}" '
         f'BlockXSize="{header.block[1]}" BlockYSize="{header.block[0]}"/>',
-        f'<SrcRect xOff="0" yOff="0" xSize="{width}" ySize="{height}"/>',
-        f'<DstRect xOff="0" yOff="0" xSize="{grid.shape[1]}" ySize="{grid.shape[0]}"/>',
+        rectangles,
         f"<NODATA>{missing}</NODATA>" if kind == "ComplexSource" else "",
         f"</{kind}>",
+        f'<MaskBand><VRTRasterBand dataType="Byte"><SimpleSource>{name}<SourceBand>mask,1'
+        f"</SourceBand>{rectangles}</SimpleSource></VRTRasterBand></MaskBand>"
+        if header.hides
+        else "",
         "</VRTRasterBand>",
     ]
 

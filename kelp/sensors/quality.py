@@ -143,9 +143,9 @@ class Policy:
         self,
         layers: Mapping[str, NDArray[np.integer[Any]]],
         shares: Shares,
-        cloud: NDArray[np.bool_] | None = None,
+        hidden: NDArray[np.bool_] | None = None,
     ) -> None:
-        """Add a window's pixels to `shares`, those of a cloud mask as bad ones.
+        """Add a window's pixels to `shares`, those that masks hide as bad ones.
 
         Flags whose layer is not given are left out.
         """
@@ -154,8 +154,8 @@ class Policy:
                 hits = int(np.count_nonzero(flag.holds(layers[flag.layer])))
                 shares.hits[name] = shares.hits.get(name, 0) + hits
         bad = self.decide(layers)
-        if cloud is not None:
-            bad = cloud if bad is None else bad | cloud
+        if hidden is not None:
+            bad = hidden if bad is None else bad | hidden
         shares.bad += 0 if bad is None else int(np.count_nonzero(bad))
         shares.pixels += next(iter(layers.values())).size
 
@@ -187,6 +187,9 @@ def choose(
     there = set(layers)
     names = tuple(wanted) if given else tuple(default)
     bad = tuple(name for name in names if name in flags)
+    usual = tuple(name for name in default if name in flags)
+    if set(bad) == set(usual):
+        bad = usual  # the same policy, in the same words: maps know it by its text
     missing = sorted({flags[name].layer for name in bad} - there)
     if missing:
         need = ", ".join(name for name in bad if flags[name].layer == missing[0])

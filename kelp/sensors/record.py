@@ -52,7 +52,8 @@ class Source(_Part):
     """One file that a scene was read from."""
 
     role: str
-    """What it holds: a band of kelp, a quality layer, `metadata`, or `scene` for all at once."""
+    """What it holds: a band of kelp, a quality layer, `metadata`, the `mask` of one of them, or
+    `scene` for all at once."""
     href: str
     """Its name: relative to the scene's folder or archive, else a path or URL without secrets."""
     sha256: str | None = None

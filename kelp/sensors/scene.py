@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +24,7 @@ from kelp.raster import bands
 from kelp.raster.bands import OPTICAL
 from kelp.raster.masks import quietly
 from kelp.raster.scene import Scene, SceneSize, Stored
+from kelp.raster.validity import MaskBands
 from kelp.raster.window import Tile
 from kelp.sensors.aoi import Polygons
 from kelp.sensors.elevation import Elevation
@@ -83,9 +85,12 @@ class SensorScene(Scene):
         self._elevation: Elevation | None = None
         self.area: Polygons | None = None
         """The area of interest; None = all."""
-        if layers is not None:
+        self._layer_masks: MaskBands | None = None
+        if layers is not None and files is not None and policy is not None:
             self._stack.callback(layers.close)
             self.names = (*self.names, "QA")
+            known = list(files.layers)
+            self._layer_masks = MaskBands(layers, [known.index(n) + 1 for n in policy.layers])
 
     def __exit__(
         self,
@@ -173,10 +178,20 @@ class SensorScene(Scene):
         bad = None
         if self._policy is not None and self._policy.layers:
             bad = self._policy.decide(self._read_layers(window, self._policy.layers))
-        if self._cloud_mask is not None:
-            cloud = self._cloud_mask.read(window)
-            bad = cloud if bad is None else bad | cloud
-        return bad
+        hidden = self._hidden(window)
+        if bad is None or hidden is None:
+            return hidden if bad is None else bad
+        return bad | hidden
+
+    def _hidden(self, window: Tile) -> NDArray[np.bool_] | None:
+        """Where a cloud mask says bad, or a mask of a quality layer's own that it is unknown."""
+        cloud = self._cloud_mask.read(window) if self._cloud_mask else None
+        if self._layer_masks is None or not self._layer_masks.present:
+            return cloud
+        with quietly(self.path):
+            planes = self._layer_masks.missing(window.window)
+        unknown: NDArray[np.bool_] = np.any(planes, axis=0)
+        return unknown if cloud is None else unknown | cloud
 
     def _read_layers(self, window: Tile, names: Sequence[str]) -> Layers:
         known = list(self._files.layers) if self._files else []
@@ -254,11 +269,11 @@ class SensorScene(Scene):
         for window, inside in self._wanted():
             if self._layers is not None and self._policy is not None and self._files is not None:
                 layers = self._read_layers(window, tuple(self._files.layers))
-                cloud = self._cloud(window)
+                hidden = self._hidden(window)
                 self._policy.count(
                     {name: values[inside] for name, values in layers.items()},
                     shares,
-                    None if cloud is None else cloud[inside],
+                    None if hidden is None else hidden[inside],
                 )
             else:
                 bad = self.read(window)[bands.QA][inside] == 1
@@ -284,9 +299,6 @@ class SensorScene(Scene):
                 left, right = int(columns[0]), int(columns[-1]) + 1
                 part = Tile(window.y, window.x + left, window.height, right - left)
                 yield part, inside[:, left:right]
-
-    def _cloud(self, window: Tile) -> NDArray[np.bool_] | None:
-        return self._cloud_mask.read(window) if self._cloud_mask else None
 
     @property
     def cloud_mask(self) -> Source | None:
@@ -342,6 +354,8 @@ def open_product(files: SceneFiles, choose: Callable[[SceneFiles], Policy]) -> S
     """
     policy = choose(files)
     headers = open_headers(files, tuple(files.layers))
+    masks = {part.href: part for header in headers.values() for part in header.masks}
+    files = replace(files, masks=tuple(masks.values()))
     pixels = vrt_of(files, OPTICAL, headers, files.nodata)
     with ExitStack() as stack, quietly(files.where):
         dataset = stack.enter_context(rasterio.open(pixels))

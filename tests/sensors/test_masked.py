@@ -1,4 +1,4 @@
-"""Elevations and cloud masks that a mask or alpha band of their own hides in part."""
+"""Elevations, cloud masks and files of products that a mask of their own hides in part."""
 
 import numpy as np
 import pytest
@@ -7,8 +7,11 @@ import rasterio.shutil
 from affine import Affine
 from rasterio.crs import CRS
 from rasterio.enums import ColorInterp
+from satellites import SHAPE as SENSOR_SHAPE
+from satellites import make_landsat
 
 from kelp.raster.window import Tile
+from kelp.sensors import open_scene
 from kelp.sensors.elevation import Elevation
 from kelp.sensors.quality import CloudMask
 
@@ -85,3 +88,32 @@ def test_a_masked_pixel_of_a_cloud_mask_is_not_clear(tmp_path, kind, nodata, crs
     wanted[1, 1] = True
     np.testing.assert_array_equal(bad, wanted)
     np.testing.assert_array_equal(window, wanted[3:12, 5:17])
+
+
+@pytest.mark.parametrize("internal", [True, False], ids=["internal", "msk"])
+@pytest.mark.parametrize("role", ["SR_B5", "SR_B2", "QA_PIXEL", "QA_RADSAT"])
+def test_what_a_part_of_a_product_hides_is_missing_or_bad(tmp_path, internal, role):
+    folder = make_landsat(tmp_path, 8)
+    hole = np.zeros(SENSOR_SHAPE, bool)
+    hole[5:9, 7:20] = True
+    with open_scene(folder) as scene:
+        digest = scene.digest
+    path = folder / f"{folder.name}_{role}.TIF"
+    with (
+        rasterio.Env(GDAL_TIFF_INTERNAL_MASK=internal),
+        rasterio.open(path, "r+", IGNORE_COG_LAYOUT_BREAK="YES") as file,
+    ):
+        file.write_mask(np.where(hole, 0, 255).astype(np.uint8))
+    with open_scene(folder) as scene:
+        pixels = scene.read()
+        part = scene.read(Tile(3, 4, 12, 9))
+        bad_share = scene.quality.bad_share
+        assert scene.digest != digest
+        assert any(source.role == "mask" for source in scene.sources) != internal
+    assert part.tobytes() == pixels[:, 3:15, 4:13].tobytes()
+    for band, file in enumerate(("SR_B6", "SR_B5", "SR_B4", "SR_B3", "SR_B2")):
+        missing = hole if file == role else np.zeros_like(hole)
+        np.testing.assert_array_equal(np.isnan(pixels[band]), missing)
+    counts = role == "QA_PIXEL"  # no bit of QA_RADSAT counts by default
+    np.testing.assert_array_equal(pixels[5] == 1, hole if counts else np.zeros_like(hole))
+    assert bad_share == pytest.approx(hole.mean() * counts)

@@ -117,6 +117,23 @@ def test_shares_are_those_that_numpy_counts(folder, quality):
     assert facts.share["high_aerosol"] == pytest.approx((aerosol >> 6 == 3).mean())
 
 
+@pytest.mark.parametrize("satellite", [5, 8])
+def test_the_order_of_names_changes_nothing(tmp_path, satellite):
+    """The fingerprint of a map is made of `reading`: the same bits are the same map."""
+    folder = make_landsat(tmp_path, satellite)
+
+    def words(quality):
+        with open_scene(folder, SceneOptions(quality=quality)) as scene:
+            return scene.reading, scene.policy
+
+    default = ("fill", "dilated_cloud", "cirrus", "cloud", "shadow", "snow")
+    assert words(default) == words(default[::-1]) == words(())
+    assert words(("shadow", "cloud", "fill")) == words(("fill", "shadow", "cloud"))
+    assert words(("shadow", "cloud")) != words(("shadow", "cloud", "fill"))
+    if satellite == 5:  # which has no cirrus
+        assert words(tuple(name for name in default if name != "cirrus")) == words(())
+
+
 def test_an_unknown_bit_is_named():
     with pytest.raises(ConfigError, match="no bit 'clouds'"):
         parse_policy(["clouds"])
