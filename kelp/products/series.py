@@ -191,7 +191,7 @@ class _Sums:
 
     Attributes:
         stations: `(R,)`.
-        footprint: their area, `(R,)`.
+        ever_max: sum of the stations' highest quarters of all years, `(R,)`.
         area: mean area of quarters, `(R, Q)`; 0 where nothing was seen.
         seen: stations seen, `(R, Q)`.
         year_max: sum of the stations' highest quarters, `(R, Y)`.
@@ -205,7 +205,7 @@ class _Sums:
     """
 
     stations: NDArray[np.int64]
-    footprint: NDArray[np.float64]
+    ever_max: NDArray[np.float64]
     area: NDArray[np.float64]
     seen: NDArray[np.int64]
     year_max: NDArray[np.float64]
@@ -231,7 +231,7 @@ class _Sums:
         for _, strip in strips:
             inside, counted = strip.inside.astype(f), strip.inside.astype(i)
             sums.stations += counted.sum(axis=1)
-            sums.footprint += inside @ strip.pixel_m2
+            ever = np.zeros(len(strip.rows))
             for year in range(years):
                 highest, any_seen = np.zeros((2, len(strip.rows)))
                 for quarter in range(4 * year, min(4 * year + 4, q)):
@@ -244,8 +244,10 @@ class _Sums:
                     sums.all_kelp[quarter] += strip.presence[quarter].sum()
                     highest = np.maximum(highest, area)
                     any_seen = np.maximum(any_seen, seen)
+                ever = np.maximum(ever, highest)
                 sums.year_max[:, year] += inside @ highest
                 sums.year_seen[:, year] += counted @ any_seen.astype(i)
+            sums.ever_max += inside @ ever
             sums.look_area += strip.look_area
             sums.look_seen += strip.look_seen
             sums.all_stations += len(strip.rows)
@@ -310,7 +312,8 @@ def _years(
     """Annual figures as ecologists compute them.
 
     "Sum first" is the largest quarterly area of the year; "max first" sums each station's largest
-    quarter, whenever that was. Status is the year's sum-first area by the baseline's median.
+    quarter, whenever that was; the maximum occupiable area does so over all years. Status is the
+    year's sum-first area by the baseline's median.
     """
     rows = []
     for r, region in enumerate(_names(stack)):
@@ -325,7 +328,7 @@ def _years(
             row: dict[str, Any] = {
                 "aoi_id": region, "year": year, "quarters_seen": seen[year],
                 "sum_first_m2": sum_first, "max_first_seen_share": share,
-                "max_occupiable_area_m2": sums.footprint[r] if sums.stations[r] else None,
+                "max_occupiable_area_m2": sums.ever_max[r] if sums.stations[r] else None,
                 "baseline_median_m2": median,
             }  # fmt: skip
             reasons = []

@@ -106,6 +106,7 @@ def test_sum_first_and_max_first_differ(tmp_path):
     assert run(tmp_path / "m", tmp_path / "s") == 0
     y = pd.read_parquet(tmp_path / "s" / "years.parquet")
     assert (y["sum_first_m2"][0], y["max_first_m2"][0]) == (1.25 * PIXEL, 1.75 * PIXEL)
+    assert y["max_occupiable_area_m2"][0] == 1.75 * PIXEL  # of two stations, 2 pixels
     assert np.isnan(y["status"][0])
     assert "no baseline was named" in y["null_reason"][0]
 
