@@ -72,6 +72,7 @@ class Polygons:
                 corners = moved[0]
                 box = (*corners.min(axis=0).tolist(), *corners.max(axis=0).tolist())
                 self._shapes.append((_geojson(moved), box))
+        self._reach = [_in_pixels(affine, box) for _, box in self._shapes]
         self.pixels = sum(int(self.mask(tile).sum()) for tile in _rows(shape))
         if touching and not self.pixels:
             raise InputError(
@@ -91,21 +92,24 @@ class Polygons:
 
     def mask(self, tile: Tile) -> NDArray[np.bool_]:
         """Where a window lies inside the polygons: bool, shape `(height, width)`."""
-        place = self._affine @ Affine.translation(tile.x, tile.y)
-        corners = np.array([place @ (x, y) for x in (0, tile.width) for y in (0, tile.height)])
-        low, high = corners.min(axis=0), corners.max(axis=0)
+        inside = np.zeros((tile.height, tile.width), dtype=np.bool_)
         near = [
-            shape
-            for shape, (left, bottom, right, top) in self._shapes
-            if left <= high[0] and right >= low[0] and bottom <= high[1] and top >= low[1]
+            number
+            for number, (left, top, right, bottom) in enumerate(self._reach)
+            if left < tile.right and right > tile.x and top < tile.bottom and bottom > tile.y
         ]
-        if not near:
-            return np.zeros((tile.height, tile.width), dtype=np.bool_)
-        burnt = rasterize(
-            near, out_shape=(tile.height, tile.width), transform=place, default_value=1,
-            dtype="uint8",
-        )  # fmt: skip
-        return np.asarray(burnt, dtype=np.bool_)
+        if near:  # burnt no farther than they reach: most of a scene is far from a coast
+            reach = np.array(self._reach)[near]
+            left, top = np.maximum(reach[:, :2].min(axis=0), (tile.x, tile.y)).tolist()
+            right, bottom = np.minimum(reach[:, 2:].max(axis=0), (tile.right, tile.bottom)).tolist()
+            inside[top - tile.y : bottom - tile.y, left - tile.x : right - tile.x] = rasterize(
+                [self._shapes[number][0] for number in near],
+                out_shape=(bottom - top, right - left),
+                transform=self._affine @ Affine.translation(left, top),
+                default_value=1,
+                dtype="uint8",
+            )
+        return inside
 
     def _where(self, crs: Any) -> str:
         height, width = self.shape
@@ -119,6 +123,13 @@ class Polygons:
             crs, (*boxes[:, :2].min(axis=0).tolist(), *boxes[:, 2:].max(axis=0).tolist())
         )
         return f"they lie at {ours}, the scene at {scene}"
+
+
+def _in_pixels(affine: Affine, box: tuple[float, float, float, float]) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom of the pixels that a box of the map may touch."""
+    corners = np.array([~affine @ (x, y) for x in box[::2] for y in box[1::2]])
+    low, high = np.floor(corners.min(axis=0)) - 1, np.ceil(corners.max(axis=0)) + 1
+    return int(low[0]), int(low[1]), int(high[0]), int(high[1])
 
 
 def _degrees(crs: Any, box: tuple[float, ...]) -> str:

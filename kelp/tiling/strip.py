@@ -134,10 +134,16 @@ class Strip:
         for first in range(self._bottom, end, self._stride):  # read at once is held twice
             rows = min(self._stride, end - first)
             new = slice(first - top, first - top + rows)
-            self._read(Tile(first, 0, rows, width), self._pixels[:, new])
-            self._seen[new] = observed(self._pixels[:, new], self._qa_as_nodata)
+            self._seen[new] = False
             if self._area:
-                self._inside[new] = self._area.mask(Tile(first, 0, rows, width)) & self._seen[new]
+                self._inside[new] = False
+            for part in self._needed(Tile(first, 0, rows, width)):
+                columns = slice(part.x, part.right)
+                pixels = self._pixels[:, new, columns]
+                pixels[...] = self._source.read(part)
+                self._seen[new, columns] = observed(pixels, self._qa_as_nodata)
+                if self._area:
+                    self._inside[new, columns] = self._area.mask(part) & self._seen[new, columns]
         self._top, self._bottom = top, end
         shown = self._inside if self._area else self._seen
         unreported = shown[max(self._reported, top) - top : end - top].copy()
@@ -162,11 +168,10 @@ class Strip:
         right = min(tile.right + self._margin, self._source.shape[1])
         return bool(self._water_before[right] == self._water_before[left])
 
-    def _read(self, rows: Tile, out: Pixels) -> None:
-        """Read whole rows of the scene; of an area only the columns of tiles that touch it."""
+    def _needed(self, rows: Tile) -> list[Tile]:
+        """Whole rows of the scene; of an area only the columns of tiles that touch it."""
         if not self._area:
-            out[...] = self._source.read(rows)
-            return
+            return [rows]
         needed = np.zeros(rows.width + 1, dtype=np.int64)  # +1 where needed columns begin, -1 after
         tile, margin = self._tile, self._margin
         for y in self._grid.rows:
@@ -175,10 +180,10 @@ class Strip:
                 np.add.at(needed, np.maximum(columns - margin, 0), 1)
                 np.add.at(needed, np.minimum(columns + tile[1] + margin, rows.width), -1)
         edges = np.flatnonzero(np.diff(np.cumsum(needed) > 0, prepend=False)).tolist()
-        out[...] = np.nan
-        for left, right in zip(edges[::2], edges[1::2], strict=True):
-            part = Tile(rows.y, left, rows.height, right - left)
-            out[:, :, left:right] = self._source.read(part)
+        return [
+            Tile(rows.y, left, rows.height, right - left)
+            for left, right in zip(edges[::2], edges[1::2], strict=True)
+        ]
 
     def _touching(self, y: int) -> NDArray[np.bool_]:
         """Which tiles of the row that begins at `y` touch the area."""
