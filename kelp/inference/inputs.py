@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from kelp.raster.masks import Georeference, decoding
 from kelp.raster.scene import SceneSize
 from kelp.sensors import is_item, open_scene
 from kelp.sensors.record import MapRecord
+
+log = logging.getLogger("kelp")
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,9 @@ def survey_one(
                 scene.require(needed_bands(spec))
             if isinstance(path, Path):
                 check_scale(scene, specs, str(path))
+            if not scene.known.network_validated:
+                words = "%s: no network of kelp was validated on %s; the record says so"
+                log.warning(words, path, scene.known.sensor)
             record = MapRecord(
                 scene=scene.facts, grid=scene.grid, dem=scene.elevation, aoi=scene.area_facts
             )

@@ -151,6 +151,8 @@ def _item(entry: Map, folder: Path, collection: str) -> dict[str, Any]:
             f"Probabilities of {entry.network or 'a network'}, kelp where at least "
             f"{entry.threshold}; the record has the settings."
         )
+        if not record.scene.network_validated:
+            properties["kelp:network_validated"] = False
         for name in ("observed_share", "kelp_pixels", "presence_area_m2", "expected_area_m2"):
             if (value := getattr(record, name)) is not None:
                 properties[f"kelp:{name}"] = value

@@ -1,15 +1,19 @@
 """HLS v2.0 granules and Sentinel-2 L2A folders, on Landsat's Collection 2 scale."""
 
+import json
 from datetime import UTC, datetime
 
 import numpy as np
 import pytest
 import rasterio
+from bundles import tiny_bundle, use_pixel_network
 from satellites import CRS, SHAPE, TRANSFORM, write_layer
 
+from kelp.cli import main
 from kelp.config.scenes import SceneOptions
 from kelp.errors import InputError
 from kelp.sensors import find_scenes, hls, open_scene, sentinel2
+from kelp.sensors.record import read_record
 
 # HLS v2.0 User Guide: bands of each product. Written by hand.
 HLS_BANDS = {
@@ -206,3 +210,23 @@ def test_sentinel_2_folders_that_are_not_whole_are_refused(tmp_path):
     raw.mkdir()
     with pytest.raises(InputError, match="Level 1C"):
         open_scene(raw)
+
+
+@pytest.mark.parametrize("make", [make_hls, make_safe], ids=["hls", "sentinel-2"])
+def test_every_product_of_a_map_says_that_no_network_was_validated(tmp_path, monkeypatch, make):
+    use_pixel_network(monkeypatch)
+    bundle = tiny_bundle(tmp_path / "bundle", bands=("SWIR", "NIR", "R", "G", "B"))
+    folder = make(tmp_path, "S30") if make is make_hls else make(tmp_path)
+    maps, name = tmp_path / "maps", folder.name.removesuffix(".SAFE")
+    given = [f"--data_dir={folder}", f"--run_dir={bundle}", f"--output_dir={maps}"]
+    assert main(["predict", *given, "--device=cpu", "--precision=32-true"]) == 0
+    with rasterio.open(maps / f"{name}_kelp.tif") as mask:
+        assert (mask.crs, mask.transform, mask.shape) == (CRS, TRANSFORM, SHAPE)
+        values = mask.read(1)
+    assert values[0, 0] == 255
+    assert (values[1:, 1:] != 255).all()
+    record = read_record(maps / f"{name}_kelp.json")
+    assert not record.scene.network_validated
+    assert main(["stac", f"--predictions_dir={maps}", f"--output_dir={tmp_path / 'stac'}"]) == 0
+    (item,) = (tmp_path / "stac").rglob(f"{name}*.json")
+    assert json.loads(item.read_text())["properties"]["kelp:network_validated"] is False

@@ -287,12 +287,19 @@ def test_the_mtl_of_another_scene_is_refused(tmp_path):
     refused(folder, f"MTL file is that of {PRODUCTS[9]}")
 
 
+SWAPPED = {"MULT": "ADD", "ADD": "MULT"}
+
+
 @pytest.mark.parametrize(
     "pattern, replacement",
     [
         (r"REFLECTANCE_MULT_BAND_5 = 2.75e-05", "REFLECTANCE_MULT_BAND_5 = 2.0e-05"),
         (r"REFLECTANCE_ADD_BAND_3 = -0.2", "REFLECTANCE_ADD_BAND_3 = 0.2"),
         (r"REFLECTANCE_ADD_BAND_6 = -0.2\n", "\n"),
+        (
+            r"REFLECTANCE_(MULT|ADD)_BAND_4",
+            lambda found: f"REFLECTANCE_{SWAPPED[found[1]]}_BAND_4",
+        ),
     ],
 )
 def test_another_scale_or_offset_is_caught(tmp_path, pattern, replacement):
