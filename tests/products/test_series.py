@@ -1,6 +1,8 @@
 """A series whose truth is known: every figure counted by hand, every unseen quarter null."""
 
 import csv
+import json
+import re
 import warnings
 from datetime import date
 
@@ -420,3 +422,70 @@ def test_nothing_observed_at_all(tmp_path, caplog):
     assert (tmp_path / "s" / "kelpwatch.csv").read_text().splitlines()[1] == "2020,1,,,0,0"
     with warnings.catch_warnings(), xarray.open_dataset(tmp_path / "s" / "stations.nc") as data:
         assert data.sizes["station"] == 0
+
+
+@pytest.fixture(scope="module")
+def unseen_year(tmp_path_factory):
+    """2020 under clouds, between two years that saw the one station; all files of all kinds."""
+    root = tmp_path_factory.mktemp("unseen")
+    for year in (2019, 2020, 2021):
+        seen = year != 2020
+        mask, p = ([[1, 0]], [[0.75, 0.25]]) if seen else ([[U, U]], [[np.nan, np.nan]])
+        write_map(root / "m", f"A{year}", mask, p, acquired=f"{year}-02-01", sensor="landsat-8")
+    x, y = 400_000, 4_272_000
+    aoi = regions(root / "r.gpkg", coast=box(x, y - 30, x + 60, y))
+    assert run(root / "m", root, "--aoi", aoi, "--baseline", "2019-2021", "--zarr", "True") == 0
+    maps = ["--predictions_dir", f"{root / 'm'}", "--aoi", f"{aoi}", "--output"]
+    for command, file in (("areas", "a.csv"), ("areas", "a.parquet"), ("view", "map.html")):
+        more = ["--series_dir", f"{root}"] if command == "view" else []
+        assert main([command, *maps, f"{root / file}", *more]) == 0
+    return root
+
+
+AREAS = ["kelp_pixels", "presence_area_m2", "expected_area_m2", "area_low_m2", "area_high_m2"]
+FIGURES = {
+    "quarters.parquet": ["mean_area_m2", "max_area_m2", "area_low_m2", "area_high_m2"],
+    "years.parquet": ["sum_first_m2", "max_first_m2", "status"],
+    "a.csv": AREAS,
+    "a.parquet": AREAS,
+}
+
+
+@pytest.mark.parametrize(
+    "file",
+    [*FIGURES, "kelpwatch.csv", "stations.nc", "grid.nc", "grid.zarr", "persistence.tif",
+     "map.html"],
+)  # fmt: skip
+def test_an_unseen_quarter_is_null_in_every_file(unseen_year, file):
+    """Four quarters of 2020, and the first of the years beside it, which are not null."""
+    path = unseen_year / file
+    if file in FIGURES:
+        table = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
+        year = table["year"] if "year" in table else table["acquired"].str[:4].astype(int)
+        assert table.loc[year == 2020, FIGURES[file]].isna().all(axis=None)
+        assert table.loc[year == 2020, "null_reason"].notna().all()
+        assert table.loc[year == 2021, FIGURES[file][1]].notna().any()
+    elif file == "kelpwatch.csv":
+        rows = [row.split(",") for row in path.read_text().splitlines()]
+        assert [row[2:4] for row in rows if row[0] == "2020"] == [["", ""]] * 5
+        assert [row[2] for row in rows if row[:2] == ["2021", "1"]] == ["675.0"]
+    elif file == "persistence.tif":
+        other = unseen_year / "m" / "A2020_kelp.tif"
+        assert main(["series", "--predictions_dir", f"{other}", "--output_dir",
+                     f"{unseen_year / 'one'}"]) == 0  # fmt: skip
+        with rasterio.open(unseen_year / "one" / file) as raster:
+            assert np.isnan(raster.read()).all()
+    elif file == "map.html":
+        data = json.loads(re.findall(r'"application/json">(.*?)</script>', path.read_text())[0])
+        assert [row["expected"] for row in data["rows"]["coast"]] == [900.0, None, 900.0]
+        values = [point["value"] for point in data["quarters"]["coast"]]
+        assert (values[0], values[4:8], values[8]) == (675, [None] * 4, 675)
+    else:
+        with xarray.open_dataset(path, engine="zarr" if file == "grid.zarr" else None) as data:
+            area = data["area"].values.reshape(data.sizes["time"], -1)
+        assert np.isnan(area[4:8]).all()
+        assert np.nanmax(area[8]) == 675
+    if file == "stations.nc":  # as it is stored, for readers that do not mask
+        with netCDF4.Dataset(path) as raw:
+            raw.set_auto_mask(False)
+            assert (raw["area"][4:8] == -1).all()
