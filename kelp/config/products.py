@@ -45,7 +45,8 @@ class RegionOptions(MixedMapOptions):
     )
     run_dir: Path | None = option(
         None,
-        help="Run folder or bundle that made the maps: its errors at held-out sites give intervals",
+        help="Run folder, bundle or packaged network that made the maps: its errors at held-out "
+        "sites give intervals",
     )
     coverage: float = option(
         0.9,
@@ -134,7 +135,7 @@ class StacConfig(MapOptions):
 
     output_dir: Path = option(help="Folder for the items and collection.json")
     run_dir: Path | None = option(
-        None, help="Run folder or bundle that made the maps: described as an item, too"
+        None, help="Run folder, bundle or packaged network that made the maps: an item, too"
     )
     collection_id: str = option("kelp-maps", help="Id of the collection")
     license: str = option("other", help="Licence of the maps, as SPDX names it")

@@ -25,6 +25,7 @@ from kelp.inference.backends.trees import MODEL_FILE, PixelTrees
 from kelp.inference.foldruns import FoldRuns, runs_of
 from kelp.inference.spec import SCHEMA_VERSION, BundleSpec
 from kelp.io.files import parse_json, recover_folder
+from kelp.io.location import packaged
 
 log = logging.getLogger("kelp")
 
@@ -33,8 +34,6 @@ WEIGHTS_FILE: Final = "weights.safetensors"
 NETWORK_FILE: Final = "network.onnx"
 CARD_FILE: Final = "README.md"
 
-PACKAGED: Final = Path(__file__).parent / "networks"
-"""Holds a bundle for each network that comes with kelp, under its name."""
 DEFAULT_NETWORK: Final = "coasts"
 """What `kelp predict` without `--run_dir` runs."""
 
@@ -103,30 +102,6 @@ def load_bundle(path: Path | str, which: Which = "best", backend: BackendName = 
         raise KelpError('--backend torch: torch is missing; pip install "kelp-slicer[train]"')
     net: Net = importlib.import_module(_TORCH).load(folder, spec)
     return Bundle(folder, spec, net)
-
-
-def packaged_names() -> list[str]:
-    """Names of the networks that come with kelp."""
-    if not PACKAGED.is_dir():
-        return []
-    return sorted(path.name for path in PACKAGED.iterdir() if (path / SPEC_FILE).is_file())
-
-
-def packaged(path: Path) -> Path:
-    """The bundle of a packaged network, where a path is its name and no file; else the path.
-
-    Raises:
-        BundleError: a bare name that is neither a file nor a packaged network.
-    """
-    if path.exists() or len(path.parts) != 1 or path.suffix:
-        return path
-    known = packaged_names()
-    if path.name in known:
-        return PACKAGED / path.name
-    raise BundleError(
-        f"{path}: no such folder, and no packaged network; name a run folder, a bundle or one of: "
-        f"{', '.join(known) or 'none in this installation'} (kelp models)"
-    )
 
 
 def load_bundles(

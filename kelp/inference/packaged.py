@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kelp.config import ModelsConfig
-from kelp.inference.bundle import DEFAULT_NETWORK, PACKAGED, packaged_names, read_spec
+from kelp.inference.bundle import DEFAULT_NETWORK, read_spec
 from kelp.inference.spec import BundleSpec
+from kelp.io.location import PACKAGED, packaged_names
 from kelp.progress import Progress, silent
 
 

@@ -15,7 +15,7 @@ from kelp import tables
 from kelp.config import PredictConfig
 from kelp.errors import BugError, ConfigError, InputError
 from kelp.inference import memory
-from kelp.inference.bundle import DEFAULT_NETWORK, load_bundles, packaged
+from kelp.inference.bundle import DEFAULT_NETWORK, load_bundles
 from kelp.inference.checks import check_statistics
 from kelp.inference.cluster import Executor, Share, open_executor
 from kelp.inference.inputs import Failure, Task
@@ -24,7 +24,7 @@ from kelp.inference.plan import NetworkMemory, check_disk, fit_memory, make_plan
 from kelp.inference.work import Runner
 from kelp.io import remote
 from kelp.io.files import amount, discard_partials, json_text, output_folder
-from kelp.io.location import Url, local
+from kelp.io.location import Url, local, packaged
 from kelp.products.submission import ARCHIVE, write_submission
 from kelp.progress import Progress, silent
 from kelp.raster.scene import SceneSize

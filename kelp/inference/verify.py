@@ -22,7 +22,7 @@ from kelp.config import PredictConfig, VerifyConfig
 from kelp.config.base import read_yaml
 from kelp.config.scenes import SceneOptions
 from kelp.errors import InputError, KelpError
-from kelp.inference.bundle import Bundle, load_bundles, packaged, packaged_names
+from kelp.inference.bundle import Bundle, load_bundles
 from kelp.inference.inputs import Failure, Task, survey_one
 from kelp.inference.plan import make_plan
 from kelp.inference.predictor import Predictor
@@ -30,7 +30,7 @@ from kelp.inference.records import rules_of
 from kelp.inference.staging import Staging
 from kelp.inference.work import FINGERPRINT, Runner
 from kelp.io.files import input_folder
-from kelp.io.location import Url
+from kelp.io.location import Url, packaged, packaged_names
 from kelp.products.areas import measure_whole
 from kelp.products.maps import Map, open_map
 from kelp.progress import Progress, silent

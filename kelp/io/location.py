@@ -1,15 +1,18 @@
-"""Where files lie: a local path, or the URL of an object store."""
+"""Where files lie: a local path, the URL of an object store, a network that comes with kelp."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 from pydantic import PlainSerializer, PlainValidator
 
-from kelp.errors import InputError
+from kelp.errors import BundleError, InputError
+
+PACKAGED: Final = Path(__file__).parents[1] / "inference" / "networks"
+"""Holds a bundle for each network that comes with kelp, under its name."""
 
 
 @dataclass(frozen=True)
@@ -79,3 +82,27 @@ Location = Annotated[
     Path | Url, PlainValidator(locate), PlainSerializer(str, return_type=str, when_used="json")
 ]
 """Type of an option that takes both."""
+
+
+def packaged_names() -> list[str]:
+    """Names of the networks that come with kelp."""
+    if not PACKAGED.is_dir():
+        return []
+    return sorted(path.name for path in PACKAGED.iterdir() if (path / "bundle.json").is_file())
+
+
+def packaged(path: Path) -> Path:
+    """The bundle of a packaged network, where a path is its name and no file; else the path.
+
+    Raises:
+        BundleError: a bare name that is neither a file nor a packaged network.
+    """
+    if path.exists() or len(path.parts) != 1 or path.suffix:
+        return path
+    known = packaged_names()
+    if path.name in known:
+        return PACKAGED / path.name
+    raise BundleError(
+        f"{path}: no such folder, and no packaged network; name a run folder, a bundle or one of: "
+        f"{', '.join(known) or 'none in this installation'} (kelp models)"
+    )

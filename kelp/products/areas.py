@@ -20,6 +20,7 @@ from kelp.config.products import AreasConfig, RegionOptions
 from kelp.errors import BundleError, ConfigError, InputError
 from kelp.evaluation.intervals import AreaErrors, area_errors, read_held_out, sites_needed
 from kelp.io.files import atomic, output_folder
+from kelp.io.location import packaged
 from kelp.products.maps import Map, find_maps, require_comparable
 from kelp.products.regions import Cover, Region, read_regions
 from kelp.progress import Progress, silent
@@ -33,6 +34,7 @@ COLUMNS: Final = {
     "scene_id": "string",
     "acquired": "string",
     "sensor": "string",
+    "pixels": "Int64",
     "observed_share": "float64",
     "unobserved_pixels": "Int64",
     "kelp_pixels": "Int64",
@@ -59,9 +61,10 @@ class Areas:
     def summary(self) -> str:
         """A few words for the terminal."""
         known = self.table["presence_area_m2"].notna()
+        rows = len(self.table)
         return (
-            f"wrote {self.path}: {len(self.table)} rows, {int((~known).sum())} without an area "
-            "(null, not 0; null_reason says why)"
+            f"wrote {self.path}: {rows} row{'s' * (rows != 1)}, {int((~known).sum())} without an "
+            "area (null, not 0; null_reason says why)"
         )
 
 
@@ -211,7 +214,7 @@ def intervals_of(run_dir: Path | None, maps: Sequence[Map], coverage: float) -> 
     """
     if run_dir is None:
         return Intervals(reason="no interval: no bundle was named (--run_dir)")
-    held_out = read_held_out(run_dir)
+    held_out = read_held_out(packaged(run_dir))
     for entry in maps:
         if entry.weights and held_out.sha256 not in entry.weights:
             raise BundleError(
@@ -257,6 +260,7 @@ def _row(
         "scene_id": entry.scene_id,
         "acquired": entry.acquired_text,
         "sensor": entry.sensor,
+        "pixels": round(found.pixels),
         "observed_share": found.observed_share,
         "unobserved_pixels": found.unobserved,
     }

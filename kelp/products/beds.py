@@ -71,7 +71,8 @@ class Beds:
     def summary(self) -> str:
         """One line for the terminal."""
         return (
-            f"wrote {self.path}: {self.beds} beds of {self.maps} map{'s' * (self.maps != 1)}, "
+            f"wrote {self.path}: {self.beds} bed{'s' * (self.beds != 1)} of "
+            f"{self.maps} map{'s' * (self.maps != 1)}, "
             f"{self.presence_area_m2 / 1e6:.3f} km2 ({self.pixels} pixels, an upper bound)"
         )
 

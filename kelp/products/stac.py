@@ -24,6 +24,7 @@ from kelp.config.products import StacConfig
 from kelp.errors import BundleError, InputError
 from kelp.evaluation.intervals import find_description
 from kelp.io.files import output_folder, write_json
+from kelp.io.location import packaged
 from kelp.plotting.style import KELP, NO_KELP
 from kelp.products.maps import Map, find_maps
 from kelp.progress import Progress, silent
@@ -71,7 +72,8 @@ class Catalogue:
     def summary(self) -> str:
         """One line for the terminal."""
         more = f", {self.model.name}" if self.model else ""
-        return f"wrote {self.collection}: {len(self.items)} items{more}"
+        items = len(self.items)
+        return f"wrote {self.collection}: {items} item{'s' * (items != 1)}{more}"
 
 
 def stac(config: StacConfig, progress: Progress = silent) -> Catalogue:
@@ -88,7 +90,7 @@ def stac(config: StacConfig, progress: Progress = silent) -> Catalogue:
             f"{config.predictions_dir}: {undated[0]} has no date, which a STAC item needs; it "
             "comes from the map's record or name (…_2023-01-15_kelp.tif)"
         )
-    description = find_description(config.run_dir) if config.run_dir else None
+    description = find_description(packaged(config.run_dir)) if config.run_dir else None
     folder = output_folder(config.output_dir)
     names = {m.scene_id: f"{m.scene_id}.json" for m in maps}
     model_name = None

@@ -73,7 +73,10 @@ class View:
     def summary(self) -> str:
         """One line for the terminal."""
         size = self.path.stat().st_size / 1e6
-        return f"wrote {self.path}: {self.maps} maps, {self.beds} beds, {size:.1f} MB"
+        maps, beds = (
+            f"{n} {what}{'s' * (n != 1)}" for n, what in ((self.maps, "map"), (self.beds, "bed"))
+        )
+        return f"wrote {self.path}: {maps}, {beds}, {size:.1f} MB"
 
 
 @dataclass(frozen=True)

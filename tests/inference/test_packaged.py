@@ -31,7 +31,7 @@ def networks(tmp_path, monkeypatch):
     )
     tiny_bundle(folder / "other", threshold=0.6)
     (folder / "notes").mkdir()
-    monkeypatch.setattr(bundles, "PACKAGED", folder)
+    monkeypatch.setattr("kelp.io.location.PACKAGED", folder)
     monkeypatch.setattr("kelp.inference.packaged.PACKAGED", folder)
     return folder
 

@@ -74,6 +74,7 @@ def test_counted_by_hand(tmp_path, ending):
     b = table[table["scene_id"] == "B"].set_index("aoi_id")
     assert b["observed_share"].round(4).tolist()[:6] == [0.9867, 0.5, 0.1667, 0, 0.5, 0]
     assert np.isnan(b["observed_share"]["r6"])
+    assert b["pixels"].tolist() == [75, 100, 60, 30, 40, 100, 0]
     assert b["unobserved_pixels"].fillna(-1).tolist() == [1, 50, 50, 30, 20, 100, -1]
     assert b["kelp_pixels"].fillna(-1).tolist() == [10, 0, -1, -1, 0, -1, -1]
     assert b["presence_area_m2"].fillna(-1).tolist() == [9000, 0, -1, -1, 0, -1, -1]
@@ -98,7 +99,7 @@ def test_nulls_are_empty_fields_of_the_csv(tmp_path):
     aoi = write_regions(tmp_path / "r.gpkg", [rectangle((0, 5), (0, 5))])
     table_of(tmp_path / "maps", aoi, tmp_path / "a.csv", "--min_observed", "0")
     line = (tmp_path / "a.csv").read_text().splitlines()[1]
-    assert line == "r0,A,,,0.0,25,,,,,,nothing of the region was observed"
+    assert line == "r0,A,,,25,0.0,25,,,,,,nothing of the region was observed"
 
 
 def test_observed_and_empty_is_zero(tmp_path):
@@ -184,6 +185,15 @@ def test_intervals_come_from_the_bundle(tmp_path, capfd):
     wrong = bundle(tmp_path / "wrong", sha="0" * 64)
     assert run(tmp_path / "maps", aoi, out, "--run_dir", f"{wrong}") == 2
     assert "not the network that made" in capfd.readouterr().err
+
+
+def test_the_packaged_network_is_named_as_for_prediction(tmp_path, capfd):
+    write_map(tmp_path / "maps", "A", np.eye(5), record=False)
+    aoi = write_regions(tmp_path / "r.gpkg", [rectangle((0, 5), (0, 5))])
+    table = table_of(tmp_path / "maps", aoi, tmp_path / "a.csv", "--run_dir", "coasts")
+    assert table["area_low_m2"][0] < 5 * 900 < table["area_high_m2"][0]
+    assert run(tmp_path / "maps", aoi, tmp_path / "a.csv", "--run_dir", "coast") == 2
+    assert "no packaged network" in capfd.readouterr().err
 
 
 def test_mixed_sensors_are_named(tmp_path, caplog):

@@ -134,6 +134,15 @@ def test_the_check_of_each_extension_would_notice_an_error(catalogue, name, exte
     assert any(f"/{extension}/" in error for error in errors(item))
 
 
+def test_the_packaged_network_is_a_valid_item(tmp_path):
+    write_map(tmp_path / "maps", "A", np.eye(5), acquired="2023-01-15")
+    assert run(tmp_path / "maps", tmp_path / "stac", "--run_dir", "coasts") == 0
+    (model,) = (tmp_path / "stac").glob("model-*.json")
+    item = json.loads(model.read_text())
+    assert errors(item) == []
+    assert set(item["assets"]) == {"weights", "onnx", "card"}
+
+
 def test_pystac_reads_them(catalogue):
     collection = pystac.Collection.from_file(catalogue / "collection.json")
     items = {item.id: item for item in collection.get_items()}

@@ -14,6 +14,7 @@ from kelp.evaluation.metrics import SiteTotals
 from kelp.evaluation.pairs import Pair, find_pairs, sites_of
 from kelp.evaluation.scoring import PairOptions, Scores, evaluate, score_pairs
 from kelp.io.files import output_folder, write_json
+from kelp.io.location import packaged
 from kelp.products.reports.page import Evaluated, figures_json, history_of, write_page
 from kelp.progress import Progress, silent
 
@@ -95,6 +96,7 @@ def _bundle(run_dir: Path | None) -> dict[str, Any] | None:
     """What the bundle of a run says of itself; the weights are not needed here."""
     if run_dir is None:
         return None
+    run_dir = packaged(run_dir)
     for folder in (run_dir, run_dir / "bundle", run_dir / "artifacts" / "bundle"):
         if (folder / _SPEC).is_file():
             try:
