@@ -1,16 +1,20 @@
 """`kill -9` at random moments of a real `kelp predict`, `slice` or `train`, then the command again.
 
-    python benchmarks/kills.py [--of predict] [--kills 20] [--size 1400x1100] [--seed 0]
+    python benchmarks/kills.py [--of predict] [--processes 1] [--kills 20] [--size 1400x1100]
 
-`--of slice` and `--of train`: killed at a moment drawn evenly between the first file and the usual
-end. The restarted slice must leave the same files with the same bytes, the resumed training (or a
-new one, where none had begun) the same weights; both leave nothing hidden behind.
+`--of slice`, `train`, `pack` (the store of packed images that a training begins with), and predict
+with `--processes 2`: all processes work in one output folder, in every second turn under the names
+of different hosts. Each is killed at a moment of its own, drawn evenly between the first file and
+the usual end; a turn counts where at least one was. Then all start again at once and run to their
+end. What is left must be what one undisturbed process leaves: the same files with the same bytes
+(of a training its weights, for each run; of the store its arrays), and nothing hidden. Of two
+predictions one may refuse a scene that the other is writing; a last one alone then finds all done.
 
-Of predict: a simulated scene, a small network with random weights, probabilities saved beside the
-mask. Each time the process gets SIGKILL at a moment drawn evenly between its first finished batch
-and the usual end of the process, so also while the final files are made; the restarted command must
-end with the bytes of an undisturbed run. Work redone: tiles that the killed process had reported as
-finished, less those that the restarted one counts as `done earlier`, in rows of tiles.
+Of one predict: a simulated scene, a small network with random weights, probabilities saved beside
+the mask. Each time the process gets SIGKILL at a moment drawn evenly between its first finished
+batch and the usual end of the process, so also while the final files are made; the restarted
+command must end with the bytes of an undisturbed run. Work redone: tiles that the killed process
+had reported as finished, less those that the restarted one counts as `done earlier`, in rows.
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +41,7 @@ import rasterio
 import torch
 from measuring import Row
 from rasterio.transform import from_origin
+from safetensors import safe_open
 
 from kelp.config import TrainConfig
 from kelp.data_prep.stats import channel_statistics
@@ -162,105 +168,192 @@ def make_case(folder: Path, height: int, width: int) -> Case:
     return Case(bundle, path, len(grid), len(grid.columns))
 
 
-def spawn(arguments: list[str]) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "kelp", *arguments, "--quiet"],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        start_new_session=True,
-    )
+# The command on a host of that name.
+ON_HOST = (
+    "import socket, sys; name = sys.argv.pop(1); socket.gethostname = lambda: name; "
+    "from kelp.cli import main; sys.exit(main(sys.argv[1:]))"
+)
+# What `kelp train` does before its first batch.
+PACK = """
+import socket, sys
+from pathlib import Path
+name, folder, target = sys.argv[1:]
+socket.gethostname = lambda: name
+from types import SimpleNamespace
+from kelp.config import TrainConfig
+from kelp.nn.data.packing import pack
+
+images = sorted(Path(folder).glob("data/train/images/*.tif"))
+mask = lambda path: path.parents[1] / "masks" / path.name.replace("_satellite", "_kelp")
+options = {"data_dir": folder, "metadata_fp": folder, "output_dir": target, "num_workers": 0}
+sources = [SimpleNamespace(image=path, mask=mask(path)) for path in images]
+pack(sources, TrainConfig(**options), lambda *_: None)
+"""
+REFUSED = "another process is writing it"
 
 
-def until_done(process: subprocess.Popen[str], target: Path, after: float | None) -> list[float]:
-    """Seconds to the first file and to the end; `after` the first file the group is killed."""
-    began, first = time.monotonic(), 0.0
-    while process.poll() is None:
-        time.sleep(0.005)
-        spent = time.monotonic() - began
-        if not first and target.is_dir() and any(target.iterdir()):
-            first = spent
-        if first and after is not None and spent - first >= after:
-            os.killpg(process.pid, signal.SIGKILL)
-            break
-    _, told = process.communicate()
-    if process.returncode not in (0, -signal.SIGKILL):
-        raise SystemExit(told)
-    return [first, time.monotonic() - began]
+@dataclass(frozen=True)
+class Shared:
+    """A command that several processes run in one output folder, and what it must leave."""
+
+    name: str
+    folder: Path
+    bundle: Path | None = None
+
+    def commands(self, target: Path, processes: int) -> list[list[str]]:
+        """The arguments of each process, the interpreter's first."""
+        folder, data = self.folder, self.folder / "data" / "train"
+        table = f"--metadata_fp={folder / 'table' / IMAGES_TABLE}"
+        if self.name == "pack":
+            return [[PACK, "HOST", str(folder), str(target)]] * processes
+        if self.name == "predict":
+            options = [f"--data_dir={data / 'images'}", f"--run_dir={self.bundle}"]
+            options += ["--save_probabilities", "--batch_size=4"]
+        elif self.name == "slice":
+            options = [f"--data_dir={data}", table, "--image_size=64", "--stride=16"]
+            options += ["--workers=1"]
+        else:
+            options = ["--encoder=tu-test_resnet", "--decoder_channels=16,8,8,4", table]
+            options += ["--pretrained=False", f"--data_dir={folder / 'data'}", "--device=cpu"]
+            options += ["--image_size=64", "--epochs=2", "--num_workers=0", "--min_dice=0"]
+            options += ["--samples_per_epoch=48", "--batch_size=8", "--plot_n_batches=0"]
+            options += ["--use_weighted_sampler=True", "--anchoring=none"]
+        begun = sorted(target.glob("*/*/artifacts/config.yaml")) if self.name == "train" else []
+        again = [[f"--resume_from={file.parents[1]}"] for file in begun]
+        again += [[]] * (processes - len(again))
+        command = [ON_HOST, "HOST", self.name, f"--output_dir={target}", *options, "--quiet"]
+        return [command + more for more in again[:processes]]
+
+    def run(self, target: Path, hosts: list[str], within: list[float]) -> tuple[list[int], float]:
+        """Run a process for each host; its exit status or -9, and seconds to the first file.
+
+        `within`: seconds from the first file in `target` after which each is killed, or none.
+        """
+        began, first = time.monotonic(), 0.0
+        with ExitStack() as stack:
+            running = []
+            for host, command in zip(hosts, self.commands(target, len(hosts)), strict=True):
+                said = stack.enter_context(tempfile.TemporaryFile("w+"))
+                line = [host if part == "HOST" else part for part in command]
+                process = subprocess.Popen(
+                    [sys.executable, "-c", *line],
+                    stdout=subprocess.DEVNULL,
+                    stderr=said,
+                    env={**os.environ, "OMP_NUM_THREADS": "1"},
+                    start_new_session=True,
+                )
+                running.append((process, said))
+            while any(process.poll() is None for process, _ in running):
+                time.sleep(0.005)
+                spent = time.monotonic() - began
+                if not first and target.is_dir() and any(target.iterdir()):
+                    first = spent
+                for (process, _), after in zip(running, within, strict=False):
+                    if first and spent - first >= after and process.poll() is None:
+                        os.killpg(process.pid, signal.SIGKILL)
+                        process.wait()
+            for process, said in running:
+                said.seek(0)
+                text = said.read()
+                fine = process.returncode in (0, -signal.SIGKILL)
+                if not fine and not (process.returncode == 2 and REFUSED in text):
+                    raise SystemExit(text)
+        return [process.returncode for process, _ in running], first
+
+    def results(self, target: Path) -> dict[str, str]:
+        """Digests of what must be the same, hidden files with them."""
+        if self.name == "pack":
+            return packed(target / "packed")
+        found = {}
+        for path in target.rglob("*.safetensors" if self.name == "train" else "*"):
+            # A run has an id of its own, and a record tells when its map was made.
+            if path.is_file() and path.suffix != ".json":
+                name = path.relative_to(target).as_posix()
+                found[name] = file_sha256(path)
+        if self.name == "train":
+            return {
+                name: digest for name, digest in found.items() if not name.startswith("packed/")
+            }
+        return found
 
 
-def simulated(folder: Path) -> list[str]:
-    """A small data set; the options that name it."""
-    for name, *options in (
-        ("simulate", "--places=3", "--dates=2", "--test=1", "--size=256"),
-        ("metadata", f"--data_dir={folder / 'data'}"),
+def packed(store: Path) -> dict[str, str]:
+    """Digests of the arrays of a store of packed images; a file that cannot be read is an error."""
+    found = {}
+    for file in store.glob("*.safetensors"):
+        with safe_open(file, framework="np") as opened:
+            for key in opened.keys():  # noqa: SIM118  # it is no dict
+                found[key] = hashlib.sha256(opened.get_tensor(key).tobytes()).hexdigest()
+    return found
+
+
+def as_alone(found: dict[str, str], wanted: dict[str, str], name: str, runs: int) -> bool:
+    """Whether a folder holds what one undisturbed process left, of a training once for each run."""
+    if name != "train":
+        return found == wanted
+    by_run: dict[str, dict[str, str]] = {}
+    for path, digest in found.items():
+        run, _, file = path.partition("/artifacts/")
+        by_run.setdefault(run, {})[file] = digest
+    whole = {path.partition("/artifacts/")[2]: digest for path, digest in wanted.items()}
+    return len(by_run) >= runs and all(files == whole for files in by_run.values())
+
+
+def prepare(name: str, folder: Path) -> Shared:
+    """A small simulated data set, and a network where it is to predict."""
+    images = {"pack": 12, "predict": 3}.get(name, 3)
+    for command in (
+        ["simulate", f"--places={images}", "--dates=2", "--test=1", "--size=256"],
+        ["metadata", f"--data_dir={folder / 'data'}"],
     ):
-        target = folder / ("data" if name == "simulate" else "table")
-        until_done(spawn([name, f"--output_dir={target}", *options]), target, None)
-    return [f"--metadata_fp={folder / 'table' / IMAGES_TABLE}"]
+        target = folder / ("data" if command[0] == "simulate" else "table")
+        arguments = [*command, f"--output_dir={target}", "--quiet"]
+        subprocess.run([sys.executable, "-m", "kelp", *arguments], check=True)
+    bundle = make_case(folder, 256, 256).bundle if name == "predict" else None
+    return Shared(name, folder, bundle)
 
 
-def slice_again(folder: Path, target: Path) -> list[str]:
-    data = folder / "data" / "train"
-    sizes = ["--image_size=64", "--stride=16", "--workers=1"]
-    return ["slice", f"--data_dir={data}", f"--output_dir={target}", *sizes]
-
-
-def train_again(folder: Path, target: Path) -> list[str]:
-    options = ["--encoder=tu-test_resnet", "--decoder_channels=16,8,8,4", "--pretrained=False"]
-    options += ["--image_size=64", "--epochs=4", "--num_workers=0", "--min_dice=0"]
-    options += ["--samples_per_epoch=48", "--batch_size=8", "--use_weighted_sampler=True"]
-    options += ["--device=cpu", "--plot_n_batches=0"]
-    begun = sorted(target.glob("*/*/artifacts/config.yaml"))
-    if begun:
-        options += [f"--resume_from={begun[0].parents[1]}"]
-    return ["train", f"--data_dir={folder / 'data'}", f"--output_dir={target}", *options]
-
-
-def kill_often(name: str, kills: int, moments: random.Random) -> list[Row]:
-    """Rows of a command that writes a folder."""
-    again = {"slice": slice_again, "train": train_again}[name]
+def kill_often(name: str, processes: int, kills: int, moments: random.Random) -> list[Row]:
+    """Rows of a command that several processes run in one folder."""
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as temporary:
-        folder, target = Path(temporary), Path(temporary) / "out"
-        table = simulated(folder)
-        first, whole = until_done(spawn(again(folder, target) + table), target, None)
-        wanted = results(target, name)
-        print(f"undisturbed: {whole:.1f} s, {first:.1f} s to the first file, {len(wanted)} files")
+        shared, target = prepare(name, Path(temporary)), Path(temporary) / "out"
+        shared.run(target, ["a"], [])
+        wanted = shared.results(target)
+        shutil.rmtree(target)
+        began = time.monotonic()
+        _, first = shared.run(target, ["a"] * processes, [])
+        usual = time.monotonic() - began - first
+        print(
+            f"undisturbed: {first:.1f} s to the first file, {usual:.1f} more; {len(wanted)} files"
+        )
         while len(rows) < kills:
             shutil.rmtree(target)
-            after = moments.uniform(0, whole - first)
-            process = spawn(again(folder, target) + table)
-            until_done(process, target, after)
-            if process.returncode == 0:  # it was quicker than usual
+            hosts = ["a", "b" if len(rows) % 2 else "a"][:processes]
+            within = [moments.uniform(0, usual) for _ in hosts]
+            ended, _ = shared.run(target, hosts, within)
+            if not any(ended):  # they were quicker than usual
                 continue
-            done = len(results(target, name))
-            until_done(spawn(again(folder, target) + table), target, None)
-            left = [path for path in target.rglob(".*") if path.suffix == ".partial"]
+            done = len(shared.results(target))
+            again, _ = shared.run(target, hosts, [])
+            if any(again):
+                again, _ = shared.run(target, hosts[:1], [])
             rows.append(
                 {
-                    "killed after s": round(after, 2),
-                    "files done": done,
+                    "hosts": len(set(hosts)),
+                    "killed after s": ", ".join(
+                        f"{after:.2f}" if code else "-"
+                        for after, code in zip(within, ended, strict=True)
+                    ),
+                    "files then": done,
                     "of": len(wanted),
-                    "same bytes": results(target, name) == wanted,
-                    "nothing left behind": not left,
+                    "as alone": as_alone(shared.results(target), wanted, name, 1)
+                    and not any(again),
+                    "nothing left behind": not list(target.rglob(".*")),
                 }
             )
             measuring.print_table(rows[-1:])
     return rows
-
-
-def results(target: Path, name: str) -> dict[str, str]:
-    """What must be the same: all files of a slice, the weights of a training."""
-    pattern = "*" if name == "slice" else "*.safetensors"
-    files = [path for path in target.rglob(pattern) if path.is_file()]
-    return {
-        # The folders of a run have a name of its own.
-        str(path.relative_to(target) if name == "slice" else path.parent.name): file_sha256(path)
-        for path in files
-        if path.name[0] != "."
-    }
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -271,17 +364,19 @@ def digests(folder: Path) -> dict[str, str]:
 
 def main() -> None:
     parser = measuring.parser(__doc__, threads=False)
-    parser.add_argument("--of", choices=("predict", "slice", "train"), default="predict")
+    parser.add_argument("--of", choices=("predict", "slice", "train", "pack"), default="predict")
+    parser.add_argument("--processes", type=int, choices=(1, 2), default=1)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--size", default="1400x1100")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     moments = random.Random(options.seed)
-    if options.of != "predict":
-        rows = kill_often(options.of, options.kills, moments)
-        good = sum(row["same bytes"] and row["nothing left behind"] for row in rows)
+    if options.of != "predict" or options.processes > 1:
+        rows = kill_often(options.of, options.processes, options.kills, moments)
+        good = sum(row["as alone"] and row["nothing left behind"] for row in rows)
         verdict = [f"{good} of {len(rows)} end as an undisturbed run (target: all)"]
-        measuring.report(f"kill -9 of kelp {options.of}", rows, verdict, options.json)
+        title = f"kill -9 of kelp {options.of}, {options.processes} at once"
+        measuring.report(title, rows, verdict, options.json)
         return
     height, _, width = options.size.partition("x")
     rows = []
