@@ -280,7 +280,7 @@ class Shared:
 def packed(store: Path) -> dict[str, str]:
     """Digests of the arrays of a store of packed images; a file that cannot be read is an error."""
     found = {}
-    for file in store.glob("*.safetensors"):
+    for file in store.glob("[!.]*.safetensors"):
         with safe_open(file, framework="np") as opened:
             for key in opened.keys():  # noqa: SIM118  # it is no dict
                 found[key] = hashlib.sha256(opened.get_tensor(key).tobytes()).hexdigest()
