@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 # A whole command stays as it is; the dashes of other programs' flags are within words, too.
 _FLAG = re.compile(
@@ -27,7 +28,15 @@ def _parameter(flag: re.Match[str]) -> str:
 
 
 class KelpError(Exception):
-    """Bad input or usage. The message is one line: what is wrong, where, and what to do."""
+    """Bad input or usage. The message is one line: what is wrong, where, and what to do.
+
+    Attributes:
+        result: of what could be done nevertheless, as the function would have returned it.
+    """
+
+    def __init__(self, message: str = "", result: Any = None) -> None:
+        super().__init__(message)
+        self.result = result
 
     def __str__(self) -> str:
         """The message for a Python caller: options as parameters."""
@@ -84,7 +93,15 @@ class CoverageError(KelpError):
 
 
 class BugError(Exception):
-    """A bug ended some scenes of a run; the rest is done. One line; `kelp` exits with status 1."""
+    """A bug ended some scenes of a run; the rest is done. One line; `kelp` exits with status 1.
+
+    Attributes:
+        result: of the rest, as the function would have returned it.
+    """
+
+    def __init__(self, message: str = "", result: Any = None) -> None:
+        super().__init__(message)
+        self.result = result
 
 
 @contextmanager

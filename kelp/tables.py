@@ -20,8 +20,6 @@ PROBABILITY_SUFFIX: Final = "_kelp_prob.tif"
 SPREAD_SUFFIX: Final = "_kelp_spread.tif"
 WORKERS_FILE: Final = "kelp-workers.json"
 """Beside maps that a cluster made: what each worker did."""
-ERRORS_FILE: Final = "kelp-errors.log"
-"""Beside maps: tracebacks of scenes that met a bug."""
 IMAGES_TABLE: Final = "train_val_test_dataset.parquet"
 TILES_TABLE: Final = "sahi_train_val_test_dataset.parquet"
 

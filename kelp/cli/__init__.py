@@ -299,7 +299,12 @@ def _run(
                 f"this command needs {error.name}, which is not installed: "
                 'pip install "kelp-slicer[train]"'
             ) from error
-    if text := result.summary():
+    _show(result)
+
+
+def _show(result: Any) -> None:
+    """The summary of a result, also of what was done beside failures."""
+    if result is not None and (text := result.summary()):
         click.echo(text)
 
 
@@ -324,8 +329,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except click.ClickException as error:
         return _fail(error.format_message())
     except KelpError as error:
+        _show(error.result)
         return _fail(error.message)
     except BugError as error:
+        _show(error.result)
         click.echo(f"kelp: {error}", err=True)
         return 1
     except (KeyboardInterrupt, click.Abort):

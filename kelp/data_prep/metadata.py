@@ -29,6 +29,7 @@ from kelp import tables
 from kelp.data_prep import folds, sites, survey
 from kelp.errors import InputError, TableError
 from kelp.io.executors import gather, spread
+from kelp.io.failures import Failure, attempt, raise_failures
 from kelp.io.files import input_folder, output_folder
 from kelp.progress import Progress, silent
 from kelp.raster.bands import DEM
@@ -96,6 +97,9 @@ class _Source(NamedTuple):
     image: Path
     mask: Path | None
 
+    def __str__(self) -> str:
+        return str(self.image)
+
 
 class _Surveyed(NamedTuple):
     """What is known of one image after it was read."""
@@ -108,11 +112,12 @@ def build_metadata(config: MetadataConfig, progress: Progress = silent) -> Metad
     """Survey a data folder, group its images by place, and write the table of images.
 
     Law: no place has training images in two folds. The table does not depend on the number of
-    workers.
+    workers. Images that fail are left out of it, and named when it is written.
 
     Raises:
         InputError: missing or empty folders, unreadable files, images without NIR or three
             optical bands, bad masks or masks of other grids, fewer than two places.
+        BugError: a bug ended some images; the others are done.
         TableError: the CSV lacks a column or names absent files.
     """
     config = config.absolute() if config.scheduler else config
@@ -122,13 +127,21 @@ def build_metadata(config: MetadataConfig, progress: Progress = silent) -> Metad
         else _from_folders(config.data_dir)
     )
     require_kelp_value((one.mask for one in sources if one.mask), config.kelp_value)
-    surveyed: list[_Surveyed] = []
+    found: list[_Surveyed | Failure] = []
     with gather(config.workers, config.scheduler) as workers:
         output_folder(config.output_dir)
-        with closing(spread(partial(_survey, config), sources, workers)) as work:
-            for one in work:
-                surveyed.append(one)
-                progress("reading images", len(surveyed), len(sources))
+        work = partial(attempt, partial(_survey, config))
+        with closing(spread(work, sources, workers)) as results:
+            for result in results:
+                found.append(result)
+                progress("reading images", len(found), len(sources))
+    total = len(sources)
+    both = list(zip(sources, found, strict=True))
+    failures = {source.image: one for source, one in both if isinstance(one, Failure)}
+    if len(failures) == total:
+        raise_failures(failures, total, "images", config.output_dir)
+    sources = [source for source, one in both if not isinstance(one, Failure)]
+    surveyed = [one for one in found if not isinstance(one, Failure)]
     threshold = config.similarity_threshold
     grouped = sites.group_terrains(
         [one.terrain for one in surveyed],
@@ -142,7 +155,9 @@ def build_metadata(config: MetadataConfig, progress: Progress = silent) -> Metad
     config.record(config.output_dir)
     train = int((table["original_split"] == TRAIN).sum())
     n_folds = sum(str(name).startswith("split_") for name in table.columns)
-    return MetadataResult(path, train, len(table) - train, len(grouped), n_folds, left_out)
+    made = MetadataResult(path, train, len(table) - train, len(grouped), n_folds, left_out)
+    raise_failures(failures, total, "images", config.output_dir, made)
+    return made
 
 
 def _from_folders(data_dir: Path) -> list[_Source]:

@@ -37,6 +37,7 @@ from kelp.data_prep.tile_files import (
 )
 from kelp.errors import ConfigError, InputError, TableError
 from kelp.io.executors import gather, require_shared, spread
+from kelp.io.failures import Failure, attempt, raise_failures
 from kelp.io.files import check_name, discard_partials, output_folder
 from kelp.progress import Progress, silent
 from kelp.raster.georeference import require_same_grid
@@ -113,10 +114,12 @@ def slice_dataset(config: SliceConfig, progress: Progress = silent) -> SliceResu
 
     Law: put together, the tiles of an image give back every stored value of it, and no file
     depends on the number of workers. The table is written last: a slice that was killed has none.
+    Images that fail are left out of it, and named when the others are done.
 
     Raises:
         TableError: no training rows, an image named twice, or absent files.
-        InputError: an unreadable file, a bad mask, a mask that does not lie on its image's grid.
+        InputError: unreadable files, bad masks, masks that do not lie on their images' grids.
+        BugError: a bug ended some images; the others are done.
         ConfigError: `output_dir` is `data_dir`.
     """
     config = config.absolute() if config.scheduler else config
@@ -124,7 +127,13 @@ def slice_dataset(config: SliceConfig, progress: Progress = silent) -> SliceResu
     masks = (_sources(config, tile_id)[1] for tile_id in rows["tile_id"])
     require_kelp_value(masks, config.kelp_value)
     with gather(config.workers, config.scheduler) as workers:
-        sliced = _slice_all(config, rows, workers, progress)
+        found = _slice_all(config, rows, workers, progress)
+    names = list(rows["tile_id"])
+    failures = {n: one for n, one in zip(names, found, strict=True) if isinstance(one, Failure)}
+    if len(failures) == len(names):
+        raise_failures(failures, len(names), "images", config.output_dir)
+    rows = rows[~rows["tile_id"].isin(failures)].reset_index(drop=True)
+    sliced = [one for one in found if not isinstance(one, Failure)]
     table_path = config.output_dir / TILES_TABLE
     table = _tile_table(config, rows, sliced)
     if config.materialize:
@@ -133,12 +142,14 @@ def slice_dataset(config: SliceConfig, progress: Progress = silent) -> SliceResu
             os.sync()  # the tiles are on disk before the table that vouches for them
     tables.write_table(table, table_path)
     config.record(config.output_dir)
-    return SliceResult(table_path, len(rows), len(table), sum(one.left_out for one in sliced))
+    result = SliceResult(table_path, len(rows), len(table), sum(one.left_out for one in sliced))
+    raise_failures(failures, len(names), "images", config.output_dir, result)
+    return result
 
 
 def _slice_all(
     config: SliceConfig, rows: pd.DataFrame, workers: int | Cluster, progress: Progress
-) -> list[_Sliced]:
+) -> list[_Sliced | Failure]:
     """Tiles of all images, in the order of `rows`; an older table goes before the first."""
     output_folder(config.output_dir)
     folders = [config.output_dir / name for name in (IMAGES, MASKS)]
@@ -149,10 +160,11 @@ def _slice_all(
         require_shared(workers, config.output_dir)
         # From here on an older table would describe tiles that are being overwritten.
         (config.output_dir / TILES_TABLE).unlink(missing_ok=True)
-    sliced: list[_Sliced] = []
+    sliced: list[_Sliced | Failure] = []
     jobs = list(rows["tile_id"])
+    cut_up = partial(attempt, partial(_slice_image, config))
     try:
-        with closing(spread(partial(_slice_image, config), jobs, workers)) as work:
+        with closing(spread(cut_up, jobs, workers)) as work:
             for one in work:
                 sliced.append(one)
                 progress("slicing", len(sliced), len(rows))
@@ -285,7 +297,27 @@ def _relative(path: Path, folder: Path) -> str:
 def _tell_size(config: SliceConfig, rows: pd.DataFrame) -> None:
     """Say how much will be written, estimated from some tiles of the first image."""
     sources = [_sources(config, tile_id)[0] for tile_id in rows["tile_id"]]
-    with Scene(sources[0], config.band_order, quiet=True) as scene:
+    found = attempt(partial(_size, config), sources[0])
+    if isinstance(found, Failure):  # it will be named
+        return
+    tiles, one = found
+    # The other images compress about as well as their own files tell.
+    weights = [path.stat().st_size for path in sources]
+    size = one * sum(weights) / weights[0]
+    log.info(
+        "slicing %d images into about %d tiles of %d x %d px, about %.3g MB in %s",
+        len(sources),
+        tiles * len(sources),
+        config.image_size,
+        config.image_size,
+        size / 1e6,
+        config.output_dir,
+    )
+
+
+def _size(config: SliceConfig, image: Path) -> tuple[int, float]:
+    """Number of tiles of an image, and about how many bytes they take."""
+    with Scene(image, config.band_order, quiet=True) as scene:
         tiles = list(_grid(config, scene.shape))
         form = image_format(scene, named=False)
         stored, hidden, _ = scene.read_stored()
@@ -293,19 +325,7 @@ def _tell_size(config: SliceConfig, rows: pd.DataFrame) -> None:
     written = [
         len(encode(cut(stored, tile, form, hidden), form, Georeference())) for tile in probes
     ]
-    one = sum(written) / len(written) * len(tiles)
-    # The other images compress about as well as their own files tell.
-    weights = [path.stat().st_size for path in sources]
-    size = one * sum(weights) / weights[0]
-    log.info(
-        "slicing %d images into about %d tiles of %d x %d px, about %.3g MB in %s",
-        len(sources),
-        len(tiles) * len(sources),
-        config.image_size,
-        config.image_size,
-        size / 1e6,
-        config.output_dir,
-    )
+    return len(tiles), sum(written) / len(written) * len(tiles)
 
 
 def _tell_strangers(config: SliceConfig, table: pd.DataFrame) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 from kelp import __version__, tables
 from kelp.errors import ConfigError, TableError
 from kelp.io.executors import gather, spread
+from kelp.io.failures import Failure, attempt, raise_failures
 from kelp.io.files import input_folder, output_folder
 from kelp.progress import Progress, silent
 from kelp.raster.bands import BANDS
@@ -65,6 +67,13 @@ class Source:
     path: Path
     tile: Tile | None = None
 
+    def __str__(self) -> str:
+        return str(self.path)
+
+
+_Part = tuple[list[ChannelSummary], dict[Source, Failure]]
+"""What files hold, and those that failed."""
+
 
 @dataclass(frozen=True)
 class StatsResult:
@@ -106,33 +115,52 @@ def file_statistics(
     band_order: Sequence[str] = (),
     workers: int | Cluster = 1,
     progress: Progress = silent,
+    failures: dict[Source, Failure] | None = None,
 ) -> dict[str, ChannelStats]:
     """`channel_statistics` of files, read by `workers` processes (0 = one for each core).
 
-    `workers` may be a cluster, see `kelp.io.executors.gather`.
+    `workers` may be a cluster, see `kelp.io.executors.gather`. Files that fail are noted in
+    `failures` and left out.
 
     Law: the same numbers, to the last bit, whatever the number of workers. Raises `InputError`
-    naming the file that cannot be read.
+    naming the files that cannot be read, unless there are `failures` to note them in.
     """
+    noted: dict[Source, Failure] = {}
     groups = [sources[i : i + _GROUP] for i in range(0, len(sources), _GROUP)]
     work = partial(_summarise_files, channels, settings, band_order)
 
-    def shown(parts: Iterable[list[ChannelSummary]]) -> Iterator[list[ChannelSummary]]:
-        for done, part in enumerate(parts, start=1):
+    def shown(parts: Iterable[_Part]) -> Iterator[list[ChannelSummary]]:
+        for done, (part, failed) in enumerate(parts, start=1):
+            noted.update(failed)
+            if noted and failures is None:
+                raise_failures(noted, len(sources), "images", None)
             progress("statistics", min(done * _GROUP, len(sources)), len(sources))
             yield part
 
     progress("statistics", 0, len(sources))
-    return _merge(channels, shown(spread(work, groups, workers)))
+    with closing(spread(work, groups, workers)) as parts:
+        merged = _merge(channels, shown(parts))
+    if failures is not None:
+        failures.update(noted)
+    return merged
 
 
 def compute_stats(config: StatsConfig, progress: Progress = silent) -> StatsResult:
-    """Statistics of the training images (or of one fold's) as a file that `kelp train` takes."""
+    """Statistics of the training images (or of one fold's) as a file that `kelp train` takes.
+
+    Images that fail are left out, and named when the file is written.
+
+    Raises:
+        InputError: unreadable images.
+        BugError: a bug ended some images; the others are done.
+        TableError: the table lacks a column, the fold, or files that it names.
+    """
     config = config.absolute() if config.scheduler else config
     indices = parse_indices(config.spectral_indices)
     settings = config.index_settings
     sources = _sources(config)
     channels = channel_names(BANDS, indices)
+    failures: dict[Source, Failure] = {}
     with gather(config.workers, config.scheduler) as workers:
         output_folder(config.output_dir)
         stats = file_statistics(
@@ -142,7 +170,11 @@ def compute_stats(config: StatsConfig, progress: Progress = silent) -> StatsResu
             band_order=config.band_order,
             workers=workers,
             progress=progress,
+            failures=failures,
         )
+    read = len(sources) - len(failures)
+    if not read:
+        raise_failures(failures, len(sources), "images", config.output_dir)
     empty = [name for name, values in stats.items() if not values.count]
     if empty:
         log.warning("no image has a valid pixel of %s", ", ".join(empty))
@@ -150,7 +182,7 @@ def compute_stats(config: StatsConfig, progress: Progress = silent) -> StatsResu
         stats,
         About(
             cv_split=config.cv_split,
-            row_count=len(sources),
+            row_count=read,
             **asdict(settings),
             fill_value="nan" if config.fill_missing_pixels_with_torch_nan else "0",
             version=__version__,
@@ -159,7 +191,9 @@ def compute_stats(config: StatsConfig, progress: Progress = silent) -> StatsResu
     path = config.output_dir / file.name(datetime.now(UTC))
     file.save(path)
     config.record(config.output_dir)
-    return StatsResult(path, len(sources), len(channels))
+    result = StatsResult(path, read, len(channels))
+    raise_failures(failures, len(sources), "images", config.output_dir, result)
+    return result
 
 
 def _summarise(
@@ -180,11 +214,21 @@ def _summarise_files(
     settings: IndexSettings,
     band_order: Sequence[str],
     sources: Sequence[Source],
-) -> list[ChannelSummary]:
-    return _summarise((_read(source, band_order) for source in sources), channels, settings)
+) -> _Part:
+    failures: dict[Source, Failure] = {}
+
+    def scenes() -> Iterator[NDArray[np.float32]]:
+        for source in sources:
+            pixels = attempt(partial(_read, band_order), source)
+            if isinstance(pixels, Failure):
+                failures[source] = pixels
+            else:
+                yield pixels
+
+    return _summarise(scenes(), channels, settings), failures
 
 
-def _read(source: Source, band_order: Sequence[str]) -> NDArray[np.float32]:
+def _read(band_order: Sequence[str], source: Source) -> NDArray[np.float32]:
     with Scene(source.path, band_order, quiet=source.tile is not None) as scene:
         scene.check()
         # The last tiles of a table without files stick out of their image: nothing is there.

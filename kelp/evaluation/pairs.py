@@ -27,6 +27,9 @@ class Pair:
     prediction: Path
     scene: Path | None = None
 
+    def __str__(self) -> str:
+        return str(self.prediction)
+
 
 def find_pairs(
     gt_dir: Path, preds_dir: Path, options: TruthOptions, data_dir: Path | None = None

@@ -17,6 +17,7 @@ from kelp.evaluation.metrics import SHORE, ImageTotals, Totals
 from kelp.evaluation.pairs import Pair, find_pairs, require_pair, sites_of, strips
 from kelp.evaluation.thresholds import Histogram
 from kelp.io.executors import gather, spread
+from kelp.io.failures import Failure, attempt, raise_failures
 from kelp.io.files import output_folder, write_json, write_text
 from kelp.progress import Progress, silent
 from kelp.raster.area import GroundArea
@@ -143,6 +144,7 @@ class Scores:
         by_image: sums of each of them.
         histogram: by code of probability; `None` where an image has no probabilities.
         files: the files written.
+        failures: why images could not be scored, by tile id; nothing counts them.
     """
 
     all_pixels: Figures
@@ -153,6 +155,20 @@ class Scores:
     by_image: tuple[Totals, ...] = ()
     histogram: Histogram | None = None
     files: tuple[Path, ...] = ()
+    failures: Mapping[str, Failure] = field(default_factory=dict)
+
+    def require_all(self, folder: Path | None) -> None:
+        """Raise an error that names the images that could not be scored, if there are any.
+
+        Args:
+            folder: of the outputs, where tracebacks of bugs go.
+
+        Raises:
+            InputError: unreadable files, or such that do not lie on one grid.
+            BugError: images that met a bug.
+        """
+        total = len(self.tile_ids) + len(self.failures)
+        raise_failures(self.failures, total, "images", folder, self)
 
     @property
     def mean_site_dice(self) -> float | None:
@@ -234,7 +250,7 @@ def score_pairs(
     sites: Mapping[str, str] | None = None,
     progress: Progress = silent,
 ) -> Scores:
-    """Score all pairs; see `score_pair`.
+    """Score all pairs; see `score_pair`. Those that fail are left out and noted in the scores.
 
     Args:
         pairs: the files.
@@ -243,7 +259,11 @@ def score_pairs(
         scheduler: of a cluster.
         sites: by tile id, for scores by site.
         progress: gets the number of images.
+
+    Raises:
+        InputError: no pair at all can be scored.
     """
+    failures: dict[str, Failure] = {}
     everything, observed = Figures(), Figures()
     by_site: dict[str, Figures] = {}
     by_image: list[Totals] = []
@@ -251,9 +271,13 @@ def score_pairs(
     histogram: Histogram | None = Histogram.empty(())
     with (
         gather(workers, scheduler) as executor,
-        closing(spread(partial(score_pair, options), pairs, executor)) as scored,
+        closing(spread(partial(attempt, partial(score_pair, options)), pairs, executor)) as scored,
     ):
         for done, (pair, score) in enumerate(zip(pairs, scored, strict=True), 1):
+            progress("scoring", done, len(pairs))
+            if isinstance(score, Failure):
+                failures[pair.tile_id] = score
+                continue
             everything = everything.plus(score.figures)
             observed = observed.plus(score.observed)
             by_image.append(score.totals)
@@ -262,15 +286,17 @@ def score_pairs(
             if sites:
                 site = sites[pair.tile_id]
                 by_site[site] = by_site.get(site, Figures()).plus(score.figures)
-            progress("scoring", done, len(pairs))
+    if len(failures) == len(pairs):
+        raise_failures(failures, len(pairs), "images", None)
     return Scores(
         everything,
         observed,
         Areas.of(Totals.of(by_image), sources),
         dict(sorted(by_site.items())),
-        tuple(pair.tile_id for pair in pairs),
+        tuple(pair.tile_id for pair in pairs if pair.tile_id not in failures),
         tuple(by_image),
         histogram,
+        failures=failures,
     )
 
 
@@ -278,12 +304,21 @@ def evaluate(config: EvaluateConfig, progress: Progress = silent) -> Scores:
     """Score the masks of a folder against those of another, paired by tile id.
 
     Predictions without truth are not looked at. With `metadata_fp` also by site (`aoi_id`).
+    Images that fail are left out, and named when the others are scored.
 
     Raises:
-        InputError: a prediction is missing (named), a mask unreadable, or a pair does not lie on
-            one grid.
+        InputError: a prediction is missing (named), masks are unreadable, or pairs do not lie on
+            one grid. The error's `result` has the scores of the others.
+        BugError: a bug ended some images; the others are scored.
         TableError: the metadata table has no row for an image.
     """
+    scores = score_folder(config, progress)
+    scores.require_all(config.output_dir)
+    return scores
+
+
+def score_folder(config: EvaluateConfig, progress: Progress = silent) -> Scores:
+    """`evaluate`, with images that fail noted in the scores."""
     config = config.absolute() if config.scheduler else config
     pairs = find_pairs(config.gt_dir, config.preds_dir, config)
     table = config.metadata_fp

@@ -19,10 +19,11 @@ from kelp.config import PredictConfig
 from kelp.errors import BundleError, KelpError, fit_to_travel
 from kelp.inference.backends import Processor
 from kelp.inference.bundle import BackendName, Bundle, Which, load_bundles
-from kelp.inference.inputs import Failure, Task, sorted_out, survey, survey_one
+from kelp.inference.inputs import Task, sorted_out, survey, survey_one
 from kelp.inference.predictor import Predictor
 from kelp.inference.work import Runner, WorkItem, WorkQueue, WorkResult
 from kelp.io.executors import gather
+from kelp.io.failures import Failure
 from kelp.io.files import amount
 from kelp.io.location import Url
 from kelp.io.remote import check_reach

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import logging
-import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
 
 from kelp.config import PredictConfig
 from kelp.config.scenes import SceneOptions
-from kelp.errors import KelpError
 from kelp.inference.checks import check_scale, needed_bands
 from kelp.inference.plan import SMALLEST_CACHE
 from kelp.inference.records import check_elevation
 from kelp.inference.spec import BundleSpec
+from kelp.io.failures import Failure
 from kelp.io.files import check_name
 from kelp.io.location import Url
 from kelp.raster.masks import Georeference, decoding
@@ -51,24 +49,6 @@ class Task:
     def staged(self) -> bool:
         """Whether it is copied from a store, or its maps are put into one."""
         return self.fetched or isinstance(self.output, Url)
-
-
-@dataclass(frozen=True)
-class Failure:
-    """Why a scene has no map."""
-
-    message: str
-    """One line that names it."""
-    traceback: str = ""
-    """Of a bug; empty where the user can mend it."""
-
-    @classmethod
-    def of(cls, path: Path | Url, error: Exception) -> Self:
-        """What an error says of a scene."""
-        if isinstance(error, KelpError):
-            return cls(error.message)
-        text = " ".join(f"{type(error).__name__}: {error}".split())
-        return cls(f"{path}: a bug ({text})", "".join(traceback.format_exception(error)))
 
 
 def survey(

@@ -13,16 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 from kelp import tables
 from kelp.config import PredictConfig
-from kelp.errors import BugError, ConfigError, InputError
+from kelp.errors import ConfigError, InputError
 from kelp.inference import memory
 from kelp.inference.bundle import DEFAULT_NETWORK, load_bundles
 from kelp.inference.checks import check_statistics
 from kelp.inference.cluster import Executor, Share, open_executor
-from kelp.inference.inputs import Failure, Task
+from kelp.inference.inputs import Task
 from kelp.inference.outputs import clean_up, probability_path, spread_path
 from kelp.inference.plan import NetworkMemory, check_disk, fit_memory, make_plan
 from kelp.inference.work import Runner
 from kelp.io import remote
+from kelp.io.failures import Failure, raise_failures
 from kelp.io.files import amount, discard_partials, json_text, output_folder
 from kelp.io.location import Url, local, packaged
 from kelp.products.submission import ARCHIVE, write_submission
@@ -117,7 +118,7 @@ def predict_scenes(
     for path, reasons in distrusted.items():
         log.warning("%s: may be wrong: %s; areas leave it out", path, reasons)
     _record(runner, executor.shares if shared else {})
-    _report(config, failures, len(scenes))
+    raise_failures(failures, len(scenes), "scenes", config.output_dir)
     made = tuple(masks.values())
     submission, previews = _submit(config, scenes, made, progress)
     peaks = [share.peak_memory for share in executor.shares.values()]
@@ -234,28 +235,6 @@ def _predict(
             failures |= result.failures
             distrusted |= result.distrusted
     return counts, failures, distrusted
-
-
-def _report(config: PredictConfig, failures: Mapping[Path | Url, Failure], scenes: int) -> None:
-    """Raise an error that names the scenes that failed; tracebacks go into a file.
-
-    Raises:
-        InputError: scenes that cannot be predicted.
-        BugError: scenes that met a bug, maybe others as well.
-    """
-    if not failures:
-        return
-    rest = ", the rest is done" if len(failures) < scenes else ""
-    named = "; ".join(failure.message for failure in failures.values())
-    words = f"{len(failures)} of {scenes} scenes failed{rest}: {named}"
-    bugs = [
-        f"{path}\n{failure.traceback}" for path, failure in failures.items() if failure.traceback
-    ]
-    if not bugs:
-        raise InputError(words)
-    log_file = config.output_dir / tables.ERRORS_FILE
-    remote.write_text(log_file, "\n".join(bugs))
-    raise BugError(f"{words}; please report it with {log_file}")
 
 
 def _record(runner: Runner, workers: Mapping[str, Share]) -> None:

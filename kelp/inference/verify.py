@@ -23,12 +23,13 @@ from kelp.config.base import read_yaml
 from kelp.config.scenes import SceneOptions
 from kelp.errors import InputError, KelpError
 from kelp.inference.bundle import Bundle, load_bundles
-from kelp.inference.inputs import Failure, Task, survey_one
+from kelp.inference.inputs import Task, survey_one
 from kelp.inference.plan import make_plan
 from kelp.inference.predictor import Predictor
 from kelp.inference.records import rules_of
 from kelp.inference.staging import Staging
 from kelp.inference.work import FINGERPRINT, Runner
+from kelp.io.failures import Failure
 from kelp.io.files import input_folder
 from kelp.io.location import Url, packaged, packaged_names
 from kelp.products.areas import measure_whole

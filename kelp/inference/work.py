@@ -20,7 +20,7 @@ import kelp
 from kelp.config import PredictConfig
 from kelp.errors import BusyError, InputError, KelpError
 from kelp.inference import memory
-from kelp.inference.inputs import Failure, Task
+from kelp.inference.inputs import Task
 from kelp.inference.outputs import (
     JournalFile,
     Outputs,
@@ -34,6 +34,7 @@ from kelp.inference.records import rules_of, water_of
 from kelp.inference.sections import SectionFile, SectionSink, Stitching, sections_of
 from kelp.inference.staging import Staging
 from kelp.io import remote
+from kelp.io.failures import Failure
 from kelp.io.location import Url, local
 from kelp.raster.masks import decoding, read_tags
 from kelp.raster.water import Anchored, WaterReference

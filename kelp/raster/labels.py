@@ -35,7 +35,10 @@ def require_kelp_value(masks: Iterable[Path], kelp_value: int = 1) -> None:
     suspect: Path | None = None
     count = 0
     for path in masks:
-        kelp, unexplained = _values(path)
+        try:
+            kelp, unexplained = _values(path)
+        except InputError:  # whoever uses it names it, and it alone
+            continue
         if kelp:
             return
         suspect = suspect or (path if unexplained else None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import random
@@ -25,6 +26,10 @@ from kelp.errors import ConfigError, InputError, TableError
 from kelp.raster.bands import BANDS
 
 
+def read_table(used):
+    return pd.read_parquet(used.output_dir / tables.TILES_TABLE)
+
+
 def test_tiles_of_an_earlier_slice_are_told(tmp_path, caplog):
     world = make_world(tmp_path, n_train=1)
     slice_dataset(config(world, stride=16))
@@ -43,7 +48,7 @@ def test_a_mask_of_another_size_names_both_files(tmp_path, workers):
         slice_dataset(config(world, workers=workers))
     for part in (str(mask), "TR000002_satellite.tif", "70 x 90", "90 x 70"):
         assert part in str(caught.value)
-    assert not (config(world).output_dir / tables.TILES_TABLE).exists()
+    assert "TR000002" not in set(read_table(config(world))["tile_id"])
 
 
 def place(path, shift):
@@ -80,7 +85,7 @@ def test_masks_of_0_and_255_are_refused_unless_255_is_said_to_be_kelp(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_failure_leaves_whole_tiles_and_no_table(tmp_path, workers):
+def test_a_failure_leaves_whole_tiles_and_a_table_of_the_others(tmp_path, workers):
     world = make_world(tmp_path)
     used = config(world, workers=workers)
     slice_dataset(used)
@@ -88,24 +93,32 @@ def test_a_failure_leaves_whole_tiles_and_no_table(tmp_path, workers):
     broken.write_bytes(broken.read_bytes()[:5000])
     with pytest.raises(InputError, match=r"TR000003_satellite\.tif: not a readable raster"):
         slice_dataset(used)
-    assert not (used.output_dir / tables.TILES_TABLE).exists()
+    assert set(read_table(used)["tile_id"]) == set(world.train) - {"TR000003"}
     assert not list(used.output_dir.rglob(".*"))
 
 
-def test_a_disk_that_fills_up_leaves_no_half_tile(tmp_path, monkeypatch):
+@pytest.mark.parametrize("cause", [errno.ENOSPC, errno.EROFS, errno.EACCES])
+def test_a_disk_that_fails_leaves_no_half_tile(tmp_path, monkeypatch, cause):
+    """Full, remounted, its permissions lost; and then the clock is set back by years."""
     world = make_world(tmp_path, n_train=1)
     put, calls = Path.write_bytes, []
 
     def full(path, content):
         calls.append(path)
         put(path, content[: len(content) // 2])
-        raise OSError(28, "No space left on device")
+        raise OSError(cause, os.strerror(cause))
 
-    monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(InputError, match="No space left on device"):
-        slice_dataset(config(world))
-    assert len(calls) == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        with pytest.raises(InputError, match=rf"cannot be written \({os.strerror(cause)}\)"):
+            slice_dataset(config(world))
+    assert len(calls) == 1  # of the one image
     assert not list((config(world).output_dir / "images").iterdir())
+    monkeypatch.setattr(time, "time", lambda: 1e9)
+    slice_dataset(config(world))
+    alone = config(world, output_dir=tmp_path / "alone")
+    slice_dataset(alone)
+    assert tree(config(world).output_dir / "images") == tree(alone.output_dir / "images")
 
 
 def test_bad_tables_are_named(tmp_path):

@@ -70,6 +70,25 @@ def test_what_is_no_scene_is_named(tmp_path, caplog):
     ]
 
 
+def test_long_wide_and_almost_empty_scenes_are_mapped(tmp_path, bundle):
+    """`python benchmarks/soak.py` does so at 60,000 px, and looks at memory, time and files."""
+    long, _ = coast((3000, 40), np.random.default_rng(0))
+    empty = np.full((7, 900, 900), -32768, np.int32)
+    empty[:, 300:340, 500:540] = image()[:, :, :40]
+    scenes = {"long": long, "wide": long.transpose(0, 2, 1), "empty": empty}
+    for name, pixels in scenes.items():
+        write_tif(tmp_path / "scenes" / f"{name}.tif", pixels)
+    write_tif(tmp_path / "part" / "part.tif", image()[:, :, :40])
+    assert predict(tmp_path / "scenes", tmp_path / "maps", bundle) == 0
+    assert predict(tmp_path / "part", tmp_path / "maps", bundle) == 0
+    maps = {n: read_mask(tmp_path / "maps" / f"{n}_kelp.tif") for n in (*scenes, "part")}
+    assert (maps["long"] == 1).any()
+    np.testing.assert_array_equal(maps["wide"], maps["long"].T)
+    np.testing.assert_array_equal(maps["empty"][300:340, 500:540], maps["part"])
+    maps["empty"][300:340, 500:540] = 255
+    assert (maps["empty"] == 255).all()
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="counts in /proc")
 def test_a_run_over_many_scenes_keeps_few_files_open(tmp_path, bundle):
     for number in range(44):

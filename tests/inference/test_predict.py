@@ -1,7 +1,10 @@
 """`kelp predict` through its command line, with a network of one pixel."""
 
+import errno
+import itertools
 import json
 import os
+import time
 
 import numpy as np
 import pytest
@@ -355,6 +358,40 @@ def test_a_read_only_output_folder(scenes, bundle, tmp_path, capfd):
     out.mkdir(mode=0o500)
     assert predict(scenes, bundle, out) == 2
     assert "not writable" in capfd.readouterr().err
+
+
+def test_a_clock_that_jumps_changes_nothing(scenes, bundle, tmp_path, monkeypatch):
+    """By years, backwards and forwards, at every look at it."""
+    predict(scenes, bundle, tmp_path / "steady")
+    jumps = itertools.cycle((0, 1e8, -1e8))
+    monkeypatch.setattr(time, "time", lambda: 1.8e9 + next(jumps))
+    left = tmp_path / "jumping" / f".kelp-elsewhere_1-1-{'0' * 8}.partial.tif"
+    left.parent.mkdir()
+    left.touch()
+    os.utime(left, (4e9, 4e9))  # by another host's clock
+    assert predict(scenes, bundle, tmp_path / "jumping") == 0
+    assert left.exists()
+    left.unlink()
+    assert masks(tmp_path / "jumping") == masks(tmp_path / "steady")
+
+
+@pytest.mark.parametrize("cause", [errno.EROFS, errno.EACCES, errno.EDQUOT])
+def test_a_folder_that_takes_nothing_any_more(scenes, bundle, tmp_path, capfd, monkeypatch, cause):
+    """Remounted, its permissions lost, over quota: one line; afterwards all as ever."""
+    fsync = os.fsync
+
+    def lost(handle):
+        raise OSError(cause, os.strerror(cause))
+
+    monkeypatch.setattr(os, "fsync", lost)
+    out = tmp_path / "out"
+    assert predict(scenes, bundle, out) == 2
+    (line,) = capfd.readouterr().err.strip().splitlines()
+    assert f"cannot be written ({os.strerror(cause)})" in line
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert predict(scenes, bundle, out) == 0
+    assert len(masks(out)) == 3
+    assert not list(out.glob(".*"))
 
 
 def test_an_output_folder_that_is_a_file(scenes, bundle, tmp_path, capfd):

@@ -1,5 +1,6 @@
 """Two processes on one output: the second is refused, and does the first no harm."""
 
+import socket
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -16,13 +17,15 @@ from kelp.raster.masks import Georeference, read_mask
 from kelp.raster.writer import RasterWriter, rows_path
 from kelp.tiling.merge import MergerState
 
+HERE = socket.gethostname()
 FIRST = """
-import sys
+import socket, sys
 from pathlib import Path
 import numpy as np
 from kelp.raster.masks import Georeference
 from kelp.raster.writer import RasterWriter
 
+socket.gethostname = lambda: sys.argv[2]
 with RasterWriter(Path(sys.argv[1]), (30, 1040), "uint8", Georeference(), 255, {}) as out:
     out.write(0, np.ones((20, 1040)))
     out.sync()
@@ -33,10 +36,10 @@ with RasterWriter(Path(sys.argv[1]), (30, 1040), "uint8", Georeference(), 255, {
 
 
 @contextmanager
-def writing(mask):
+def writing(mask, host=HERE):
     """A process that has written 20 of a mask's 30 rows; in the end it writes the others."""
     first = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", FIRST, str(mask)],
+        [sys.executable, "-W", "ignore", "-c", FIRST, str(mask), host],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -97,10 +100,11 @@ def scene(tmp_path, monkeypatch):
     )
 
 
+@pytest.mark.parametrize("host", [HERE, "b.cluster"], ids=["here", "there"])
 @pytest.mark.parametrize("options", [{}, {"overwrite": True}], ids=["plain", "overwrite"])
-def test_a_second_prediction_is_refused(scene, options):
+def test_a_second_prediction_is_refused(scene, options, host):
     mask = scene[2] / "X_kelp.tif"
-    with writing(mask):
+    with writing(mask, host):
         with pytest.raises(InputError, match="another process is writing it") as error:
             predict(*scene, **options)
         assert "\n" not in str(error.value)

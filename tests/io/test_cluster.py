@@ -169,7 +169,10 @@ def test_a_file_that_is_no_raster_is_named(command, cluster, tmp_path, capsys):
     bad.write_bytes(b"II*\0 no tiff")
     options += ["--output_dir", str(tmp_path / "out"), "--scheduler", str(cluster.file)]
     assert main([command, *options]) == 2
-    assert f"{bad.name}: not a readable raster" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "1 of 8 images failed, the rest is done" in told
+    assert f"{bad.name}: not a readable raster" in told
+    assert list((tmp_path / "out").glob("*.json"))
 
 
 @contextmanager

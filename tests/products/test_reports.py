@@ -254,11 +254,13 @@ def test_what_cannot_be_evaluated_is_refused(tmp_path):
         kelp.make_report(config)
     with pytest.raises(InputError, match="holds no bundle"):
         kelp.make_report(config.model_copy(update={"run_dir": tmp_path}))
+    assert not (tmp_path / "out").exists()
     write_mask(tmp_path / "masks" / "AA000003_kelp.tif", TRUTH[:10])
     shutil.rmtree(tmp_path / "scenes")
     with pytest.raises(InputError, match="does not lie on the grid of"):
         kelp.make_report(config.model_copy(update={"data_dir": None}))
-    assert not (tmp_path / "out").exists()
+    figures = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert "AA000003" not in json.dumps(figures)  # the page is of the others
 
 
 def test_evaluate_leaves_the_page_beside_its_scores(tmp_path, capsys):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +15,20 @@ from numpy.typing import NDArray
 
 from kelp.config import CompareConfig
 from kelp.errors import ConfigError
-from kelp.evaluation.bootstrap import SiteBootstrap
+from kelp.evaluation.bootstrap import SiteBootstrap, site_numbers
 from kelp.evaluation.confusion import Mask
 from kelp.evaluation.metrics import FIGURES, SHORE, ImageTotals, SiteTotals, Totals
 from kelp.evaluation.pairs import strips
 from kelp.evaluation.scoring import source_words
 from kelp.evaluation.thresholds import Histogram, best_threshold, parts_of
 from kelp.inference.bundle import Bundle, load_bundle
+from kelp.io.failures import Failure, attempt, raise_failures
 from kelp.io.files import discard_partials, output_folder, scratch_folder, write_json, write_text
 from kelp.nn.comparison.advice import Advice, advise
 from kelp.nn.comparison.fields import FIELDS
 from kelp.nn.comparison.page import to_text, write_report
 from kelp.nn.comparison.result import Comparison, Evaluation
-from kelp.nn.comparison.scenes import Scenes, labelled_scenes
+from kelp.nn.comparison.scenes import Labelled, Scenes, labelled_scenes
 from kelp.nn.comparison.variants import (
     WHOLE_IMAGE_TILE,
     Cost,
@@ -67,18 +69,24 @@ def compare(config: CompareConfig, progress: Progress = silent) -> CompareResult
     """Apply networks to labelled scenes in several variants and evaluate each.
 
     Writes `comparison.json`, `comparison.txt` and `report.html`. Scenes are read by windows: only
-    a variant that shows the network a whole scene holds one in memory.
+    a variant that shows the network a whole scene holds one in memory. Scenes that fail are left
+    out, and named when the others are compared.
 
     Raises:
-        InputError: a truth is missing or does not lie on its scene's grid, or a scene cannot be
-            read.
+        InputError: a truth is missing, scenes or truths cannot be read, or they do not lie on one
+            grid. The error's `result` is of the others.
+        BugError: a bug ended some scenes; the others are compared.
         ConfigError: no bundle or an ONNX file, an overlap that is none, or nothing left to run;
             without folders, runs that were not trained on one fold.
     """
     bundles = [load_bundle(path, config.use_checkpoint) for path in config.run_dir]
     if not bundles:
         raise ConfigError("--run_dir is missing; name at least one run or bundle")
-    scenes = labelled_scenes(config, bundles, config.data_dir, config.gt_dir, config.labels_dir)
+    failures: dict[Path, Failure] = {}
+    scenes = labelled_scenes(
+        config, bundles, config.data_dir, config.gt_dir, config.labels_dir, failures
+    )
+    total = len(scenes.images) + len(failures)
     variants: list[Variant] = []
     left_out: list[Variant] = []
     for variant in _variants(config, bundles):
@@ -98,7 +106,10 @@ def compare(config: CompareConfig, progress: Progress = silent) -> CompareResult
     discard_partials(folder)
     with scratch_folder(folder) as scratch:
         run = _Run(config, scenes, variants, runtime, scratch)
-        run.predict(progress)
+        failures |= run.predict(progress)
+        scenes = run.scenes
+        if not scenes.images:
+            raise_failures(failures, total, "scenes", folder)
         comparison = Comparison(
             tuple(run.evaluate(variant, run.thresholds(variant)) for variant in variants),
             len(scenes.images),
@@ -134,7 +145,9 @@ def compare(config: CompareConfig, progress: Progress = silent) -> CompareResult
     write_text(folder / "comparison.txt", text + "\n")
     config.record(folder)
     files = (report, folder / "comparison.json", folder / "comparison.txt")
-    return CompareResult(comparison, advice, text, files)
+    result = CompareResult(comparison, advice, text, files)
+    raise_failures(failures, total, "scenes", folder, result)
+    return result
 
 
 def _variants(config: CompareConfig, bundles: Sequence[Bundle]) -> list[Variant]:
@@ -194,7 +207,7 @@ class _Run:
         folder: Path,
     ) -> None:
         self._config = config
-        self._images = scenes.images
+        self.scenes = scenes
         self._variants = variants
         self._runtime = runtime
         self._folder = folder
@@ -202,25 +215,57 @@ class _Run:
         self._costs: dict[str, list[Cost]] = {variant.name: [] for variant in variants}
         self._number = {variant.name: k for k, variant in enumerate(variants)}
         self._counted: dict[str, Histogram] = {}
-        self._part = parts_of(scenes.sites, config.seed)
-        self._parts = int(self._part.max()) + 1
-        self._sites = [image.site for image in scenes.images]
-        self._bootstrap = SiteBootstrap(scenes.sites, config.draws, config.seed)
 
-    def predict(self, progress: Progress) -> None:
-        """Run every variant on every scene."""
-        config, done = self._config, 0
+    def predict(self, progress: Progress) -> dict[Path, Failure]:
+        """Run every variant on every scene; scenes that fail are left out, and why."""
+        failures: dict[Path, Failure] = {}
+        good: list[Labelled] = []
+        count, every = len(self._variants), len(self._images)
+        for done, image in enumerate(self._images):
+
+            def advance(variants: int, before: int = done * count) -> None:
+                progress("comparing", before + variants, every * count)
+
+            failed = attempt(partial(self._predict, len(good), advance), image)
+            if failed is None:
+                good.append(image)
+                continue
+            failures[image.scene] = failed
+            for name in self._costs:
+                del self._costs[name][len(good) :], self._steps[name][len(good) :]
+        numbers = site_numbers([image.site_name for image in good])
+        good = [replace(image, site=site) for image, site in zip(good, numbers, strict=True)]
+        self.scenes = replace(self.scenes, images=good)
+        return failures
+
+    def _predict(self, number: int, advance: Callable[[int], None], image: Labelled) -> None:
+        config = self._config
         # Borders that a variant without tiles is looked at, for comparison.
         like = next((one.tile for one in self._variants if one.tile), None) or WHOLE_IMAGE_TILE
-        for number, image in enumerate(self._images):
-            with Scene(image.scene, config.band_order) as scene:
-                for variant in self._variants:
-                    codes = _Codes(self._file(variant, number), image.shape)
-                    cost = variant.run(scene, codes, self._runtime, config.qa_as_nodata)
-                    self._costs[variant.name].append(cost)
-                    self._steps[variant.name].append(codes.finish(variant, like))
-                    done += 1
-                    progress("comparing", done, len(self._images) * len(self._variants))
+        with Scene(image.scene, config.band_order) as scene:
+            for done, variant in enumerate(self._variants, 1):
+                codes = _Codes(self._file(variant, number), image.shape)
+                cost = variant.run(scene, codes, self._runtime, config.qa_as_nodata)
+                self._costs[variant.name].append(cost)
+                self._steps[variant.name].append(codes.finish(variant, like))
+                advance(done)
+
+    @property
+    def _images(self) -> list[Labelled]:
+        return self.scenes.images
+
+    @cached_property
+    def _part(self) -> NDArray[np.intp]:
+        """The part of each site."""
+        return parts_of(self.scenes.sites, self._config.seed)
+
+    @cached_property
+    def _parts(self) -> int:
+        return int(self._part.max()) + 1
+
+    @cached_property
+    def _bootstrap(self) -> SiteBootstrap:
+        return SiteBootstrap(self.scenes.sites, self._config.draws, self._config.seed)
 
     def _codes(self, variant: Variant, number: int) -> Mask:
         """Mapped into memory: read where it is looked at."""
@@ -242,7 +287,7 @@ class _Run:
         return Evaluation(
             variant,
             tuple(threshold / CODES for threshold in thresholds),
-            SiteTotals(by_image, self._sites, self._bootstrap),
+            SiteTotals(by_image, [image.site for image in self._images], self._bootstrap),
             statistics.median(cost.seconds for cost in costs),
             network_pixels / len(self._images),
             network_pixels / pixels,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final, NamedTuple, Protocol
 
@@ -13,13 +14,15 @@ import pandas as pd
 from kelp.config import scenes as reading
 from kelp.errors import BundleError, ConfigError, InputError, TableError
 from kelp.evaluation.bootstrap import site_numbers
-from kelp.evaluation.pairs import sites_of
+from kelp.evaluation.pairs import sites_of, strips
 from kelp.inference.bundle import Bundle
 from kelp.inference.inputs import survey
+from kelp.io.failures import Failure, attempt, raise_failures
 from kelp.io.location import Url, local
 from kelp.raster.area import GroundArea
 from kelp.raster.georeference import Grid, require_same_grid
 from kelp.raster.labels import require_kelp_value
+from kelp.raster.masks import read_mask
 from kelp.raster.window import Shape
 from kelp.sensors import find_scenes
 from kelp.tables import (
@@ -72,6 +75,9 @@ class Labelled:
     site: int
     site_name: str
 
+    def __str__(self) -> str:
+        return str(self.scene)
+
     @property
     def shape(self) -> Shape:
         """Height and width."""
@@ -110,6 +116,7 @@ def labelled_scenes(
     data_dir: Path | None = None,
     gt_dir: Path | None = None,
     labels_dir: Path | None = None,
+    failures: dict[Path, Failure] | None = None,
 ) -> Scenes:
     """The scenes with their truths and sites, all of them readable.
 
@@ -119,10 +126,11 @@ def labelled_scenes(
         data_dir: folder of scenes.
         gt_dir: folder of their true masks.
         labels_dir: folder of second masks.
+        failures: takes those that cannot be used, which are left out; without it each is an error.
 
     Raises:
-        InputError: a mask is missing or does not lie on its scene's grid, masks hold 0 and 255
-            only, or a scene cannot be read.
+        InputError: a mask is missing, masks hold 0 and 255 only, scenes or masks cannot be read,
+            or they do not lie on one grid.
         TableError: the table of a run's fold, or files that it names, are no longer there.
         ConfigError: without folders, the networks were not trained on one fold.
     """
@@ -134,27 +142,44 @@ def labelled_scenes(
     labels = _masks(found.truths, labels_dir, "labels_dir") if labels_dir else {}
     specs = [bundle.spec for bundle in bundles]
     truths = dict[Path | Url, Path | Url](found.truths.items())
-    tasks, failures = survey(truths, reading.SceneOptions(band_order=options.band_order), specs)
-    if failures:
-        named = "; ".join(failure.message for failure in failures.values())
-        raise InputError(f"{len(failures)} scenes cannot be read: {named}")
+    tasks, wrong = survey(truths, reading.SceneOptions(band_order=options.band_order), specs)
+    noted = {local(path): failure for path, failure in wrong.items()}
     require_kelp_value(found.truths.values(), options.kelp_value)
-    names = {tile_id_of(local(task.path)): local(task.path) for task in tasks}
+    grids: dict[Path, Grid] = {}
+    for task in tasks:  # before hours of prediction, not after
+        path = local(task.path)
+        masks = [found.truths[path], *([labels[path]] if path in labels else [])]
+        grid = attempt(partial(_grid, options, masks), path)
+        if isinstance(grid, Failure):
+            noted[path] = grid
+        else:
+            grids[path] = grid
+    if noted and (failures is None or not grids):
+        raise_failures(noted, len(truths), "scenes", None)
+    if failures is not None and noted:
+        failures.update(noted)
+        first = next(iter(noted.values())).message
+        log.warning("%d of %d scenes are left out: %s", len(noted), len(truths), first)
     table = options.metadata_fp or found.sites
     if table is None:
         log.info("without --metadata_fp each scene counts as a site of its own")
-    site_of = sites_of(table, list(names))
+    names = [tile_id_of(path) for path in grids]
+    site_of = sites_of(table, names)
     numbers = site_numbers([site_of[name] for name in names])
-    images = []
-    for (name, path), number in zip(names.items(), numbers, strict=True):
-        truth, second = found.truths[path], labels.get(path)
-        for mask in (truth, second):  # before hours of prediction, not after
-            if mask is not None:
-                grid = require_same_grid(path, mask, options.ignore_georeference)
-        if not grid.located:
-            grid = require_same_grid(truth, path, options.ignore_georeference)
-        images.append(Labelled(path, truth, second, grid, number, site_of[name]))
+    images = [
+        Labelled(path, found.truths[path], labels.get(path), grids[path], number, site_of[name])
+        for path, name, number in zip(grids, names, numbers, strict=True)
+    ]
     return Scenes(images, found.words)
+
+
+def _grid(options: SceneOptions, masks: Sequence[Path], scene: Path) -> Grid:
+    """The grid that a scene shares with its masks, which can be read to the last row."""
+    for mask, kelp_value in zip(masks, (options.kelp_value, 1), strict=False):
+        grid = require_same_grid(scene, mask, options.ignore_georeference)
+        for strip, _ in strips(grid.shape):
+            read_mask(mask, strip, kelp_value)
+    return grid if grid.located else require_same_grid(masks[0], scene, options.ignore_georeference)
 
 
 def _of_folders(data_dir: Path, gt_dir: Path) -> _Found:

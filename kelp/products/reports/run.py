@@ -12,7 +12,8 @@ from kelp.errors import InputError
 from kelp.evaluation.bootstrap import SiteBootstrap, site_numbers
 from kelp.evaluation.metrics import SiteTotals
 from kelp.evaluation.pairs import Pair, find_pairs, sites_of
-from kelp.evaluation.scoring import PairOptions, Scores, evaluate, score_pairs
+from kelp.evaluation.scoring import PairOptions, Scores, score_folder, score_pairs
+from kelp.io.failures import raise_failures
 from kelp.io.files import output_folder, write_json
 from kelp.io.location import packaged
 from kelp.products.reports.page import Evaluated, figures_json, history_of, write_page
@@ -40,16 +41,21 @@ class ReportResult:
 def make_report(config: ReportConfig, progress: Progress = silent) -> ReportResult:
     """Evaluate the masks of a folder against those of another and write a page about it.
 
+    Scenes that fail are left out, and named when the page is written.
+
     Raises:
-        InputError: a prediction is missing (named), a file is unreadable, grids differ, or the
+        InputError: a prediction is missing (named), files are unreadable, grids differ, or the
             run has no bundle.
+        BugError: a bug ended some scenes; the page is of the others.
         TableError: the metadata table has no row for a scene.
     """
     bundle = _bundle(config.run_dir)
     pairs = find_pairs(config.gt_dir, config.preds_dir, config, config.data_dir)
     options = PairOptions.of(config, config.band_order)
     scores = score_pairs(pairs, options, progress=progress)
-    return _write(config, pairs, scores, bundle, progress)
+    result = _write(config, pairs, scores, bundle, progress)
+    raise_failures(scores.failures, len(pairs), "scenes", config.output_dir, result)
+    return result
 
 
 def _write(
@@ -59,6 +65,7 @@ def _write(
     bundle: dict[str, Any] | None,
     progress: Progress = silent,
 ) -> ReportResult:
+    pairs = [pair for pair in pairs if pair.tile_id not in scores.failures]
     names = [pair.tile_id for pair in pairs]
     sites = site_numbers(list(sites_of(config.metadata_fp, names).values()))
     bootstrap = SiteBootstrap(max(sites) + 1, config.draws, config.seed)
@@ -74,8 +81,9 @@ def _write(
 
 def evaluate_and_report(config: EvaluateConfig, progress: Progress = silent) -> Scores:
     """`kelp evaluate`: the scores, and where they are written a page about them beside."""
-    scores = evaluate(config, progress)
+    scores = score_folder(config, progress)
     if config.output_dir is None:
+        scores.require_all(None)
         return scores
     report = ReportConfig(
         gt_dir=config.gt_dir,
@@ -89,7 +97,9 @@ def evaluate_and_report(config: EvaluateConfig, progress: Progress = silent) -> 
     )
     pairs = find_pairs(config.gt_dir, config.preds_dir, config)
     page = _write(report, pairs, scores, None).page
-    return replace(scores, files=(*scores.files, page))
+    scores = replace(scores, files=(*scores.files, page))
+    scores.require_all(config.output_dir)
+    return scores
 
 
 def _bundle(run_dir: Path | None) -> dict[str, Any] | None:

@@ -18,14 +18,14 @@ from world import make_world, read_tif, write_tif
 import kelp
 from kelp.cli import main
 from kelp.config import CompareConfig, ExportConfig
-from kelp.errors import BundleError, ConfigError, InputError, TableError
+from kelp.errors import BugError, BundleError, ConfigError, InputError, TableError
 from kelp.evaluation.confusion import Figures
 from kelp.evaluation.metrics import FIGURES
 from kelp.evaluation.thresholds import Histogram
 from kelp.inference.bundle import load_bundle
 from kelp.nn.comparison.fields import FIELDS
 from kelp.nn.comparison.scenes import labelled_scenes
-from kelp.nn.comparison.variants import Runtime, majority, variants_of
+from kelp.nn.comparison.variants import Runtime, Variant, majority, variants_of
 from kelp.nn.model import ARCHITECTURES
 from kelp.raster.bands import BANDS
 from kelp.raster.masks import read_mask
@@ -381,8 +381,9 @@ def test_wrong_input_is_one_line(labelled, monkeypatch, capfd):
         kelp.compare(CompareConfig(**config, largest_pass=32))
     truth = labelled / "masks" / "K03_kelp.tif"
     write_mask(truth, np.zeros((90, 100), np.uint8))
+    folders = (config["data_dir"], config["gt_dir"])
     with pytest.raises(InputError, match=r"K03_kelp\.tif does .* 90 x 100 pixels against 100"):
-        kelp.compare(CompareConfig(**config))
+        labelled_scenes(CompareConfig(**config), [load_bundle(bundle)], *folders)
     truth.unlink()
     arguments = [f"--{name}={value}" for name, value in config.items() if name != "run_dir"]
     assert main(["compare", *arguments, f"--run_dir={bundle}", "--quiet"]) == 2
@@ -390,8 +391,36 @@ def test_wrong_input_is_one_line(labelled, monkeypatch, capfd):
     assert "K03_kelp.tif: no such truth, 1 of 12 scenes have none" in line
     (labelled / "images" / "K03_satellite.tif").write_bytes(b"no tif")
     write_mask(labelled / "masks" / "K03_kelp.tif", np.zeros((100, 90), np.uint8))
-    with pytest.raises(InputError, match=r"1 scenes cannot be read: .*K03_satellite\.tif"):
-        kelp.compare(CompareConfig(**config))
+    with pytest.raises(InputError, match=r"1 of 12 scenes failed, .*K03_satellite\.tif"):
+        labelled_scenes(CompareConfig(**config), [load_bundle(bundle)], *folders)
+
+
+def test_scenes_that_fail_are_left_out_and_named(labelled, monkeypatch, caplog):
+    """One cannot be read, one meets a bug after a variant has seen it."""
+    (labelled / "images" / "K03_satellite.tif").write_bytes(b"no tif")
+    run, seen = Variant.run, []
+
+    def broken(variant, scene, *others):
+        seen.append(scene.path.name)
+        if seen[-1] == "K05_satellite.tif" and seen.count(seen[-1]) == 2:
+            return 1 / 0
+        return run(variant, scene, *others)
+
+    monkeypatch.setattr(Variant, "run", broken)
+    with pytest.raises(BugError, match=r"2 of 12 scenes failed, the rest is done: .*K03_.*K05_"):
+        compare(labelled, monkeypatch, PixelBody)
+    assert "1 of 12 scenes are left out: " in caplog.text
+    (log,) = labelled.rglob("kelp-errors.log")
+    assert "ZeroDivisionError" in log.read_text()
+    monkeypatch.setattr(Variant, "run", run)
+    figures = json.loads((log.parent / "comparison.json").read_text())
+    for name in ("K03", "K05"):
+        (labelled / "images" / f"{name}_satellite.tif").unlink()
+    compare(labelled, monkeypatch, PixelBody)
+    again = json.loads((log.parent / "comparison.json").read_text())
+    assert figures["images"] == again["images"] == 10
+    for one, other in zip(figures["ways"], again["ways"], strict=True):
+        assert one["figures"]["pooled_dice"] == other["figures"]["pooled_dice"]
 
 
 # Without folders: the fold that the runs share

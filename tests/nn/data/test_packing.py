@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import signal
+import socket
 import subprocess
 import sys
 from collections import namedtuple
@@ -30,6 +31,7 @@ from kelp.raster.scene import read_scene
 from kelp.raster.window import Tile
 
 HEIGHT, WIDTH = 41, 53
+HERE = socket.gethostname()
 
 
 def configure(folder, **options):
@@ -434,7 +436,7 @@ def test_nothing_is_written_where_it_is_not_wanted(images, tmp_path, options):
 
 
 PROGRAM = """
-import logging, sys
+import logging, socket, sys
 from pathlib import Path
 from types import SimpleNamespace
 from kelp.config import TrainConfig
@@ -442,6 +444,7 @@ from kelp.nn.data import packing
 
 logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
 folder, stop = Path(sys.argv[1]), int(sys.argv[2])
+socket.gethostname = lambda: sys.argv[3]
 images = sorted((folder / "images").iterdir())
 sources = [SimpleNamespace(image=path, mask=folder / "masks" / path.name) for path in images]
 write, calls = packing.atomic, []
@@ -474,9 +477,9 @@ assert "torch" not in sys.modules  # it takes seconds to import
 """
 
 
-def started(folder, stop=0):
+def started(folder, stop=0, host=HERE):
     return subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, folder, str(stop)],
+        [sys.executable, "-c", PROGRAM, folder, str(stop), host],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -511,10 +514,12 @@ def test_a_kill_in_the_middle_loses_one_file_of_the_store(images, tmp_path, capl
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no such locks")
-def test_a_second_process_waits_and_finds_all_packed(images, tmp_path):
+@pytest.mark.parametrize("host", [HERE, "b.cluster"], ids=["here", "there"])
+def test_a_second_process_waits_and_finds_all_packed(images, tmp_path, host):
+    """On the same host or on another one."""
     first = started(tmp_path, stop=2)
     until(first, "in the middle")
-    second = started(tmp_path)
+    second = started(tmp_path, host=host)
     until(second, "another process packs the images")
     first.stdin.write("\n")
     first.stdin.flush()

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+import itertools
 import json
 import logging
 import os
@@ -8,6 +10,8 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +29,7 @@ from kelp.inference.bundle import load_bundle
 from kelp.io.files import locked
 from kelp.nn import device
 from kelp.nn.data.dataset import TileDataset
-from kelp.nn.training import fit, task, tracking
+from kelp.nn.training import checkpoint, fit, task, tracking
 from kelp.nn.training.fit import train
 from kelp.nn.training.task import KelpTask
 from kelp.nn.training.tracking import quiet_libraries
@@ -313,6 +317,34 @@ def test_a_stopped_run_ends_as_if_it_had_not_been(run, configure, step, error, w
     mlflow = client(config.output_dir)
     assert mlflow.get_run(run_dir.name).info.status == "FINISHED"
     assert [m.step for m in mlflow.get_metric_history(run_dir.name, "val/dice")] == [1, 2, 3]
+
+
+def test_a_full_disk_is_one_line_and_then_gone_on_from(run, configure, monkeypatch):
+    """The second checkpoint cannot be written; later the clock jumps by years at every look."""
+    real, made = checkpoint.atomic, []
+
+    @contextmanager
+    def full(path):
+        with real(path) as partial:
+            yield partial
+            made.append(path)
+            if len(made) == 2:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    config = configure(save_top_k=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "atomic", full)
+        with pytest.raises(InputError, match=r"cannot be written \(No space left on device\)"):
+            train(config)
+    run_dir = only_run(config)
+    assert client(config.output_dir).get_run(run_dir.name).info.status == "FAILED"
+    assert not list(run_dir.rglob(".*partial*"))
+    jumps = itertools.cycle((0, 1e8, -1e8))
+    monkeypatch.setattr(time, "time", lambda: 1.8e9 + next(jumps))
+    resumed = train(configure(resume_from=run_dir, save_top_k=2))
+    assert resumed.scores == run[1].scores
+    whole = run[1].run_dir / "artifacts" / "bundle"
+    assert_same_weights(weights(whole), weights(run_dir / "artifacts" / "bundle"))
 
 
 def test_a_killed_run_ends_as_if_it_had_not_been(run, configure):
