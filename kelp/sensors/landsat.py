@@ -150,7 +150,7 @@ def is_band(name: str) -> bool:
 
 
 def read_product(where: Path | Url, files: Mapping[str, Part]) -> SceneFiles:
-    """What the files of a product hold: by their names, then by the MTL file, then by the item.
+    """What the files of a product hold, by their names; the MTL file says when, and must agree.
 
     Args:
         where: the folder, archive or item, for messages.
