@@ -52,6 +52,7 @@ SHARED: dict[str, Any] = {
     "lr_scheduler": "onecycle",
     "loss": "combo",
     "limit_val_batches": 8,
+    "calibrate": False,  # `kelp compare` fits thresholds on other places
     "min_dice": 0,  # nothing found is a figure here
 }
 """What both networks share: only the picture they are shown differs."""

@@ -50,7 +50,7 @@ from kelp.nn.pretrained import load_pretrained
 from kelp.nn.training.averaging import build_average
 from kelp.nn.training.plan import network_spec
 from kelp.nn.training.rates import build_optimizer, build_scheduler
-from kelp.raster.bands import OPTICAL, PIXEL_SIZE_M, QA
+from kelp.raster.bands import PIXEL_SIZE_M, QA
 from kelp.raster.streaming import ChannelStats
 from kelp.raster.validity import canonical
 from kelp.raster.water import WaterReference
@@ -372,7 +372,7 @@ def real_scenes(folder: Path) -> Scenes:
 
 
 def guard_limits(tables: NDArray[np.int64], levels: NDArray[np.float64], code: int) -> GuardLimits:
-    """What maps of held-out scenes look like, with some room: at the edges few scenes were seen.
+    """What maps of held-out scenes look like.
 
     Args:
         tables: of the scenes that the threshold was fitted on.
@@ -383,15 +383,9 @@ def guard_limits(tables: NDArray[np.int64], levels: NDArray[np.float64], code: i
     kelp = by_code[:, code:].sum(axis=1)
     p = (np.arange(CODES + 1) + 0.5) / (CODES + 1)
     certainty = (by_code[:, code:] * p[code:]).sum(axis=1) / np.maximum(kelp, 1)
-    low, high = np.nanmin(levels[:, 0], axis=0), np.nanmax(levels[:, 1], axis=0)
-    return GuardLimits(
-        kelp_share=round(min(1.0, 1.25 * float((kelp / by_code.sum(axis=1)).max())), 4),
-        certainty=round(float(certainty[kelp >= FEW_PIXELS].min()) - 0.03, 4),
-        water={
-            band: (float(np.floor(a - 100)), float(np.ceil(b + 100)))
-            for band, a, b in zip(OPTICAL, low, high, strict=True)
-        },
-    )
+    shown = kelp >= FEW_PIXELS
+    limits = GuardLimits().with_water(levels[:, 0], levels[:, 1])
+    return limits.with_maps((kelp / by_code.sum(axis=1))[shown], certainty[shown])
 
 
 def limits_of(record: dict[str, Any]) -> tuple[str, ...]:

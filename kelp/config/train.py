@@ -262,6 +262,12 @@ class TrainConfig(FoldConfig, DeviceOptions):
         lt=1,
         resumable=True,
     )
+    calibrate: bool = option(
+        True,
+        help="At the end fit threshold, temperature, errors of areas and the guard on the images "
+        "that the fold holds out, as `kelp tune` does",
+        resumable=True,
+    )
     save_top_k: int = option(1, help="Bundles of the best epochs to keep", unit="bundles", ge=1)
     early_stopping_patience: int = option(
         10,

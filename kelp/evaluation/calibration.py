@@ -100,7 +100,13 @@ def logit_classes(p: NDArray[np.float32]) -> NDArray[np.intp]:
 
 def expected_area(areas: NDArray[np.float64]) -> float:
     """Sum of probability times area, of areas by class of logits, `(classes,)`."""
-    return float((areas * special.expit(_MIDDLES)).sum())
+    return float((areas * probabilities()).sum())
+
+
+def probabilities() -> NDArray[np.float64]:
+    """In the middle of each class of logits, `(classes,)`."""
+    p: NDArray[np.float64] = special.expit(_MIDDLES)
+    return p
 
 
 def add_logits(

@@ -138,7 +138,7 @@ def find_description(path: Path) -> Path:
 
 
 def read_held_out(path: Path) -> HeldOut:
-    """The pairs of a bundle; none where `kelp tune` has not stored any.
+    """The pairs of a bundle; none where nothing was fitted.
 
     Args:
         path: a bundle, a run folder or its `artifacts/`.

@@ -7,27 +7,69 @@ like is kept in its bundle; a map outside of that is kept, too, but its record s
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Final
+from typing import Final, Self
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
+from kelp.raster.bands import OPTICAL
 from kelp.sensors.record import GuardFacts, WaterFacts
 
 FEW_PIXELS: Final = 100
 """Of less kelp nothing is said: a few false pixels are not a false map."""
 
 
+_ROOM_DN: Final = 100
+_ROOM: Final = 0.1
+"""Beyond the clear water that was seen: the scenes that come are more than those that were."""
+
+FEW_MAPS: Final = 20
+"""Of fewer maps or scenes nobody can tell what is unusual."""
+
+
 class GuardLimits(BaseModel):
-    """What a network's maps of held-out scenes looked like."""
+    """What a network's maps of held-out scenes looked like, with some room."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
-    kelp_share: float = Field(ge=0, le=1)
+    kelp_share: float = Field(1.0, ge=0, le=1)
     """Largest share of observed pixels that is kelp."""
-    certainty: float = Field(ge=0, le=1)
+    certainty: float = Field(0.0, ge=0, le=1)
     """Smallest mean probability of pixels that are kelp."""
     water: dict[str, tuple[float, float]] = {}
     """Lowest and highest level of clear water, DN, by band; empty: not compared."""
+
+    def with_maps(self, kelp_share: NDArray[np.float64], certainty: NDArray[np.float64]) -> Self:
+        """The limits with those of maps of scenes that training has not seen.
+
+        Args:
+            kelp_share: of the observed pixels of each map, `(n,)`.
+            certainty: mean probability of its pixels of kelp, `(n,)`.
+        """
+        if len(kelp_share) < FEW_MAPS:
+            return self
+        found = {
+            "kelp_share": round(min(1.0, 1.25 * float(kelp_share.max())), 4),
+            "certainty": round(max(0.0, float(certainty.min()) - 0.03), 4),
+        }
+        return self.model_copy(update=found)
+
+    def with_water(self, low: NDArray[np.float64], high: NDArray[np.float64]) -> Self:
+        """The limits with those of the clear water of scenes.
+
+        Args:
+            low: lowest DN over each scene, bands in `OPTICAL` order, `(n, 5)`; NaN = unknown.
+            high: highest.
+        """
+        known = np.isfinite(low).all(axis=1)
+        if known.sum() < FEW_MAPS:
+            return self
+        least, most = low[known].min(axis=0), high[known].max(axis=0)
+        room = np.maximum(_ROOM_DN, _ROOM * (most - least))
+        ends = zip(np.floor(least - room), np.ceil(most + room), strict=True)
+        found = {band: (float(a), float(b)) for band, (a, b) in zip(OPTICAL, ends, strict=True)}
+        return self.model_copy(update={"water": found})
 
 
 def check(

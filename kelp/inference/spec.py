@@ -75,7 +75,8 @@ class NetworkSpec(BaseModel):
     decoder_attention_type: Literal["scse", "none"]
 
     temperature: float = Field(1.0, gt=0)
-    """Logits are divided by this: `kelp tune` fits it, so that probabilities mean what they say."""
+    """Logits are divided by this: `kelp train` and `kelp tune` fit it, so that probabilities mean
+    what they say."""
 
     @model_validator(mode="after")
     def _numbers_agree(self) -> Self:
@@ -161,7 +162,7 @@ class BundleSpec(NetworkSpec):
     threshold: float = Field(0.5, ge=0, le=1)
     """Kelp where the probability is at least this."""
     tuning: dict[str, Any] = {}
-    """What `kelp tune` fitted threshold and temperature on, and what they gain; empty: nothing."""
+    """What threshold and temperature were fitted on, and what they gain; empty: nothing."""
     held_out_sites: tuple[HeldOutSite, ...] = ()
     """Areas of scenes, true and mapped, with thresholds fitted on other sites: for intervals."""
     scores: dict[str, float] = {}

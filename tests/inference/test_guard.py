@@ -9,7 +9,7 @@ from world import coast, write_tif
 
 from kelp.cli import main
 from kelp.inference.bundle import read_spec
-from kelp.inference.guard import FEW_PIXELS, GuardLimits, check
+from kelp.inference.guard import FEW_MAPS, FEW_PIXELS, GuardLimits, check
 from kelp.nn.bundle import describe_bundle
 from kelp.raster.masks import read_mask
 from kelp.sensors.record import WaterFacts
@@ -52,6 +52,21 @@ def test_a_map_unlike_others_is_not_ok(kelp, certainty, water, words):
 
 def test_without_limits_nothing_is_said():
     assert check(10, 10, 0.5, None, None) is None
+
+
+def test_limits_leave_room_and_need_enough_scenes():
+    low = np.full((FEW_MAPS, 5), 7500.0)
+    high = low + np.linspace(0, 400, FEW_MAPS)[:, np.newaxis]
+    limits = GuardLimits().with_water(low, high)
+    assert limits.water["NIR"] == (7400, 8000)
+    assert GuardLimits().with_water(low, high + 1600).water["R"] == (7300, 9700)  # a tenth
+    low[0] = np.nan  # no clear water there
+    assert GuardLimits().with_water(low, high).water == {}
+    share = np.linspace(0.01, 0.2, FEW_MAPS)
+    assert limits.with_maps(share, share + 0.5) == limits.model_copy(
+        update={"kelp_share": 0.25, "certainty": 0.48}
+    )
+    assert limits.with_maps(share[1:], share[1:]) == limits
 
 
 def test_predict_names_the_map_keeps_it_and_records_why(tmp_path, monkeypatch, capfd):

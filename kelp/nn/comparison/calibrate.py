@@ -1,10 +1,10 @@
-"""Threshold and temperature of a network, fitted on sites it was not trained on.
+"""Threshold, temperature and guard of a network, fitted on sites it was not trained on.
 
 The network is applied as `kelp predict` does it, so that what is fitted holds for its maps. First
 the temperature (Guo et al. 2017, On Calibration of Modern Neural Networks): one number that logits
 are divided by, so that of the pixels with p = 0.7 about 70 % are kelp. Then, on maps made with it,
 the threshold at which pooled Dice is highest. Each is kept only where it gains on other sites than
-it was fitted to.
+it was fitted to. What right maps of these sites look like becomes the guard of later ones.
 """
 
 from __future__ import annotations
@@ -33,12 +33,15 @@ from kelp.evaluation.calibration import (
     logit_classes,
     logit_histogram,
     nearest_class,
+    probabilities,
     reliability,
 )
+from kelp.evaluation.confusion import ratio
 from kelp.evaluation.intervals import HeldOutSite
 from kelp.evaluation.thresholds import Histogram, best_threshold, parts_of
 from kelp.inference.backends.onnx import OnnxNet
 from kelp.inference.bundle import NETWORK_FILE, Bundle
+from kelp.inference.guard import FEW_PIXELS, GuardLimits
 from kelp.inference.predictor import predict
 from kelp.nn.bundle import describe_bundle
 from kelp.nn.comparison.scenes import Labelled, Scenes, labelled_scenes
@@ -86,6 +89,7 @@ class Fitted:
         bundle: as it was.
         calibration: threshold, temperature, and what they gain.
         held_out: areas of every scene, with a threshold that was fitted on other sites.
+        guard: what right maps of the scenes look like; None where they are too few to tell.
         words: where the scenes are from.
         images: number of scenes.
     """
@@ -93,6 +97,7 @@ class Fitted:
     bundle: Bundle
     calibration: Calibration
     held_out: tuple[HeldOutSite, ...]
+    guard: GuardLimits | None
     words: str
     images: int
 
@@ -106,13 +111,14 @@ class Fitted:
         }
 
     def store(self) -> None:
-        """Write threshold, temperature, reliability and areas into the bundle."""
+        """Write threshold, temperature, reliability, areas and guard into the bundle."""
         calibration = self.calibration
         changed = {
             "temperature": calibration.temperature[1],
             "threshold": calibration.kept,
             "tuning": self.to_json(),
             "held_out_sites": self.held_out,
+            "guard": self.guard,
         }
         describe_bundle(self.bundle.path, self.bundle.spec.model_copy(update=changed))
         if (self.bundle.path / NETWORK_FILE).is_file():  # it holds threshold and temperature
@@ -188,7 +194,8 @@ def fit_calibration(
         SiteBootstrap(scenes.sites, options.draws, options.seed),
     )
     held_out = _held_out_areas(scenes.images, after, calibration)
-    return Fitted(bundle, calibration, held_out, scenes.words, len(scenes.images))
+    guard = _guard(after, nearest_class(calibration.kept), bundle.spec.guard)
+    return Fitted(bundle, calibration, held_out, guard, scenes.words, len(scenes.images))
 
 
 class _Counted(NamedTuple):
@@ -197,11 +204,12 @@ class _Counted(NamedTuple):
     histogram: Histogram
     """By logit and site."""
     areas: NDArray[np.float64]
-    """Square metres in each class of logits, `(images, classes)`; labelled and observed pixels."""
-    truth_m2: NDArray[np.float64]
-    """Of kelp, `(images,)`; labelled and observed pixels."""
-    observed_share: NDArray[np.float64]
-    """Of the labelled pixels, `(images,)`."""
+    """Square metres by truth and class of logits, `(images, 2, classes)`, of pixels that are
+    labelled and observed."""
+    observed: NDArray[np.float64]
+    """How many these are, `(images,)`."""
+    labelled: NDArray[np.float64]
+    """How many are labelled, `(images,)`."""
 
 
 def _count(
@@ -228,12 +236,7 @@ def _count(
         progress("calibrating", done, len(scenes.images))
     labelled = np.array([sink.labelled for sink in sinks], dtype=np.float64)
     observed = np.array([sink.observed for sink in sinks], dtype=np.float64)
-    return _Counted(
-        histogram,
-        np.stack([sink.areas for sink in sinks]),
-        np.array([sink.truth_m2 for sink in sinks]),
-        np.divide(observed, labelled, out=np.zeros_like(observed), where=labelled > 0),
-    )
+    return _Counted(histogram, np.stack([sink.areas for sink in sinks]), observed, labelled)
 
 
 class _Sink:
@@ -244,8 +247,7 @@ class _Sink:
         self._histogram = histogram
         self._kelp_value = options.kelp_value
         self._area = image.area(options.pixel_size)
-        self.areas = np.zeros(len(EDGES))
-        self.truth_m2 = 0.0
+        self.areas = np.zeros((2, len(EDGES)))
         self.labelled = self.observed = 0
 
     def write(self, y: int, rows: NDArray[np.float32]) -> None:
@@ -257,9 +259,10 @@ class _Sink:
         self.labelled += int(np.count_nonzero(labelled))
         self.observed += int(np.count_nonzero(known))
         area = np.broadcast_to(self._area.pixels(tile), rows.shape)
-        classes = logit_classes(rows[known])
-        self.areas += np.bincount(classes, area[known], minlength=len(EDGES))
-        self.truth_m2 += float(area[known & (truth == 1)].sum())
+        for k in (0, 1):
+            those = known & (truth == k)
+            classes = logit_classes(rows[those])
+            self.areas[k] += np.bincount(classes, area[those], minlength=len(EDGES))
 
     def close(self) -> None:
         """Nothing is kept open."""
@@ -271,16 +274,31 @@ def _held_out_areas(
     """Areas of every scene, kelp beginning where other sites say, or where it stays."""
     kept = nearest_class(calibration.kept)
     held_out = []
+    share = np.nan_to_num(ratio(counted.observed, counted.labelled))
     for k, image in enumerate(images):
         first = calibration.held_out_classes[image.site] if calibration.gains else kept
+        areas = counted.areas[k].sum(axis=0)
         held_out.append(
             HeldOutSite(
                 site=image.site_name,
                 scene=tile_id_of(image.scene),
-                truth_m2=round(float(counted.truth_m2[k]), 1),
-                presence_m2=round(float(counted.areas[k, first:].sum()), 1),
-                expected_m2=round(expected_area(counted.areas[k]), 1),
-                observed_share=round(float(counted.observed_share[k]), 4),
+                truth_m2=round(float(counted.areas[k, 1].sum()), 1),
+                presence_m2=round(float(areas[first:].sum()), 1),
+                expected_m2=round(expected_area(areas), 1),
+                observed_share=round(float(share[k]), 4),
             )
         )
     return tuple(held_out)
+
+
+def _guard(counted: _Counted, first: int, was: GuardLimits | None) -> GuardLimits | None:
+    """Limits of the maps that are right: one that is painted over must not excuse the next."""
+    kelp = counted.areas[..., first:]
+    marked = kelp.sum(axis=(1, 2))
+    total = counted.areas.sum(axis=(1, 2))
+    pixels = marked * ratio(counted.observed, total)
+    right = (pixels >= FEW_PIXELS) & (kelp[:, 1].sum(axis=-1) >= 0.5 * marked)
+    certainty = ratio((kelp.sum(axis=1) * probabilities()[first:]).sum(axis=-1), marked)
+    limits = was or GuardLimits()
+    found = limits.with_maps(ratio(marked, total)[right], certainty[right])
+    return None if found == GuardLimits() else found

@@ -12,11 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from kelp.config import TrainConfig
 from kelp.config.choices import Precision
-from kelp.errors import ConfigError, KelpError
+from kelp.errors import ConfigError, InputError, KelpError
+from kelp.inference.bundle import load_bundle
+from kelp.inference.guard import GuardLimits
 from kelp.inference.spec import BundleSpec, NetworkSpec
 from kelp.io.files import write_text
 from kelp.nn.bundle import save_bundle
@@ -46,11 +49,13 @@ from kelp.nn.training.tracking import (
     start_run,
 )
 from kelp.progress import Progress, silent
+from kelp.raster.bands import OPTICAL
 from kelp.raster.statistics import StatsFile
 
 # Lightning takes seconds to import, and talks meanwhile: inside `quiet_libraries` only.
 if TYPE_CHECKING:
     from kelp.nn.data.datamodule import FoldData
+    from kelp.nn.data.reading import Reader
     from kelp.nn.training.checkpoint import BundleCheckpoint, SaveBundle
     from kelp.nn.training.history import EpochHistory
     from kelp.nn.training.processes import Processes
@@ -212,7 +217,7 @@ def _run(
     setup: _Setup, tracking: Tracking, progress: Progress, part: Part | None
 ) -> BundleCheckpoint:
     """Write down what the run is, then train, with the others where there are any."""
-    from kelp.nn.training.checkpoint import BundleCheckpoint
+    from kelp.nn.training.checkpoint import BEST, BundleCheckpoint
     from kelp.nn.training.pictures import Album
     from kelp.nn.training.processes import broadcast, connection
 
@@ -238,12 +243,16 @@ def _run(
         epochs.finish_progress()
         epochs.finish(setup.device)
         broadcast(str(tracking.run_dir))
+    if config.calibrate:
+        _calibrate(tracking.artifacts / BEST, config, progress)
+        tracking.log_files(BEST)
     return epochs
 
 
 def _saver(setup: _Setup, recorded: TrainConfig, stats_file: Path) -> SaveBundle:
     """What writes the bundles of a run."""
     fold = setup.data.fold
+    guard = _water_limits(setup.data.reader)
 
     def save(folder: Path, net: KelpNet, epoch: int, scores: Mapping[str, float]) -> None:
         spec = BundleSpec(
@@ -252,11 +261,47 @@ def _saver(setup: _Setup, recorded: TrainConfig, stats_file: Path) -> SaveBundle
             epoch=epoch,
             stats_file=stats_file.name,
             rows={"train": len(fold.train), "val": len(fold.val)},
+            guard=guard,
             training=recorded.absolute().model_dump(mode="json"),
         )
         save_bundle(folder, net, spec, [stats_file])
 
     return save
+
+
+def _water_limits(reader: Reader) -> GuardLimits | None:
+    """What clear water was like in the scenes of the run; None where nobody looked."""
+    from kelp.nn.data.anchoring import AnchoredReader
+
+    if not isinstance(reader, AnchoredReader):
+        return None
+    scenes = {id(one.levels): one for one in reader.references.values() if not one.fallback}
+    ends = np.array([one.extremes() for one in scenes.values()]).reshape(-1, 2, len(OPTICAL))
+    found = GuardLimits().with_water(ends[:, 0], ends[:, 1])
+    return found if found.water else None
+
+
+def _calibrate(bundle: Path, config: TrainConfig, progress: Progress) -> None:
+    """Fit what `kelp tune` fits, on the images of the fold; a bundle is one without it, too."""
+    from kelp.nn.comparison.calibrate import CalibrationOptions, calibrate_run
+
+    # The run's own table tells the sites, its own number format is the one of training.
+    options = CalibrationOptions.of(config, metadata_fp=None, precision=None, batch_size=None)
+    try:
+        fitted = calibrate_run(load_bundle(bundle), options, progress)
+    except (InputError, ConfigError) as error:
+        log.warning("not calibrated: %s (later: kelp tune --run_dir %s)", error, bundle)
+        return
+    found = fitted.calibration
+    log.info(
+        "calibrated on %d held-out images of %d sites: threshold %g, temperature %g, expected "
+        "calibration error %.2g",
+        fitted.images,
+        found.sites,
+        found.kept,
+        found.temperature[1],
+        found.errors[1] or 0.0,
+    )
 
 
 def _take_part(setup: _Setup, started: float) -> TrainResult:

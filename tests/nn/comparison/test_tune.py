@@ -14,6 +14,7 @@ from kelp.config import PredictConfig, TuneConfig
 from kelp.errors import ConfigError, InputError
 from kelp.evaluation.calibration import EDGES
 from kelp.evaluation.intervals import read_held_out
+from kelp.inference import guard
 from kelp.inference.bundle import load_bundle, read_spec
 from kelp.nn.bundle import describe_bundle
 from kelp.nn.model import ARCHITECTURES
@@ -149,6 +150,46 @@ def test_held_out_areas_are_those_of_the_maps(labelled, run):
     threshold = special.expit(EDGES[first])
     assert one.presence_m2 == 900 * (p[known] >= threshold).sum()
     assert read_held_out(run).pairs == found.held_out
+
+
+def test_right_maps_become_limits_of_the_guard(labelled, run, monkeypatch):
+    monkeypatch.setattr(guard, "FEW_MAPS", 3)
+    for path in sorted((labelled / "masks").iterdir()):  # land is kelp to it: not labelled here
+        scene = labelled / "images" / path.name.replace("_kelp", "_satellite")
+        truth = read_mask(path)
+        truth[read_scene(scene)[6] > 0] = 255
+        write_mask(path, truth)
+    tune(labelled, run)
+    limits = read_spec(run).guard
+    out = labelled / "out"
+    kelp.predict_scenes(
+        PredictConfig(
+            data_dir=labelled / "images", output_dir=out, run_dir=(run,), save_probabilities=True
+        )
+    )
+    shares, certainties = {}, []
+    for path in sorted(out.glob("K??_kelp.tif")):
+        mask = read_mask(path)
+        mask[read_mask(labelled / "masks" / path.name) == 255] = 255
+        p = read_probability(path.with_name(f"{path.stem}_prob.tif"))
+        if (mask == 1).sum() >= guard.FEW_PIXELS:
+            shares[path.name] = (mask == 1).sum() / (mask != 255).sum()
+            certainties.append(p[mask == 1].mean())
+    assert limits.kelp_share == pytest.approx(1.25 * max(shares.values()), rel=0.02)
+    assert limits.certainty == pytest.approx(min(certainties) - 0.03, abs=0.02)
+
+    # A map that is wrong must not excuse the next one.
+    painted = max(shares, key=shares.get)
+    truth = read_mask(labelled / "masks" / painted)
+    write_mask(labelled / "masks" / painted, np.where(truth == 1, np.uint8(0), truth))
+    tune(labelled, run)
+    del shares[painted]
+    assert read_spec(run).guard.kelp_share == pytest.approx(1.25 * max(shares.values()), rel=0.02)
+
+
+def test_too_few_maps_say_nothing_of_what_is_unusual(labelled, run):
+    tune(labelled, run)
+    assert read_spec(run).guard is None
 
 
 def test_nothing_is_stored_unless_wished_for(labelled, run):

@@ -15,19 +15,21 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
 from world import make_world
 
 import kelp
-from kelp.config import SliceConfig, StatsConfig, TrainConfig
+from kelp.config import SliceConfig, StatsConfig, TrainConfig, TuneConfig
 from kelp.data_prep.slicing import slice_dataset
 from kelp.data_prep.stats import compute_stats
 from kelp.errors import ConfigError, InputError, StatsError, TrainingError, WeightsError
-from kelp.inference.bundle import load_bundle
+from kelp.inference.bundle import load_bundle, read_spec
 from kelp.io.files import locked
 from kelp.nn import device
+from kelp.nn.comparison.tune import tune
 from kelp.nn.data.dataset import TileDataset
 from kelp.nn.training import checkpoint, fit, task, tracking
 from kelp.nn.training.fit import train
@@ -114,6 +116,27 @@ def run(options, empty_store, tmp_path_factory):
     result = train(config, progress=lambda *call: calls.append(call))
     assert set(Path.cwd().iterdir()) == before  # nothing lands in the current folder
     return config, result, calls
+
+
+def test_a_run_is_calibrated_on_the_images_it_held_out(run, world, configure, caplog):
+    config, result, _ = run
+    spec = read_spec(result.bundle)
+    table = pd.read_parquet(config.metadata_fp)
+    held_out = set(table.loc[table["split_0"] == "val", "source_tile_id"])
+    assert {one.scene for one in spec.held_out_sites} == held_out
+    assert spec.tuning["images"] == len(held_out)
+    assert spec.tuning["threshold"]["after"] == spec.threshold
+    latest = read_spec(result.bundle.with_name("bundle-latest"))
+    assert not latest.tuning  # the best only
+    fitted = tune(
+        TuneConfig(run_dir=(result.bundle,), output_dir=config.output_dir / "t", store=False)
+    )
+    again = fitted.tuned[0].calibration
+    assert again.temperature[0] == spec.temperature
+
+    plain = train(configure(calibrate=False, epochs=1))
+    spec = read_spec(plain.bundle)
+    assert (spec.threshold, spec.tuning, spec.held_out_sites) == (0.5, {}, ())
 
 
 def client(output_dir):
