@@ -85,12 +85,16 @@ SPOILT: Final = {
 
 
 def write_scenes(
-    folder: Path, world: str, count: int, change: Callable[[Pixels, np.random.Generator], Pixels]
+    folder: Path,
+    world: str,
+    count: int,
+    change: Callable[[Pixels, np.random.Generator], Pixels],
+    seed: int = 77,
 ) -> dict[str, NDArray[np.uint8]]:
     """Write scenes of new sites; the truth of each by name."""
     truths = {}
     for number in range(count):
-        sequence = np.random.SeedSequence(77, spawn_key=(list(WORLDS).index(world), number))
+        sequence = np.random.SeedSequence(seed, spawn_key=(list(WORLDS).index(world), number))
         rng = np.random.default_rng(sequence)
         scene = take_picture(
             rng, make_place(rng, (SIDE, SIDE), WORLDS[world]), (0, 0), (SIDE, SIDE)

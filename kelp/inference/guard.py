@@ -33,9 +33,9 @@ class GuardLimits(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
-    kelp_share: float = Field(1.0, ge=0, le=1)
+    kelp_share: float = Field(default=1.0, ge=0, le=1)
     """Largest share of observed pixels that is kelp."""
-    certainty: float = Field(0.0, ge=0, le=1)
+    certainty: float = Field(default=0.0, ge=0, le=1)
     """Smallest mean probability of pixels that are kelp."""
     water: dict[str, tuple[float, float]] = {}
     """Lowest and highest level of clear water, DN, by band; empty: not compared."""

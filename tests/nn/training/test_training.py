@@ -118,19 +118,18 @@ def run(options, empty_store, tmp_path_factory):
     return config, result, calls
 
 
-def test_a_run_is_calibrated_on_the_images_it_held_out(run, world, configure, caplog):
+def test_a_run_is_calibrated_on_the_images_it_held_out(run, configure, tmp_path):
     config, result, _ = run
     spec = read_spec(result.bundle)
     table = pd.read_parquet(config.metadata_fp)
-    held_out = set(table.loc[table["split_0"] == "val", "source_tile_id"])
+    images = table.loc[table["split_0"] == "val", "source_image_path"]
+    held_out = {Path(image).name.removesuffix("_satellite.tif") for image in images}
     assert {one.scene for one in spec.held_out_sites} == held_out
     assert spec.tuning["images"] == len(held_out)
     assert spec.tuning["threshold"]["after"] == spec.threshold
     latest = read_spec(result.bundle.with_name("bundle-latest"))
     assert not latest.tuning  # the best only
-    fitted = tune(
-        TuneConfig(run_dir=(result.bundle,), output_dir=config.output_dir / "t", store=False)
-    )
+    fitted = tune(TuneConfig(run_dir=(result.bundle,), output_dir=tmp_path, store=False))
     again = fitted.tuned[0].calibration
     assert again.temperature[0] == spec.temperature
 
