@@ -6,12 +6,14 @@
 Scenes are simulated by all cores, anchored at their clear water and held in memory as raw numbers;
 tiles of 128 px are cut anywhere in them, half of them around kelp, and shown to a U-Net with the
 packaged EfficientNet-Lite0 as `kelp train --sahi True` shows them: turned, mirrored, enlarged to
-224 px, labels as volunteers draw them. Threshold, limits of the guard and the errors of areas come
-from sites that training has not seen, with clean truth. No real scene and no real label takes part.
+224 px, labels as volunteers draw them. Calibration (Platt 1999), threshold, limits of the guard and
+the errors of areas come from sites that training has not seen, with clean truth. No real scene and
+no real label takes part.
 
 What is finished in `--work_dir` is not done again: scenes lie there in parts, and training goes on
 from the last of its checkpoints. At the end `bundle/` and `record.json` lie there. About 7 GB of
 memory for 900 scenes; with the defaults some minutes on one large GPU, two days on two cores.
+`--weights BUNDLE` trains nothing: what comes after training is done anew for its weights.
 `--quick` runs the same program small; its network is good for nothing.
 """
 
@@ -32,10 +34,12 @@ from typing import Any, Final
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from scipy import optimize, special
 from torch import Tensor, nn
 
 from kelp.config import ExportConfig, TrainConfig
+from kelp.evaluation.calibration import EDGES, logit_classes, probabilities
 from kelp.evaluation.intervals import HeldOutSite
 from kelp.inference.bundle import file_sha256, read_spec
 from kelp.inference.guard import FEW_PIXELS, GuardLimits
@@ -266,7 +270,7 @@ def train(
 
 
 @torch.no_grad()
-def logits_of(net: KelpNet, raw: Tensor, device: torch.device) -> Iterator[Tensor]:
+def probabilities_of(net: KelpNet, raw: Tensor, device: torch.device) -> Iterator[Tensor]:
     """Probabilities of whole scenes `(n, 7, 350, 350)`, some at a time, as in `kelp predict`."""
     shown = net.described(net.spec.at_scale(net.spec.prediction_tile or TILE))
     for k in range(0, len(raw), 8):
@@ -286,7 +290,7 @@ def counts(
     device = torch.device(options.device)
     truth = torch.from_numpy(scenes["truth"]).to(device)
     tables, expected, at = [], [], 0
-    for p in logits_of(net, torch.from_numpy(scenes["raw"]), device):
+    for p in probabilities_of(net, torch.from_numpy(scenes["raw"]), device):
         t = truth[at : at + len(p)]
         code = (p * CODES).floor().long().clamp(0, CODES)
         place = torch.arange(len(p), device=device)[:, None, None] * 2 * (CODES + 1)
@@ -296,6 +300,35 @@ def counts(
         expected.append((p * (t != 255)).double().sum(dim=(1, 2)).cpu().numpy())
         at += len(p)
     return np.concatenate(tables), np.concatenate(expected)
+
+
+def calibrate(net: KelpNet, scenes: Scenes, options: argparse.Namespace) -> dict[str, float]:
+    """Slope and intercept of the logits, by which p is the share of kelp (Platt 1999).
+
+    The intercept goes into the bias of the last layer, the slope into the temperature. Labels lack
+    kelp that volunteers miss: a network that learnt from them says less than there is.
+    """
+    pixels = np.zeros((2, len(EDGES)))
+    at = 0
+    for p in probabilities_of(net, torch.from_numpy(scenes["raw"]), torch.device(options.device)):
+        truth = scenes["truth"][at : at + len(p)]
+        for k in (0, 1):
+            classes = logit_classes(p.cpu().numpy()[truth == k])
+            pixels[k] += np.bincount(classes, minlength=len(EDGES))
+        at += len(p)
+    logits = special.logit(probabilities())
+
+    def entropy(line: NDArray[np.float64]) -> float:
+        z = line[0] * logits + line[1]
+        return float((pixels * np.logaddexp(0, [z, -z])).sum() / pixels.sum())
+
+    slope, intercept = optimize.minimize(entropy, [1.0, 0.0], method="Nelder-Mead").x
+    heads = [m for m in net.body.modules() if isinstance(m, nn.Conv2d) and m.out_channels == 1]
+    assert heads[-1].bias is not None
+    with torch.no_grad():
+        heads[-1].bias += intercept / slope
+    net.spec = net.spec.model_copy(update={"temperature": float(f"{1 / slope:.3g}")})
+    return {"slope": round(float(slope), 4), "intercept": round(float(intercept), 4)}
 
 
 def dice_of(
@@ -474,6 +507,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="train no longer")
+    parser.add_argument("--weights", type=Path, help="a bundle: train nothing")
     parser.add_argument("--scenes_dir", type=Path, help="of scenes; default: in --work_dir")
     parser.add_argument("--scenes_only", action="store_true", help="simulate them, no more")
     parser.add_argument("--quick", action="store_true")
@@ -496,8 +530,14 @@ def main() -> None:
     print(f"{len(scenes['raw'])} scenes, {seconds} s", flush=True)
     if options.scenes_only:
         return
-    net, record = train(scenes, options, work)
-    record |= {"scenes": wanted, "scene_seconds": seconds}
+    if options.weights:
+        net = KelpNet(spec_of())
+        net.load_state_dict(load_file(options.weights / "weights.safetensors"))
+        net = net.eval().to(options.device)
+        record = json.loads((options.weights / "record.json").read_text(encoding="utf-8"))
+    else:
+        net, record = train(scenes, options, work)
+        record |= {"scenes": wanted, "scene_seconds": seconds}
     finish(net, record, held, scenes["levels"], options, work)
 
 
@@ -509,9 +549,11 @@ def finish(
     options: argparse.Namespace,
     work: Path,
 ) -> None:
-    """Fit threshold and temperature on held-out sites of even number, and score on the odd ones."""
+    """Calibrate and fit the threshold on held-out sites of even number, score on the odd ones."""
     even = np.arange(len(held["raw"])) % 2 == 0
-    fitted, expected = counts(net, {name: values[even] for name, values in held.items()}, options)
+    known = {name: values[even] for name, values in held.items()}
+    record |= {"calibration": calibrate(net, known, options)}
+    fitted, expected = counts(net, known, options)
     code = best_code(fitted)
     tables, expected = counts(net, {name: values[~even] for name, values in held.items()}, options)
     worlds = held["world"][~even]
@@ -531,10 +573,12 @@ def finish(
             }
             for w, t, e in zip(worlds, tables, expected, strict=True)
         ],
-        "options": {
+        "options": record.get("options", {})
+        | {
             name: " ".join(value) if isinstance(value, list) else str(value)
             for name, value in vars(options).items()
             if not isinstance(value, Path)
+            and (not options.weights or name in ("held_out", "workers", "device"))
         },
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if options.device == "cuda" else options.device,
