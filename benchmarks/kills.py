@@ -198,7 +198,6 @@ class Shared:
 
     name: str
     folder: Path
-    bundle: Path | None = None
 
     def commands(self, target: Path, processes: int) -> list[list[str]]:
         """The arguments of each process, the interpreter's first."""
@@ -207,8 +206,8 @@ class Shared:
         if self.name == "pack":
             return [[PACK, "HOST", str(folder), str(target)]] * processes
         if self.name == "predict":
-            options = [f"--data_dir={data / 'images'}", f"--run_dir={self.bundle}"]
-            options += ["--save_probabilities", "--batch_size=4"]
+            options = [f"--data_dir={data / 'images'}", "--run_dir=coasts", "--backend=onnx"]
+            options += ["--save_probabilities", "--batch_size=1", "--threads=1"]
         elif self.name == "slice":
             options = [f"--data_dir={data}", table, "--image_size=64", "--stride=16"]
             options += ["--workers=1"]
@@ -300,8 +299,8 @@ def as_alone(found: dict[str, str], wanted: dict[str, str], name: str, runs: int
 
 
 def prepare(name: str, folder: Path) -> Shared:
-    """A small simulated data set, and a network where it is to predict."""
-    images = {"pack": 12, "predict": 3}.get(name, 3)
+    """A small simulated data set."""
+    images = 12 if name == "pack" else 3
     for command in (
         ["simulate", f"--places={images}", "--dates=2", "--test=1", "--size=256"],
         ["metadata", f"--data_dir={folder / 'data'}"],
@@ -309,8 +308,7 @@ def prepare(name: str, folder: Path) -> Shared:
         target = folder / ("data" if command[0] == "simulate" else "table")
         arguments = [*command, f"--output_dir={target}", "--quiet"]
         subprocess.run([sys.executable, "-m", "kelp", *arguments], check=True)
-    bundle = make_case(folder, 256, 256).bundle if name == "predict" else None
-    return Shared(name, folder, bundle)
+    return Shared(name, folder)
 
 
 def kill_often(name: str, processes: int, kills: int, moments: random.Random) -> list[Row]:
