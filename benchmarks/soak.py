@@ -10,8 +10,8 @@ A real `kelp predict` in a process of its own, whose network is one 1 x 1 convol
   an area of interest of 2,000 px around them is given.
 
 and before each on one of a quarter of the number, length or side. Memory and open files should not
-grow (a strip of tiles over the width of a scene is held, so that a wide one takes more), seconds
-of CPU should grow as the pixels do. 0 leaves a kind out.
+grow (a strip of tiles over the width of a scene is held, so that a wide one takes more, but for
+`--max_memory`), seconds of CPU should grow as the pixels do. 0 leaves a kind out.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def predict_here(arguments: list[str]) -> None:
     print(json.dumps(figures))
 
 
-def measure(kind: str, size: int, aoi: bool) -> Row:
+def measure(kind: str, size: int, aoi: bool, max_memory: str | None) -> Row:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         from bundles import tiny_bundle
@@ -135,6 +135,7 @@ def measure(kind: str, size: int, aoi: bool) -> Row:
         make(kind, folder / "scenes", size)
         options = [f"--data_dir={folder / 'scenes'}", f"--output_dir={folder / 'maps'}"]
         options += [f"--run_dir={bundle}", "--device=cpu"]
+        options += [f"--max_memory={max_memory}"] if max_memory else []
         if kind == "sparse":
             options += area_of(folder, size) if aoi else []
         else:
@@ -164,6 +165,7 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=60_000)
     parser.add_argument("--sparse", type=int, default=100_000)
     parser.add_argument("--aoi", action="store_true", help="of a sparse scene")
+    parser.add_argument("--max_memory", help="of each predict, as there")
     parser.add_argument("--child", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
@@ -173,7 +175,8 @@ def main() -> None:
     rows, verdicts = [], []
     for kind, size in {**sizes, "sparse": options.sparse}.items():
         if size:
-            pair = [measure(kind, part, options.aoi) for part in (size // 4, size)]
+            aoi, budget = options.aoi, options.max_memory
+            pair = [measure(kind, part, aoi, budget) for part in (size // 4, size)]
             rows += pair
             verdicts.append(verdict(pair))
             measuring.print_table(pair)
