@@ -54,11 +54,11 @@ def write_report(path: Path, outcome: Outcome, raw: Path, predictions: Path) -> 
     scores, training = outcome.scores, outcome.training
     figures = scores.all_pixels
     packaged = outcome.packaged.all_pixels
-    minutes = sum(s for step, s in outcome.seconds.items() if step.startswith("train on")) / 60
+    seconds = sum(s for step, s in outcome.seconds.items() if step.startswith("train on"))
     report = Report("kelp demo").text(
         f"**The network that comes with kelp finds kelp at {packaged.images} simulated places that "
         f"it has never seen with a Dice of {_number(packaged.pooled_dice)}; the small one that was "
-        f"trained here on slices, for {minutes:.0f} minutes, with "
+        f"trained here on slices, for {seconds:.0f} seconds, with "
         f"{_number(figures.pooled_dice)}.** Truth is the simulation's own, not the noisy labels "
         "that they learn from. Scores on simulated data say that the tool works, not how well "
         "kelp is found in real images."
