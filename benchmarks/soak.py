@@ -141,6 +141,8 @@ def measure(kind: str, size: int, aoi: bool, max_memory: str | None) -> Row:
         else:
             options += [f"--band_order={','.join(BANDS)}"]
         taken = measuring.child(__file__, *options)
+        if taken["exit"]:
+            raise SystemExit(f"{kind} of {size:,}: refused, see above")
         pixels = {"many": size * SMALL**2, "sparse": size**2}.get(kind, size * NARROW)
         shown = {"many": f"{size:,} scenes", "long": f"{size:,} x {NARROW}"}
         shown |= {"wide": f"{NARROW} x {size:,}", "sparse": f"{size:,} x {size:,}, sparse"}
