@@ -1,6 +1,7 @@
 """The Processing provider in a real QGIS, by `qgis_process`; `make qgis` installs one."""
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -31,7 +32,8 @@ def qgis(tmp_path):
     plugins = tmp_path / "home" / ".local/share/QGIS/QGIS3/profiles/default/python/plugins"
     shutil.copytree(PLUGIN, plugins / PLUGIN.name)
     program = tmp_path / "kelp"
-    program.write_text(f'#!/bin/sh\nPYTHONPATH={ROOT} exec {sys.executable} -m kelp "$@"\n')
+    here, python = shlex.quote(str(ROOT)), shlex.quote(sys.executable)
+    program.write_text(f'#!/bin/sh\nPYTHONPATH={here} exec {python} -m kelp "$@"\n')
     program.chmod(0o755)
     environment = {
         "PATH": "/usr/bin:/bin", "HOME": f"{tmp_path / 'home'}", "QT_QPA_PLATFORM": "offscreen",
