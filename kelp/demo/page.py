@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -17,6 +15,7 @@ from kelp.io.location import local
 from kelp.plotting.charts import curves
 from kelp.plotting.html import Report
 from kelp.plotting.preview import picture_of
+from kelp.products.reports.page import history_of
 from kelp.sensors.record import read_record, record_path
 
 if TYPE_CHECKING:
@@ -74,7 +73,7 @@ def write_report(path: Path, outcome: Outcome, raw: Path, predictions: Path) -> 
     _real_section(report, outcome.real)
     report.text("## Scores on the test images").text(f"```\n{scores.to_text()}\n```")
     report.text("## Training").figure(
-        curves(_history(training.run_dir)), "Loss and validation scores by epoch."
+        curves(history_of(training.run_dir)), "Loss and validation scores by epoch."
     )
     report.text(
         "## Predictions of unseen places\n\nBy the network of this demo: the scenes with the most "
@@ -167,17 +166,6 @@ def _coast_section(report: Report, coast: Coast, root: Path) -> None:
         f"{'Expected' if is_expected else 'Presence'} area by quarter and the truth. A cross is a "
         "quarter that nobody saw: null in every file, never 0.",
     )
-
-
-def _history(run_dir: Path) -> Mapping[str, list[tuple[float, float]]]:
-    """Metrics by epoch, as `curves` draws them."""
-    epochs = json.loads((run_dir / "artifacts" / "history.json").read_text(encoding="utf-8"))
-    names = {name for epoch in epochs for name in epoch}
-    return {
-        name: [(i, e[name]) for i, e in enumerate(epochs, 1) if e.get(name) is not None]
-        for name in sorted(names)
-        if name.startswith(("train/", "val/"))
-    }
 
 
 def _number(value: float | None) -> str:

@@ -57,7 +57,7 @@ def resolve_precision(precision: Precision | None, device: torch.device) -> Prec
     """The number format that `device` really offers; a fallback is said in one line.
 
     Args:
-        precision: the wish; None (predict's default) is `bf16-mixed` where the device has it.
+        precision: as requested; None (predict's default) is `bf16-mixed` where the device has it.
         device: where the network runs.
     """
     if precision is None:

@@ -73,7 +73,7 @@ class KelpNet(nn.Module):
         net = copy.deepcopy(self)
         if precision.endswith("-true"):
             net.body.to(dtype)
-        else:  # autocast would convert these weights anew for every batch
+        else:  # autocast would convert these weights again for every batch
             for module in net.body.modules():
                 if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
                     module.to(dtype)

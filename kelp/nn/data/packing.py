@@ -1,7 +1,7 @@
 """The store of packed numbers: images and masks decoded once, for all runs of an output folder.
 
 A store is a folder of safetensors files with some dozens of images each. An image lies there under
-a key of what its pixels depend on: a changed file has another key, so that it is packed anew.
+a key of what its pixels depend on: a changed file has another key, so that it is packed again.
 """
 
 from __future__ import annotations

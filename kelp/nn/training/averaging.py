@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 Tensors = tuple[Tensor, ...] | list[Tensor]
 
 NORM_BATCHES: Final = 100
-"""Batches, at most, that the statistics of batch normalisation are made anew from."""
+"""Batches, at most, that the statistics of batch normalisation are computed again from."""
 
 
 def build_average(net: KelpNet, config: TrainConfig) -> AveragedModel | None:
     """A copy of the network that will hold the average of its weights, if one is asked for.
 
     `--ema_decay` averages the running statistics of batch normalisation as the weights; for
-    `--swa`, whose weights lie far apart, they must be made anew (`renew_norms`).
+    `--swa`, whose weights lie far apart, they must be computed again (`renew_norms`).
     """
     if config.ema_decay:
         average = AveragedModel(net, multi_avg_fn=_Ema(config.ema_decay), use_buffers=True)
@@ -51,7 +51,7 @@ class _Ema:
 
 @torch.no_grad()
 def renew_norms(net: nn.Module, batches: Iterable[Sample], device: torch.device) -> None:
-    """Make the running statistics of batch normalisation anew, from batches as they come."""
+    """Compute the running statistics of batch normalisation again, from batches as they come."""
     update_bn((batch.raw for batch in batches), net, device)
 
 

@@ -82,7 +82,7 @@ def train_baseline(config: BaselineConfig, progress: Progress = silent) -> Basel
 
     Args:
         config: the options.
-        progress: told of images and trees.
+        progress: gets the number of images and trees.
 
     Raises:
         KelpError: the input cannot be used, or LightGBM is missing; see the message.

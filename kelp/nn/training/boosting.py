@@ -43,7 +43,7 @@ def grow(
         validation: pixels of the validation fold.
         channels: names of the features.
         config: the options.
-        progress: told of trees.
+        progress: gets the number of trees.
     """
     library, settings = lightgbm(), _settings(config)
     data = _dataset(library, training, channels, settings)

@@ -93,7 +93,7 @@ def train(
 
     Args:
         config: the options.
-        progress: told of batches.
+        progress: gets the number of batches.
         part: what the run is part of (see `kelp.train_folds`, `kelp.sweep`).
 
     Raises:
