@@ -69,9 +69,15 @@ def record(folder: Path, name: str, shape: tuple[int, int], pixels: int, day: da
     facts = SceneFacts(id=name, sensor="landsat-8", acquired=day)
     write_record(
         folder / f"{name}_kelp.json",
-        MapRecord(scene=facts, grid=grid, network=NETWORK, threshold=0.5, kelp_pixels=pixels,
-                  expected_area_m2=1.0),
-    )  # fmt: skip
+        MapRecord(
+            scene=facts,
+            grid=grid,
+            network=NETWORK,
+            threshold=0.5,
+            kelp_pixels=pixels,
+            expected_area_m2=1.0,
+        ),
+    )
 
 
 def write_maps(folder: Path, fit: NDArray[np.float32], quarters: int) -> None:
@@ -127,9 +133,17 @@ def main() -> None:
         more = ("--zarr", "True") if config.zarr else ()
         maps = root / "maps"
         rows.append(
-            measured("series", *more, "--workers", 2, "--predictions_dir", maps,
-                     "--output_dir", root / "series")
-        )  # fmt: skip
+            measured(
+                "series",
+                *more,
+                "--workers",
+                2,
+                "--predictions_dir",
+                maps,
+                "--output_dir",
+                root / "series",
+            )
+        )
         sizes = [path.stat().st_size for path in (root / "series").rglob("*") if path.is_file()]
     beds, series = rows[0], rows[-1]
     verdicts = [

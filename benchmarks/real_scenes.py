@@ -55,10 +55,17 @@ def make(folder: Path, side: int) -> tuple[Path, Path, Path]:
     times = -(-side // 500)
     pixels = np.tile(np.nan_to_num(piece.pixels, nan=0), (1, times, times))[:, :side, :side]
     profile = {
-        "driver": "GTiff", "height": side, "width": side, "crs": CRS,
-        "transform": from_origin(300_000, 3_800_000, 30, 30), "tiled": True, "blockxsize": 256,
-        "blockysize": 256, "compress": "deflate", "predictor": 2,
-    }  # fmt: skip
+        "driver": "GTiff",
+        "height": side,
+        "width": side,
+        "crs": CRS,
+        "transform": from_origin(300_000, 3_800_000, 30, 30),
+        "tiled": True,
+        "blockxsize": 256,
+        "blockysize": 256,
+        "compress": "deflate",
+        "predictor": 2,
+    }
     for name, band in BANDS.items():
         path = product / f"{NAME}_{name}.TIF"
         with rasterio.open(path, "w", count=1, dtype="uint16", nodata=0, **profile) as file:
@@ -77,9 +84,17 @@ def make(folder: Path, side: int) -> tuple[Path, Path, Path]:
     size = (east - west + 0.02) / count
     heights = np.kron(rng.normal(0, 60, (40, 40)), np.ones((count // 40 + 1, count // 40 + 1)))
     with rasterio.open(
-        dem, "w", driver="GTiff", count=1, dtype="float32", height=count, width=count,
-        crs="EPSG:4326", transform=from_origin(west - 0.01, north + 0.01, size, size), tiled=True,
-    ) as file:  # fmt: skip
+        dem,
+        "w",
+        driver="GTiff",
+        count=1,
+        dtype="float32",
+        height=count,
+        width=count,
+        crs="EPSG:4326",
+        transform=from_origin(west - 0.01, north + 0.01, size, size),
+        tiled=True,
+    ) as file:
         file.write(heights[:count, :count].astype("float32"), 1)
     return product, stack, dem
 

@@ -13,7 +13,7 @@ no real label takes part.
 What is finished in `--work_dir` is not done again: scenes lie there in parts, and training goes on
 from the last of its checkpoints. At the end `bundle/` and `record.json` lie there. About 7 GB of
 memory for 900 scenes; with the defaults some minutes on one large GPU, two days on two cores.
-`--weights BUNDLE` trains nothing: what comes after training is done anew for its weights.
+`--weights BUNDLE` trains nothing: what comes after training is done again for its weights.
 `--quick` runs the same program small; its network is good for nothing.
 """
 
@@ -195,9 +195,15 @@ def train(
     device = torch.device(options.device)
     torch.backends.cudnn.benchmark = device.type == "cuda"
     config = TrainConfig(
-        data_dir="d", metadata_fp="m", output_dir="o", sahi=True, lr=options.lr,
-        lr_scheduler="onecycle", loss=options.loss, ema_decay=options.ema,
-    )  # fmt: skip
+        data_dir="d",
+        metadata_fp="m",
+        output_dir="o",
+        sahi=True,
+        lr=options.lr,
+        lr_scheduler="onecycle",
+        loss=options.loss,
+        ema_decay=options.ema,
+    )
     torch.manual_seed(options.seed)
     net = KelpNet(spec_of())
     start_from_share(net)
@@ -377,14 +383,16 @@ def scored(tables: NDArray[np.int64], code: int) -> dict[str, Any]:
             )
     of_kelp = by_scene[~np.isnan(by_scene)]
     return {
-        "dice": round(dice, 4), "precision": round(precision, 4), "recall": round(recall, 4),
+        "dice": round(dice, 4),
+        "precision": round(precision, 4),
+        "recall": round(recall, 4),
         "mean_dice": round(float(of_kelp.mean()), 4) if len(of_kelp) else None,
         "scenes": len(tables),
         "worst_false_pixels": int(tables[:, 0, code:].sum(axis=1).max()),
         "worst_false_share": round(float(false_share(tables, code).max()), 5),
         "calibration_error": round(float(gap / max(1, pooled.sum())), 5),
         "by_scene": [None if np.isnan(d) else round(float(d), 3) for d in by_scene],
-    }  # fmt: skip
+    }
 
 
 def real_scenes(folder: Path) -> Scenes:

@@ -112,7 +112,7 @@ def read_table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
         raise
     except Exception as error:
         reason = " ".join(str(error).split())
-        raise TableError(f"{path}: not a readable table ({reason}); make it anew") from error
+        raise TableError(f"{path}: not a readable table ({reason}); make it again") from error
     absent = [name for name in columns if name not in table.columns]
     if absent:
         raise TableError(f"{path}: the table lacks the column {', '.join(absent)}")

@@ -18,19 +18,35 @@ needs_browser = pytest.mark.skipif(
 )
 
 FLAGS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync",
-    "--hide-scrollbars", "--enable-logging=stderr",
-)  # fmt: skip
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--hide-scrollbars",
+    "--enable-logging=stderr",
+)
 
 
 def look(page, *flags):
     """What a page's probe found (`data-found` of its root), and what the browser said meanwhile."""
     done = subprocess.run(
-        [BROWSER, *FLAGS, f"--user-data-dir={page.parent / 'profile'}", *flags, "--dump-dom",
-         page.as_uri()],
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+        [
+            BROWSER,
+            *FLAGS,
+            f"--user-data-dir={page.parent / 'profile'}",
+            *flags,
+            "--dump-dom",
+            page.as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
     match = re.search(r'data-found="([^"]*)"', done.stdout)
     assert match, done.stderr[-2000:]
     console = [line for line in done.stderr.splitlines() if ":CONSOLE" in line]

@@ -46,9 +46,18 @@ def write_layer(
     path.parent.mkdir(parents=True, exist_ok=True)
     settings = {"tiled": True, "blockxsize": 32, "blockysize": 32, "compress": "deflate", **options}
     with rasterio.open(
-        path, "w", driver="GTiff", count=1, height=values.shape[0], width=values.shape[1],
-        dtype=values.dtype, nodata=nodata, crs=crs, transform=transform, **settings,
-    ) as out:  # fmt: skip
+        path,
+        "w",
+        driver="GTiff",
+        count=1,
+        height=values.shape[0],
+        width=values.shape[1],
+        dtype=values.dtype,
+        nodata=nodata,
+        crs=crs,
+        transform=transform,
+        **settings,
+    ) as out:
         out.write(values, 1)
     return path
 

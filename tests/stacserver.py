@@ -84,15 +84,23 @@ class Handler(BaseHTTPRequestHandler):
         links = [
             {"rel": "self", "href": here, "type": "application/json"},
             {"rel": "root", "href": here, "type": "application/json"},
-            {"rel": "search", "href": f"{here}/search", "type": "application/geo+json",
-             "method": "POST"},
-        ]  # fmt: skip
+            {
+                "rel": "search",
+                "href": f"{here}/search",
+                "type": "application/geo+json",
+                "method": "POST",
+            },
+        ]
         self.json(
             {
-                "type": "Catalog", "id": root, "description": "x", "stac_version": "1.0.0",
-                "conformsTo": CONFORMS, "links": links,
+                "type": "Catalog",
+                "id": root,
+                "description": "x",
+                "stac_version": "1.0.0",
+                "conformsTo": CONFORMS,
+                "links": links,
             }
-        )  # fmt: skip
+        )
 
     def search(self, body: dict) -> None:
         found = [] if self.path.startswith("/empty") else sorted(self.folder.glob("items/*.json"))
@@ -106,8 +114,15 @@ class Handler(BaseHTTPRequestHandler):
         links = []
         if start + PAGE < len(found):
             again = {**body, "token": start + PAGE}
-            links = [{"rel": "next", "href": f"{self.base}/api/search", "method": "POST",
-                      "body": again, "type": "application/geo+json"}]  # fmt: skip
+            links = [
+                {
+                    "rel": "next",
+                    "href": f"{self.base}/api/search",
+                    "method": "POST",
+                    "body": again,
+                    "type": "application/geo+json",
+                }
+            ]
         self.json({"type": "FeatureCollection", "features": items, "links": links})
 
     def json(self, value: object) -> None:
@@ -123,9 +138,12 @@ class Handler(BaseHTTPRequestHandler):
             first, last = int(asked[1]), int(asked[2] or len(content) - 1)
             last = min(last, len(content) - 1)
             self.send(
-                206, content[first : last + 1], "application/octet-stream",
-                {"Content-Range": f"bytes {first}-{last}/{len(content)}"}, path,
-            )  # fmt: skip
+                206,
+                content[first : last + 1],
+                "application/octet-stream",
+                {"Content-Range": f"bytes {first}-{last}/{len(content)}"},
+                path,
+            )
         else:
             self.send(200, content, "application/octet-stream", {}, path)
 

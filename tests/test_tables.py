@@ -74,9 +74,19 @@ def test_columns_that_hold_no_text_are_refused(tmp_path, name, column):
 
 @pytest.mark.parametrize(
     "note",
-    [b"", b"{", b"null", b"[]", b"\xff", b"1", b"{}", b'{"columns": [[]]}', b"[" * 100_000,
-     b'{"index_columns": ["x"], "columns": [], "column_indexes": []}'],
-)  # fmt: skip
+    [
+        b"",
+        b"{",
+        b"null",
+        b"[]",
+        b"\xff",
+        b"1",
+        b"{}",
+        b'{"columns": [[]]}',
+        b"[" * 100_000,
+        b'{"index_columns": ["x"], "columns": [], "column_indexes": []}',
+    ],
+)
 def test_what_pandas_noted_about_a_table_is_not_needed(tmp_path, note):
     path = tmp_path / "table.parquet"
     table = pa.table({"tile_id": GOOD, "x": [1, 2]})

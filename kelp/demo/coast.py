@@ -216,9 +216,14 @@ def draw_quarters(axes: Axes, coast: Coast) -> None:
     when = rows["year"] + (rows["quarter"] - 0.5) / 4
     known = rows["area_low_m2"].notna()
     axes.vlines(
-        when[known], rows["area_low_m2"][known] / 1e6, rows["area_high_m2"][known] / 1e6,
-        color="#0b5cad", alpha=0.3, lw=6, label="90 % interval",
-    )  # fmt: skip
+        when[known],
+        rows["area_low_m2"][known] / 1e6,
+        rows["area_high_m2"][known] / 1e6,
+        color="#0b5cad",
+        alpha=0.3,
+        lw=6,
+        label="90 % interval",
+    )
     axes.plot(when, rows["mean_area_m2"] / 1e6, "o-", color="#0b5cad", label="mapped")
     truth: Sequence[float] = [
         np.nan if area is None else area / 1e6 for area in true_quarters(coast)

@@ -233,8 +233,13 @@ def shrink_errors(truth: Mask, prediction: Mask, step: int) -> Mask:
     Without any of them a block is 255 when either mask is in more than half of it, else 0.
     """
     unseen = (truth == MASK_NODATA) | (prediction == MASK_NODATA)
-    kinds = [(truth == 1) & (prediction == 1), (truth == 1) & (prediction == 0),
-             (truth == 0) & (prediction == 1), unseen, np.ones_like(unseen)]  # fmt: skip
+    kinds = [
+        (truth == 1) & (prediction == 1),
+        (truth == 1) & (prediction == 0),
+        (truth == 0) & (prediction == 1),
+        unseen,
+        np.ones_like(unseen),
+    ]
     *counts, not_seen, number = _block_sums(np.stack(kinds), step)
     most = np.argmax(counts, axis=0) + 1
     empty = np.where(2 * not_seen > number, MASK_NODATA, 0)

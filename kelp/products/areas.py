@@ -239,8 +239,9 @@ def warn_of_mixed_sensors(maps: Sequence[Map]) -> None:
         log.warning(
             "%s and %s together: visible bands of Landsat 4 to 7 are biased over water, a trend "
             "across them may be the sensors'",
-            ", ".join(sorted(older)), ", ".join(sorted(sensors - older)),
-        )  # fmt: skip
+            ", ".join(sorted(older)),
+            ", ".join(sorted(sensors - older)),
+        )
 
 
 def write_table(table: pd.DataFrame, path: Path) -> None:

@@ -82,9 +82,12 @@ def _moment(entry: Map) -> np.datetime64:
 
 
 def _array(
-    xarray: Any, entries: Sequence[Map], offsets: Sequence[tuple[int, int]],
-    shape: tuple[int, int], name: str,
-) -> Any:  # fmt: skip
+    xarray: Any,
+    entries: Sequence[Map],
+    offsets: Sequence[tuple[int, int]],
+    shape: tuple[int, int],
+    name: str,
+) -> Any:
     """An array of xarray over the files, as its guide to new backends asks for."""
 
     def read(key: tuple[Any, ...]) -> NDArray[np.float32]:

@@ -68,10 +68,13 @@ def write_stations(path: Path, strips: Strips, counts: NDArray[np.int64], source
             ("longitude", "longitude", "degrees_east"),
         ):
             variable = file.createVariable(name, "f8", ("station",), zlib=True, **along)
-            variable.setncatts({
-                "standard_name": axis, "units": unit,
-                "long_name": f"{axis} of the pixel's centre, WGS 84",
-            })  # fmt: skip
+            variable.setncatts(
+                {
+                    "standard_name": axis,
+                    "units": unit,
+                    "long_name": f"{axis} of the pixel's centre, WGS 84",
+                }
+            )
         names = [stack.name_of(q) for q in range(stack.quarters)]
         for k, (name, words) in enumerate(
             (("year", "year"), ("quarter", "quarter of the year, 1-4"))
@@ -81,9 +84,14 @@ def write_stations(path: Path, strips: Strips, counts: NDArray[np.int64], source
             variable[:] = [pair[k] for pair in names]
         places = {"coordinates": "latitude longitude"}
         area = file.createVariable("area", "f4", ("time", "station"), fill_value=-1, **both)
-        area.setncatts({
-            **area_words(stack.expected), "units": "m2", "cell_methods": "time: mean", **places,
-        })  # fmt: skip
+        area.setncatts(
+            {
+                **area_words(stack.expected),
+                "units": "m2",
+                "cell_methods": "time: mean",
+                **places,
+            }
+        )
         passes = {}
         for name in ("passes", *GROUPS):
             passes[name] = file.createVariable(name, "i2", ("time", "station"), **both)
@@ -140,26 +148,43 @@ def write_grid(path: Path, strips: Strips, box: tuple[int, ...], source: str) ->
             unit = {"y": "degrees_north", "x": "degrees_east"}[name] if degrees else metres
             variable.setncatts({"standard_name": kind, "units": unit, "axis": name.upper()})
             variable[:] = values
-        _grid_mapping(file, crs, (transform.c + transform.a * left, transform.a, 0.0,
-                                  transform.f + transform.e * top, 0.0, transform.e))  # fmt: skip
+        _grid_mapping(
+            file,
+            crs,
+            (
+                transform.c + transform.a * left,
+                transform.a,
+                0.0,
+                transform.f + transform.e * top,
+                0.0,
+                transform.e,
+            ),
+        )
         chunks = (1, min(STRIP_ROWS, height), min(_CHUNK, width))
         options: dict[str, Any] = {"zlib": True, "complevel": 1, "chunk_cache": _CACHE}
         options["chunksizes"] = chunks
         area = file.createVariable("area", "f4", ("time", "y", "x"), fill_value=np.nan, **options)
-        area.setncatts({
-            **area_words(stack.expected), "units": "m2", "cell_methods": "time: mean",
-            "grid_mapping": "crs",
-        })  # fmt: skip
+        area.setncatts(
+            {
+                **area_words(stack.expected),
+                "units": "m2",
+                "cell_methods": "time: mean",
+                "grid_mapping": "crs",
+            }
+        )
         passes = file.createVariable("passes", "i2", ("time", "y", "x"), fill_value=-1, **options)
         passes.setncatts({"long_name": "looks averaged", "units": "1", "grid_mapping": "crs"})
         footprint = file.createVariable(
             "footprint", "i1", ("y", "x"), zlib=True, complevel=1, chunksizes=chunks[1:]
         )
-        footprint.setncatts({
-            "long_name": "pixels that had kelp in at least one map",
-            "flag_values": np.array([0, 1], np.int8), "flag_meanings": "outside inside",
-            "grid_mapping": "crs",
-        })  # fmt: skip
+        footprint.setncatts(
+            {
+                "long_name": "pixels that had kelp in at least one map",
+                "flag_values": np.array([0, 1], np.int8),
+                "flag_meanings": "outside inside",
+                "grid_mapping": "crs",
+            }
+        )
         file.setncatts(_about(stack, "Kelp canopy by quarter, grid", source))
         for tile, strip in strips:
             rows, columns = strip.rows - top, strip.columns - left
@@ -203,10 +228,14 @@ def write_zarr(path: Path, grid: Path) -> None:
             if variable.dimensions[:1] == ("time",):
                 chunks[0] = min(_QUARTERS, variable.shape[0])
             array = group.create_array(
-                name, shape=variable.shape, dtype=variable.dtype, chunks=tuple(chunks),
-                fill_value=attributes.pop("_FillValue", None), attributes=attributes,
+                name,
+                shape=variable.shape,
+                dtype=variable.dtype,
+                chunks=tuple(chunks),
+                fill_value=attributes.pop("_FillValue", None),
+                attributes=attributes,
                 compressors=codecs.Zlib(level=1),
-            )  # fmt: skip
+            )
             starts = (range(0, n, step) for n, step in zip(variable.shape, chunks, strict=True))
             for corner in product(*starts):
                 block = tuple(slice(k, k + n) for k, n in zip(corner, chunks, strict=True))
@@ -232,10 +261,16 @@ def _dataset(path: Path) -> Iterator[Any]:
 def _time(file: Any, stack: Stack, bounds: bool) -> None:
     names = [stack.name_of(q) for q in range(stack.quarters)]
     variable = file.createVariable("time", "i4", ("time",))
-    variable.setncatts({
-        "standard_name": "time", "long_name": "middle of the quarter", "units": _UNITS,
-        "calendar": "standard", "axis": "T", "units_metadata": "leap_seconds: none",
-    })  # fmt: skip
+    variable.setncatts(
+        {
+            "standard_name": "time",
+            "long_name": "middle of the quarter",
+            "units": _UNITS,
+            "calendar": "standard",
+            "axis": "T",
+            "units_metadata": "leap_seconds: none",
+        }
+    )
     variable[:] = [_days(date(year, *_MIDDLE[quarter])) for year, quarter in names]
     if bounds:
         variable.bounds = "time_bnds"

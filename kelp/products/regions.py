@@ -116,7 +116,7 @@ def _checked(path: Path, region: Region) -> Region:
         raise InputError(f"{path}: region {region.id} is a {shape.geom_type}, not a polygon")
     # The hull's area: the two halves of a bow tie may cancel out.
     if shape is None or shape.convex_hull.area == 0:
-        raise InputError(f"{path}: region {region.id} has no area; draw it anew or remove it")
+        raise InputError(f"{path}: region {region.id} has no area; draw it again or remove it")
     if not shape.is_valid:
         raise InputError(
             f"{path}: region {region.id} is not a valid polygon "

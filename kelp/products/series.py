@@ -40,9 +40,13 @@ EVERYWHERE: Final = "all"
 """`aoi_id` of a series without regions."""
 
 KELPWATCH: Final = (
-    "year", "quarter", "kelp_area_m2", "count_cells_kelp", "count_cells_no_clouds",
+    "year",
+    "quarter",
+    "kelp_area_m2",
+    "count_cells_kelp",
+    "count_cells_no_clouds",
     "count_cells_historic_footprint",
-)  # fmt: skip
+)
 """Header of the CSV files of kelpwatch.org."""
 
 QUARTERS: Final = {
@@ -224,10 +228,18 @@ class _Sums:
         years = -(-q // 4)
         i, f = np.int64, np.float64
         sums = cls(
-            np.zeros(r, i), np.zeros(r, f), np.zeros((r, q), f), np.zeros((r, q), i),
-            np.zeros((r, years), f), np.zeros((r, years), i), np.zeros((r, k), f),
-            np.zeros((r, k), i), np.zeros(q, f), np.zeros(q, i), np.zeros(q, i),
-        )  # fmt: skip
+            np.zeros(r, i),
+            np.zeros(r, f),
+            np.zeros((r, q), f),
+            np.zeros((r, q), i),
+            np.zeros((r, years), f),
+            np.zeros((r, years), i),
+            np.zeros((r, k), f),
+            np.zeros((r, k), i),
+            np.zeros(q, f),
+            np.zeros(q, i),
+            np.zeros(q, i),
+        )
         for _, strip in strips:
             inside, counted = strip.inside.astype(f), strip.inside.astype(i)
             sums.stations += counted.sum(axis=1)
@@ -272,14 +284,18 @@ def _quarters(
             groups = [_group(stack, k) for k in looks]
             seen = int(sums.seen[r, quarter])
             row: dict[str, Any] = {
-                "aoi_id": region, "year": year, "quarter": number, "looks": len(looks),
+                "aoi_id": region,
+                "year": year,
+                "quarter": number,
+                "looks": len(looks),
                 **{name: groups.count(name) for name in GROUPS},
                 "sensors": ", ".join(sorted({stack.looks[k].sensor or "unknown" for k in looks})),
-                "stations": stations, "stations_seen": seen,
+                "stations": stations,
+                "stations_seen": seen,
                 "observed_share": seen / stations if stations else None,
                 "area_is": "expected" if stack.expected else "presence",
                 "tide_m": _mean_tide(stack, looks, tides),
-            }  # fmt: skip
+            }
             reason = None
             if not stations:
                 reason = "no map ever showed kelp in the region"
@@ -293,10 +309,12 @@ def _quarters(
                 full = [k for k in looks if sums.look_seen[r, k] / stations >= config.min_observed]
                 best = max(full, key=lambda k: sums.look_area[r, k], default=None)
                 row |= {
-                    "mean_area_m2": area, "area_low_m2": low, "area_high_m2": high,
+                    "mean_area_m2": area,
+                    "area_low_m2": low,
+                    "area_high_m2": high,
                     "max_area_m2": None if best is None else float(sums.look_area[r, best]),
                     "max_day": None if best is None else stack.looks[best].day.isoformat(),
-                }  # fmt: skip
+                }
                 reasons = [
                     intervals.reason if low is None else None,
                     "no maximum: no look saw enough of the stations" if best is None else None,
@@ -326,11 +344,14 @@ def _years(
             sum_first = highest[year]
             share = sums.year_seen[r, index] / sums.stations[r] if sums.stations[r] else None
             row: dict[str, Any] = {
-                "aoi_id": region, "year": year, "quarters_seen": seen[year],
-                "sum_first_m2": sum_first, "max_first_seen_share": share,
+                "aoi_id": region,
+                "year": year,
+                "quarters_seen": seen[year],
+                "sum_first_m2": sum_first,
+                "max_first_seen_share": share,
                 "max_occupiable_area_m2": sums.ever_max[r] if sums.stations[r] else None,
                 "baseline_median_m2": median,
-            }  # fmt: skip
+            }
             reasons = []
             if np.isnan(sum_first):
                 reasons.append("no quarter was observed well enough")

@@ -47,17 +47,29 @@ _GEOTIFF: Final = "image/tiff; application=geotiff"
 _COG: Final = "image/tiff; application=geotiff; profile=cloud-optimized"
 _GEOJSON: Final = "application/geo+json"
 _COMMON_NAMES: Final = {
-    "SWIR": "swir16", "NIR": "nir08", "R": "red", "G": "green", "B": "blue",
-}  # fmt: skip
+    "SWIR": "swir16",
+    "NIR": "nir08",
+    "R": "red",
+    "G": "green",
+    "B": "blue",
+}
 _EDGE_POINTS: Final = 16
 _PLATFORMS: Final = {"landsat": "landsat-{}", "sentinel": "sentinel-2"}
 _CLASSES: Final = [
-    {"value": 0, "name": "no-kelp", "description": "No kelp canopy",
-     "color_hint": "{:02X}{:02X}{:02X}".format(*NO_KELP)},
-    {"value": 1, "name": "kelp", "description": "Kelp canopy",
-     "color_hint": "{:02X}{:02X}{:02X}".format(*KELP)},
+    {
+        "value": 0,
+        "name": "no-kelp",
+        "description": "No kelp canopy",
+        "color_hint": "{:02X}{:02X}{:02X}".format(*NO_KELP),
+    },
+    {
+        "value": 1,
+        "name": "kelp",
+        "description": "Kelp canopy",
+        "color_hint": "{:02X}{:02X}{:02X}".format(*KELP),
+    },
     {"value": 255, "name": "not-observed", "description": "Not observed", "nodata": True},
-]  # fmt: skip
+]
 """The mlm extension wants descriptions, the classification extension names."""
 
 
@@ -139,10 +151,21 @@ def _item(entry: Map, folder: Path, collection: str) -> dict[str, Any]:
     if place.transform is not None:
         properties["proj:transform"] = list(place.transform)[:6]
     extensions = [PROJECTION, RASTER, FILE, CLASSIFICATION, VERSION]
-    mask = _asset(entry.mask, folder, "Kelp mask", ["data"], [
-        {"name": "kelp", "description": "0 = no kelp, 1 = kelp, 255 = not observed",
-         "data_type": "uint8", "nodata": 255, "raster:sampling": "area"},
-    ])  # fmt: skip
+    mask = _asset(
+        entry.mask,
+        folder,
+        "Kelp mask",
+        ["data"],
+        [
+            {
+                "name": "kelp",
+                "description": "0 = no kelp, 1 = kelp, 255 = not observed",
+                "data_type": "uint8",
+                "nodata": 255,
+                "raster:sampling": "area",
+            },
+        ],
+    )
     mask["classification:classes"] = _CLASSES
     properties["version"] = mask["file:checksum"][4:16]
     if record:
@@ -201,8 +224,11 @@ def footprint(entry: Map) -> tuple[dict[str, Any] | None, list[float] | None]:
     height, width = entry.shape
     along = np.linspace(0, 1, _EDGE_POINTS, endpoint=False)
     corners = np.array([(0, 0), (0, height), (width, height), (width, 0)])  # counterclockwise
-    pixels = [a + (b - a) * t for a, b in zip(corners, np.roll(corners, -1, 0), strict=True)
-              for t in along]  # fmt: skip
+    pixels = [
+        a + (b - a) * t
+        for a, b in zip(corners, np.roll(corners, -1, 0), strict=True)
+        for t in along
+    ]
     x, y = zip(*(transform @ (float(x), float(y)) for x, y in pixels), strict=True)
     lon, lat = (np.array(v) for v in reproject(crs, CRS.from_epsg(4326), x, y))
     if transform.determinant > 0:  # south-up
@@ -302,15 +328,21 @@ def _asset(
 
 
 def _collection(
-    config: StacConfig, items: Sequence[dict[str, Any]], names: Sequence[str],
+    config: StacConfig,
+    items: Sequence[dict[str, Any]],
+    names: Sequence[str],
     extent: tuple[str, str],
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     boxes = [item["bbox"] for item in items if "bbox" in item]
     if any(box[0] > box[2] for box in boxes) or not boxes:
         whole = [-180.0, -90.0, 180.0, 90.0]
     else:
-        whole = [min(b[0] for b in boxes), min(b[1] for b in boxes),
-                 max(b[2] for b in boxes), max(b[3] for b in boxes)]  # fmt: skip
+        whole = [
+            min(b[0] for b in boxes),
+            min(b[1] for b in boxes),
+            max(b[2] for b in boxes),
+            max(b[3] for b in boxes),
+        ]
     platforms = sorted({i["properties"].get("platform") for i in items} - {None})
     return {
         "type": "Collection",
@@ -351,9 +383,16 @@ def _model(path: Path, folder: Path, collection: str, extent: tuple[str, str]) -
     side, bands = spec["image_size"], list(spec["bands"])
     order = ["batch", "bands", "height", "width"]
     kept = (
-        "threshold", "temperature", "tile_size", "image_size", "resize_strategy", "interpolation",
-        "normalization_strategy", "spectral_indices", "index_input",
-    )  # fmt: skip
+        "threshold",
+        "temperature",
+        "tile_size",
+        "image_size",
+        "resize_strategy",
+        "interpolation",
+        "normalization_strategy",
+        "spectral_indices",
+        "index_input",
+    )
     assets = {}
     for name, file, kind in (
         ("weights", "weights.safetensors", "safetensors"),
@@ -390,20 +429,33 @@ def _model(path: Path, folder: Path, collection: str, extent: tuple[str, str]) -
             "mlm:architecture": spec["architecture"],
             "mlm:framework": "PyTorch",
             "mlm:tasks": ["semantic-segmentation"],
-            "mlm:input": [{
-                "name": "scene", "bands": bands,
-                "input": {"shape": [-1, len(bands), side, side], "dim_order": order,
-                          "data_type": "float32"},
-                "description": "Raw numbers of the sensor; normalising is part of the network.",
-            }],
-            "mlm:output": [{
-                "name": "kelp", "tasks": ["semantic-segmentation"],
-                "result": {"shape": [-1, side, side], "dim_order": ["batch", "height", "width"],
-                           "data_type": "float32"},
-                "description": "Probability of kelp.", "classification:classes": _CLASSES[:2],
-            }],
+            "mlm:input": [
+                {
+                    "name": "scene",
+                    "bands": bands,
+                    "input": {
+                        "shape": [-1, len(bands), side, side],
+                        "dim_order": order,
+                        "data_type": "float32",
+                    },
+                    "description": "Raw numbers of the sensor; normalising is part of the network.",
+                }
+            ],
+            "mlm:output": [
+                {
+                    "name": "kelp",
+                    "tasks": ["semantic-segmentation"],
+                    "result": {
+                        "shape": [-1, side, side],
+                        "dim_order": ["batch", "height", "width"],
+                        "data_type": "float32",
+                    },
+                    "description": "Probability of kelp.",
+                    "classification:classes": _CLASSES[:2],
+                }
+            ],
             "mlm:hyperparameters": {name: spec[name] for name in kept if name in spec},
         },
         "links": links,
         "assets": assets,
-    }  # fmt: skip
+    }

@@ -175,10 +175,14 @@ def map_section(
 
 
 def _data(
-    config: ViewConfig, maps: Sequence[Map], frames: Sequence[_Frame],
-    beside: Mapping[str, Beside], regions: Sequence[Region], intervals: Intervals,
+    config: ViewConfig,
+    maps: Sequence[Map],
+    frames: Sequence[_Frame],
+    beside: Mapping[str, Beside],
+    regions: Sequence[Region],
+    intervals: Intervals,
     progress: Progress,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """What the page's script reads."""
     with_beds = config.beds and _can_have_beds(maps)
     names = [region.id for region in regions] or [WHOLE]
@@ -346,16 +350,25 @@ def _beds(entry: Map, frame: _Frame, output: Path) -> dict[str, Any]:
     shapely = require("shapely", "geo", "beds")
     table = beds_of(entry, scratch=output_folder(output.parent))
     if len(table) > LARGEST_BEDS:
-        log.info("%s: the page shows the %d largest of its %d beds", entry.mask, LARGEST_BEDS,
-                 len(table))  # fmt: skip
+        log.info(
+            "%s: the page shows the %d largest of its %d beds", entry.mask, LARGEST_BEDS, len(table)
+        )
         table = table.nlargest(LARGEST_BEDS, "pixels")
 
     def moved(points: NDArray[np.float64]) -> NDArray[np.float64]:
         return np.stack(frame.place(points[:, 0], points[:, 1]), axis=1).round(1)
 
     shapes = shapely.transform(table.geometry.to_numpy(), moved)
-    wanted = ["bed_id", "pixels", "presence_area_m2", "expected_area_m2", "mean_p",
-              "observed_share", "touches_edge", "touches_unobserved"]  # fmt: skip
+    wanted = [
+        "bed_id",
+        "pixels",
+        "presence_area_m2",
+        "expected_area_m2",
+        "mean_p",
+        "observed_share",
+        "touches_edge",
+        "touches_unobserved",
+    ]
     facts = json.loads(table[wanted].to_json(orient="records", double_precision=4))
     return {
         "type": "FeatureCollection",
@@ -388,7 +401,7 @@ def _quarters(folder: Path) -> dict[str, list[dict[str, Any]]]:
     table = read_table(path, columns)
     odd = [name for name in ("year", "quarter", *_VALUES) if table[name].dtype.kind not in "if"]
     if odd:
-        raise InputError(f"{path}: {odd[0]} is no number; make the table anew with kelp series")
+        raise InputError(f"{path}: {odd[0]} is no number; make the table again with kelp series")
     out: dict[str, list[dict[str, Any]]] = {}
     for row in table.to_dict("records"):
         value, low, high = (None if pd.isna(row[name]) else float(row[name]) for name in _VALUES)

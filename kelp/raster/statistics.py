@@ -16,7 +16,7 @@ from kelp.raster.indices import INDICES, IndexSettings
 from kelp.raster.streaming import LARGEST, ChannelStats
 
 _ABOUT: Final = "_about"
-_AGAIN: Final = "make it anew with kelp stats"
+_AGAIN: Final = "make it again with kelp stats"
 
 
 @dataclass(frozen=True)

@@ -101,9 +101,13 @@ class WaterReference:
         if anchoring != "none":
             levels = cells.fill(_between_which(windows, source.shape, cells.clear.shape))
         return cls(
-            source.shape, levels, cells.clear, tuple(target), cells.knows_elevation,
+            source.shape,
+            levels,
+            cells.clear,
+            tuple(target),
+            cells.knows_elevation,
             read_share=cells.pixels / (source.shape[0] * source.shape[1]),
-        )  # fmt: skip
+        )
 
     @classmethod
     def constant(

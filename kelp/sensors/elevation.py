@@ -160,9 +160,12 @@ class Elevation:
         if not near:
             return np.zeros((tile.height, tile.width), dtype=np.bool_)
         burnt = rasterize(
-            [one.outline for one in near], out_shape=(tile.height, tile.width), dtype="uint8",
-            transform=self._affine @ Affine.translation(tile.x, tile.y), default_value=1,
-        )  # fmt: skip
+            [one.outline for one in near],
+            out_shape=(tile.height, tile.width),
+            dtype="uint8",
+            transform=self._affine @ Affine.translation(tile.x, tile.y),
+            default_value=1,
+        )
         return np.asarray(burnt, dtype=np.bool_)
 
     def _candidates(self) -> list[Path]:
@@ -206,9 +209,11 @@ class Elevation:
         columns, rows = ~self._affine @ (np.array(x), np.array(y))
         if np.isfinite([columns, rows]).all():
             box = (
-                float(rows.min()) - 2, float(columns.min()) - 2,
-                float(rows.max()) + 2, float(columns.max()) + 2,
-            )  # fmt: skip
+                float(rows.min()) - 2,
+                float(columns.min()) - 2,
+                float(rows.max()) + 2,
+                float(columns.max()) + 2,
+            )
         else:  # a raster of the whole world, which no projection shows as a whole
             box = (-np.inf, -np.inf, np.inf, np.inf)
             x, y = _outer(self.shape, self._affine)
@@ -221,11 +226,17 @@ class Elevation:
                 source = self._stack.enter_context(rasterio.open(masked))
         warped = self._stack.enter_context(
             WarpedVRT(
-                source, crs=self._crs, transform=self._affine, height=self.shape[0],
-                width=self.shape[1], resampling=Resampling.bilinear, src_nodata=void,
-                nodata=NODATA, dtype="float32",
+                source,
+                crs=self._crs,
+                transform=self._affine,
+                height=self.shape[0],
+                width=self.shape[1],
+                resampling=Resampling.bilinear,
+                src_nodata=void,
+                nodata=NODATA,
+                dtype="float32",
             )
-        )  # fmt: skip
+        )
         ring = [[float(a), float(b)] for a, b in zip(x, y, strict=True)]
         return _Tile(file, warped, box, {"type": "Polygon", "coordinates": [[*ring, ring[0]]]})
 
@@ -238,9 +249,12 @@ class Elevation:
         if not self._tiles or not len(rows) or not len(columns):
             return 0.0
         burnt = rasterize(
-            [one.outline for one in self._tiles], out_shape=(_SAMPLES, _SAMPLES), dtype="uint8",
-            transform=self._affine @ scale, default_value=1,
-        )  # fmt: skip
+            [one.outline for one in self._tiles],
+            out_shape=(_SAMPLES, _SAMPLES),
+            dtype="uint8",
+            transform=self._affine @ scale,
+            default_value=1,
+        )
         return float(np.asarray(burnt, dtype=np.float64).mean())
 
 

@@ -62,8 +62,12 @@ _TM_FLAGS: Final = {
     "dropped": Flag("QA_RADSAT", 1 << 9),
 }
 FLAGS: Final[Mapping[int, Mapping[str, Flag]]] = {
-    4: _TM_FLAGS, 5: _TM_FLAGS, 7: _TM_FLAGS, 8: _OLI_FLAGS, 9: _OLI_FLAGS,
-}  # fmt: skip
+    4: _TM_FLAGS,
+    5: _TM_FLAGS,
+    7: _TM_FLAGS,
+    8: _OLI_FLAGS,
+    9: _OLI_FLAGS,
+}
 """The quality bits of each satellite."""
 DEFAULT_QUALITY: Final = ("fill", "dilated_cloud", "cirrus", "cloud", "shadow", "snow")
 

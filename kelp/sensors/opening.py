@@ -255,9 +255,11 @@ def _open_raster(location: Path | Url, options: SceneOptions, wanted: Sequence[s
     if options.quality == (NONE,) or (options.cloud_mask and not options.quality):
         bits = None
     return SensorScene(
-        location, facts_of_name(scene_name(location)), band_order=options.band_order,
+        location,
+        facts_of_name(scene_name(location)),
+        band_order=options.band_order,
         given_bits=bits,
-    )  # fmt: skip
+    )
 
 
 def facts_of_name(name: str) -> SceneFacts:
@@ -281,8 +283,10 @@ def _attach(scene: SensorScene, options: SceneOptions) -> None:
             rest = "sea" if options.dem_sea_where_absent else "unknown"
             log.info(
                 "%s: --dem covers %.0f %% of the scene; the elevation of the rest is %s",
-                scene.path, 100 * elevation.known_share, rest,
-            )  # fmt: skip
+                scene.path,
+                100 * elevation.known_share,
+                rest,
+            )
     elif options.dem_sea_where_absent:
         raise InputError("--dem_sea_where_absent: goes with --dem")
     if options.aoi:

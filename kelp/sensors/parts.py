@@ -347,9 +347,15 @@ def _band(
 
 
 _GDAL_TYPES: Final = {
-    "uint8": "Byte", "int8": "Int8", "uint16": "UInt16", "int16": "Int16",
-    "uint32": "UInt32", "int32": "Int32", "float32": "Float32", "float64": "Float64",
-}  # fmt: skip
+    "uint8": "Byte",
+    "int8": "Int8",
+    "uint16": "UInt16",
+    "int16": "Int16",
+    "uint32": "UInt32",
+    "int32": "Int32",
+    "float32": "Float32",
+    "float64": "Float64",
+}
 
 
 def digest_of(sources: Iterable[Source]) -> str:

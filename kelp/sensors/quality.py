@@ -252,10 +252,17 @@ class CloudMask:
             with quietly(path):
                 source = self._stack.enter_context(rasterio.open(masked))
         self._dataset = WarpedVRT(
-            source, crs=crs, transform=affine, height=shape[0], width=shape[1],
-            resampling=Resampling.nearest, src_nodata=void,
-            nodata=_UNKNOWN, dtype="float32", tolerance=_EXACT,
-        )  # fmt: skip
+            source,
+            crs=crs,
+            transform=affine,
+            height=shape[0],
+            width=shape[1],
+            resampling=Resampling.nearest,
+            src_nodata=void,
+            nodata=_UNKNOWN,
+            dtype="float32",
+            tolerance=_EXACT,
+        )
         self._stack.enter_context(self._dataset)
 
     def close(self) -> None:

@@ -30,8 +30,12 @@ _NAME: Final = re.compile(
 METADATA: Final = "MTD_MSIL2A.xml"
 
 BAND_FILES: Final[Mapping[str, str]] = {
-    "B": "B02", "G": "B03", "R": "B04", "NIR": "B8A", "SWIR": "B11",
-}  # fmt: skip
+    "B": "B02",
+    "G": "B03",
+    "R": "B04",
+    "NIR": "B8A",
+    "SWIR": "B11",
+}
 _BAND_IDS: Final[Mapping[str, int]] = {"B02": 1, "B03": 2, "B04": 3, "B8A": 8, "B11": 11}
 """Numbers of bands in the list of offsets."""
 

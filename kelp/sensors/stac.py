@@ -343,9 +343,11 @@ def _sentinel2_scale(
         ) from None
     applied = properties.get("earthsearch:boa_offset_applied")
     offsets = {
-        float(band["offset"]) for asset in assets for band in asset.get("raster:bands") or ()
+        float(band["offset"])
+        for asset in assets
+        for band in asset.get("raster:bands") or ()
         if "offset" in band
-    }  # fmt: skip
+    }
     if major < 4 or applied is True:
         added = 0.0
     elif applied is False:
@@ -424,8 +426,11 @@ def _items(config: SearchConfig, box: tuple[float, ...]) -> Iterator[tuple[str, 
             query = {"eo:cloud_cover": {"lte": config.max_cloud}}
         wanted = client.search(
             collections=[config.collection] if config.collection else None,
-            bbox=list(box), datetime=config.datetime, query=query, limit=100,
-        )  # fmt: skip
+            bbox=list(box),
+            datetime=config.datetime,
+            query=query,
+            limit=100,
+        )
         for item in wanted.items():
             href = item.get_self_href()
             if not href:

@@ -25,10 +25,15 @@ def simulated(rng, sites, dates=3, bias=0.15, between=0.35, within=0.15):
             # Heavy tails, and false alarms where there is no kelp.
             error = own + rng.standard_t(4) * within
             estimate = truth * np.exp(error) + rng.exponential(3000)
-            pairs.append(HeldOutSite(
-                site=f"s{site}", scene=f"s{site}-{date}", truth_m2=truth,
-                presence_m2=1.3 * estimate, expected_m2=estimate,
-            ))  # fmt: skip
+            pairs.append(
+                HeldOutSite(
+                    site=f"s{site}",
+                    scene=f"s{site}-{date}",
+                    truth_m2=truth,
+                    presence_m2=1.3 * estimate,
+                    expected_m2=estimate,
+                )
+            )
     return pairs
 
 

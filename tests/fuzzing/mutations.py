@@ -159,9 +159,11 @@ def change_parquet(content: bytes, rng: random.Random) -> bytes:
                 table = table.set_column(column, name, rng.choice(_columns(size)))
             case 2:
                 table = table.rename_columns(
-                    [rng.choice(table.column_names) if old == name else old
-                     for old in table.column_names]
-                )  # fmt: skip
+                    [
+                        rng.choice(table.column_names) if old == name else old
+                        for old in table.column_names
+                    ]
+                )
             case _:
                 notes[b"pandas"] = change_json(told, rng)
     out = io.BytesIO()

@@ -41,8 +41,9 @@ def test_a_folder_of_virtual_scenes_is_mapped_as_their_files(tmp_path, bundle):
     for folder in (plain, virtual):
         assert predict(folder, tmp_path / f"{folder.name}-maps", bundle) == 0
     for name in ("a", "b"):
-        one, other = (tmp_path / f"{kind}-maps" / f"{name}_kelp.tif" for kind in (
-            "plain", "virtual"))  # fmt: skip
+        one, other = (
+            tmp_path / f"{kind}-maps" / f"{name}_kelp.tif" for kind in ("plain", "virtual")
+        )
         np.testing.assert_array_equal(read_mask(one), read_mask(other))
 
 

@@ -32,8 +32,10 @@ def test_it_says_what_is_there(folder):
     assert values["scene"]["sensor"] == "landsat-8"
     assert values["scene"]["acquired"] == "2019-12-01T15:13:51.861099Z"
     assert values["grid"] == {
-        "shape": list(SHAPE), "crs": CRS, "transform": list(TRANSFORM)[:6],
-    }  # fmt: skip
+        "shape": list(SHAPE),
+        "crs": CRS,
+        "transform": list(TRANSFORM)[:6],
+    }
     assert values["bands"] == ["SWIR", "NIR", "R", "G", "B", "QA"]
     share = values["quality"]["share"]
     assert share["cloud"] == pytest.approx(60 / 130)

@@ -1,4 +1,4 @@
-"""What makes an output be made anew, and what does not."""
+"""What makes an output be made again, and what does not."""
 
 import shutil
 from dataclasses import replace

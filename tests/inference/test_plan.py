@@ -342,7 +342,7 @@ def _plans(caplog):
 
 
 def test_the_network_is_measured_once(scene, monkeypatch, caplog):
-    """Measured anew, a killed run might go on with another batch size."""
+    """Measured again, a killed run might go on with another batch size."""
     caplog.set_level(logging.INFO, "kelp")
     measured = [NetworkMemory(300 * MB, n * MB, n * MB) for n in (60, 1, 1)]
     asked = []

@@ -112,7 +112,7 @@ def test_a_second_prediction_is_refused(scene, options, host):
 
 
 def test_a_second_prediction_that_finds_it_finished_does_no_harm(scene):
-    """The first makes it anew; what is there already is what the second would make."""
+    """The first makes it again; what is there already is what the second would make."""
     mask = scene[2] / "X_kelp.tif"
     predict(*scene)
     before = rasters(scene[2])

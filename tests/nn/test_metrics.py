@@ -100,11 +100,14 @@ def test_what_a_network_finds_at_any_threshold():
     assert scores.found() == Found(4, pytest.approx(8 / 94), pytest.approx(8 / 94))
 
 
-@pytest.mark.parametrize(("found", "enough"), [
-    (Found(kelp=4, everything=0.02, best=0.06), True),
-    (Found(kelp=4, everything=0.02, best=0.04), False),  # less than is asked for
-    (Found(kelp=4, everything=0.3, best=0.3), False),  # says the same everywhere
-    (Found(kelp=0, everything=0.0, best=0.0), True),  # nothing there to be found
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("found", "enough"),
+    [
+        (Found(kelp=4, everything=0.02, best=0.06), True),
+        (Found(kelp=4, everything=0.02, best=0.04), False),  # less than is asked for
+        (Found(kelp=4, everything=0.3, best=0.3), False),  # says the same everywhere
+        (Found(kelp=0, everything=0.0, best=0.0), True),  # nothing there to be found
+    ],
+)
 def test_a_network_that_says_the_same_everywhere_finds_nothing(found, enough):
     assert found.enough(0.05) is enough

@@ -481,16 +481,27 @@ def test_a_network_can_be_trained_after_it_predicted(interpolation):
     assert x.grad[:, 0].sum() == pytest.approx(23 * 29, rel=1e-4)
 
 
-@pytest.mark.parametrize(("architecture", "changes"), [
-    ("unet", {"decoder_attention_type": "scse"}), ("fpn", {}), ("linknet", {}),
-    ("manet", {}), ("deeplabv3+", {}), ("pspnet", {}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("architecture", "changes"),
+    [
+        ("unet", {"decoder_attention_type": "scse"}),
+        ("fpn", {}),
+        ("linknet", {}),
+        ("manet", {}),
+        ("deeplabv3+", {}),
+        ("pspnet", {}),
+    ],
+)
 def test_a_training_starts_from_little_kelp(architecture, changes):
     torch.manual_seed(0)
     spec = plain(
-        architecture=architecture, encoder="tu-resnet18",
-        decoder_channels=(256, 128, 64, 32, 16), image_size=64, tile_size=(64, 64), **changes,
-    )  # fmt: skip
+        architecture=architecture,
+        encoder="tu-resnet18",
+        decoder_channels=(256, 128, 64, 32, 16),
+        image_size=64,
+        tile_size=(64, 64),
+        **changes,
+    )
     net = KelpNet(spec).train()
     x = raw((2, 7, 64, 64))
     start_from_share(net, 0.5)

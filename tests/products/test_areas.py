@@ -145,11 +145,14 @@ def bundle(folder, sites=30, sha=None, factor=1.2):
     folder.mkdir()
     pairs = [
         {
-            "site": f"s{k}", "scene": f"s{k}", "presence_m2": 2e5, "expected_m2": 1e5,
+            "site": f"s{k}",
+            "scene": f"s{k}",
+            "presence_m2": 2e5,
+            "expected_m2": 1e5,
             "truth_m2": (1e5 + 9000) * (factor if k % 2 else 1 / factor) - 9000,
         }
         for k in range(sites)
-    ]  # fmt: skip
+    ]
     spec = {"weights_sha256": sha or f"{3:064x}", "held_out_sites": pairs}
     (folder / "bundle.json").write_text(json.dumps(spec))
     return folder

@@ -40,13 +40,19 @@ def test_what_a_name_tells_without_a_record(tmp_path, name, sensor, acquired):
 
 def test_a_record_wins_over_the_name(tmp_path):
     path = write_map(
-        tmp_path, "X_2021-02-11", np.eye(3), acquired="2020-01-01T10:00:00+00:00",
-        sensor="landsat-9", scene_id="Y",
-    )  # fmt: skip
+        tmp_path,
+        "X_2021-02-11",
+        np.eye(3),
+        acquired="2020-01-01T10:00:00+00:00",
+        sensor="landsat-9",
+        scene_id="Y",
+    )
     found = open_map(path)
     assert (found.sensor, found.acquired_text, found.scene_id) == (
-        "landsat-9", "2020-01-01T10:00:00Z", "Y"
-    )  # fmt: skip
+        "landsat-9",
+        "2020-01-01T10:00:00Z",
+        "Y",
+    )
 
 
 def test_a_folder_of_masks_of_another_program(tmp_path):

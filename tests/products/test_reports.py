@@ -155,8 +155,11 @@ def test_scenes_far_from_each_other_are_laid_on_each_other(tmp_path):
     """Each from its own corner; one whose grid is turned is left out."""
     config = make_folders(tmp_path, probabilities=False)
     config = config.model_copy(update={"data_dir": None, "pictures": 0})
-    grids = [(32610, Affine(30, 0, 4e5, 0, -30, 4e6)), (32621, Affine(30, 0, 7e5, 0, -30, 5e6)),
-             (32610, Affine(30, 0, 4e5, 0, -30, 4e6) @ Affine.rotation(20))]  # fmt: skip
+    grids = [
+        (32610, Affine(30, 0, 4e5, 0, -30, 4e6)),
+        (32621, Affine(30, 0, 7e5, 0, -30, 5e6)),
+        (32610, Affine(30, 0, 4e5, 0, -30, 4e6) @ Affine.rotation(20)),
+    ]
     for name, (crs, transform) in zip("123", grids, strict=True):
         for folder in ("truth", "masks"):
             place = Georeference(CRS.from_epsg(crs), transform)
@@ -186,9 +189,13 @@ def test_a_browser_shows_the_map_of_a_report(tmp_path):
     found, console = look(page, "--window-size=1000,900")
     assert console == []
     assert found == {
-        "kinds": ["Scene", "Errors", "Mask", "Probability"], "rows": 3, "requests": [],
-        "shown": ["Errors of AA000003", 20, True], "chart": 0, "overflow": 0,
-    }  # fmt: skip
+        "kinds": ["Scene", "Errors", "Mask", "Probability"],
+        "rows": 3,
+        "requests": [],
+        "shown": ["Errors of AA000003", 20, True],
+        "chart": 0,
+        "overflow": 0,
+    }
     assert look_on_phone(page)["overflow"] == 0
 
 

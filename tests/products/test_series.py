@@ -188,8 +188,10 @@ def test_the_grid_as_zarr_opens_in_gdal_and_xarray(coast, tmp_path):
         xarray.testing.assert_identical(one, two)
         assert np.isnan(two["area"].values[0]).all()
     assert sorted(file.name for file in (out / "grid.zarr" / "area").glob("[0-9]*")) == [
-        "0.0.0", "1.0.0", "2.0.0",
-    ]  # fmt: skip
+        "0.0.0",
+        "1.0.0",
+        "2.0.0",
+    ]
     with rasterio.open(f'ZARR:"{out / "grid.zarr"}":/area') as grid:
         assert (grid.crs.to_epsg(), grid.count, grid.transform.a) == (32721, 12, 30)
         values = grid.read()
@@ -242,11 +244,24 @@ def test_scenes_of_one_day_are_mosaicked_and_grids_may_be_shifted(tmp_path):
     maps = tmp_path / "m"
     below = Georeference(UTM.crs, UTM.transform @ Affine.translation(1, 2))
     one = [[U, 1, 1], [0, 1, 1], [0, U, 1]]
-    write_map(maps, "N", one, np.where(np.array(one) == U, np.nan, np.array(one) * 1.0),
-              acquired="2020-01-05", sensor="landsat-8")  # fmt: skip
+    write_map(
+        maps,
+        "N",
+        one,
+        np.where(np.array(one) == U, np.nan, np.array(one) * 1.0),
+        acquired="2020-01-05",
+        sensor="landsat-8",
+    )
     two = [[1, 0], [1, 1]]
-    write_map(maps, "S", two, np.array(two) * 0.5, georeference=below,
-              acquired="2020-01-05", sensor="landsat-8")  # fmt: skip
+    write_map(
+        maps,
+        "S",
+        two,
+        np.array(two) * 0.5,
+        georeference=below,
+        acquired="2020-01-05",
+        sensor="landsat-8",
+    )
     assert run(maps, tmp_path / "s") == 0
     q = pd.read_parquet(tmp_path / "s" / "quarters.parquet")
     assert (q["looks"][0], q["passes8"][0], q["stations"][0]) == (1, 1, 8)
@@ -453,9 +468,16 @@ FIGURES = {
 
 @pytest.mark.parametrize(
     "file",
-    [*FIGURES, "kelpwatch.csv", "stations.nc", "grid.nc", "grid.zarr", "persistence.tif",
-     "map.html"],
-)  # fmt: skip
+    [
+        *FIGURES,
+        "kelpwatch.csv",
+        "stations.nc",
+        "grid.nc",
+        "grid.zarr",
+        "persistence.tif",
+        "map.html",
+    ],
+)
 def test_an_unseen_quarter_is_null_in_every_file(unseen_year, file):
     """Four quarters of 2020, and the first of the years beside it, which are not null."""
     path = unseen_year / file
@@ -471,8 +493,18 @@ def test_an_unseen_quarter_is_null_in_every_file(unseen_year, file):
         assert [row[2] for row in rows if row[:2] == ["2021", "1"]] == ["675.0"]
     elif file == "persistence.tif":
         other = unseen_year / "m" / "A2020_kelp.tif"
-        assert main(["series", "--predictions_dir", f"{other}", "--output_dir",
-                     f"{unseen_year / 'one'}"]) == 0  # fmt: skip
+        assert (
+            main(
+                [
+                    "series",
+                    "--predictions_dir",
+                    f"{other}",
+                    "--output_dir",
+                    f"{unseen_year / 'one'}",
+                ]
+            )
+            == 0
+        )
         with rasterio.open(unseen_year / "one" / file) as raster:
             assert np.isnan(raster.read()).all()
     elif file == "map.html":

@@ -70,10 +70,13 @@ def run(folder, out, *more):
 def bundle(folder):
     folder.mkdir()
     spec = {
-        "architecture": "unet", "encoder": "tu-efficientnet_b5", "image_size": 320,
-        "bands": ["SWIR", "NIR", "R", "G", "B", "QA", "DEM"], "threshold": 0.5,
+        "architecture": "unet",
+        "encoder": "tu-efficientnet_b5",
+        "image_size": 320,
+        "bands": ["SWIR", "NIR", "R", "G", "B", "QA", "DEM"],
+        "threshold": 0.5,
         "weights_sha256": f"{3:064x}",
-    }  # fmt: skip
+    }
     (folder / "bundle.json").write_text(json.dumps(spec))
     (folder / "weights.safetensors").write_bytes(b"weights")
     (folder / "README.md").write_text("# card")
@@ -93,8 +96,11 @@ def catalogue(tmp_path):
 def test_documents_are_valid(catalogue):
     files = sorted(catalogue.glob("*.json"))
     assert [f.name for f in files] == [
-        "A.json", "B.json", "collection.json", "model-000000000000.json"
-    ]  # fmt: skip
+        "A.json",
+        "B.json",
+        "collection.json",
+        "model-000000000000.json",
+    ]
     for file in files:
         assert errors(json.loads(file.read_text())) == []
 
@@ -123,7 +129,7 @@ def test_the_check_would_notice_an_error(catalogue):
         ("model-000000000000", "eo", "assets weights eo:bands 2 common_name", "infra-red"),
         ("model-000000000000", "mlm", "properties mlm:output 0 classification:classes 1", {}),
     ],
-)  # fmt: skip
+)
 def test_the_check_of_each_extension_would_notice_an_error(catalogue, name, extension, path, wrong):
     item = json.loads((catalogue / f"{name}.json").read_text())
     *there, last = (int(key) if key.isdigit() else key for key in path.split())
@@ -157,8 +163,10 @@ def test_pystac_reads_them(catalogue):
     assert mask.ext.file.size == len(content)
     assert mask.ext.file.checksum == "1220" + hashlib.sha256(content).hexdigest()
     assert [(c.value, c.name) for c in mask.ext.classification.classes] == [
-        (0, "no-kelp"), (1, "kelp"), (255, "not-observed"),
-    ]  # fmt: skip
+        (0, "no-kelp"),
+        (1, "kelp"),
+        (255, "not-observed"),
+    ]
     assert a.assets["probability"].extra_fields["bands"][0]["nodata"] == "nan"
     assert a.properties["platform"] == "landsat-8"
     assert a.properties["processing:lineage"].startswith("Probabilities of net")

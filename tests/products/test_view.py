@@ -76,9 +76,14 @@ def coast(tmp_path_factory):
     write_map(maps, "A", mask, p, acquired="2020-02-01", sensor="landsat-8")
     write_map(maps, "B", clouds, clouds * np.nan, acquired="2020-08-09", sensor="landsat-8")
     write_map(
-        maps, "C", mask, p, acquired="2021-02-11T13:30:00+00:00", sensor="landsat-9",
+        maps,
+        "C",
+        mask,
+        p,
+        acquired="2021-02-11T13:30:00+00:00",
+        sensor="landsat-9",
         scene_id="C</script><b>",
-    )  # fmt: skip
+    )
     x, y = 400_000, 4_272_000
     frame = geopandas.GeoDataFrame(
         {"name": ["coast", "nowhere"]},
@@ -86,8 +91,20 @@ def coast(tmp_path_factory):
         crs=32721,
     )
     frame.to_file(root / "r.gpkg")
-    assert main(["series", "--predictions_dir", f"{maps}", "--output_dir", f"{root / 's'}",
-                 "--aoi", f"{root / 'r.gpkg'}"]) == 0  # fmt: skip
+    assert (
+        main(
+            [
+                "series",
+                "--predictions_dir",
+                f"{maps}",
+                "--output_dir",
+                f"{root / 's'}",
+                "--aoi",
+                f"{root / 'r.gpkg'}",
+            ]
+        )
+        == 0
+    )
     return root
 
 
@@ -117,8 +134,11 @@ def test_figures_of_the_page(coast, tmp_path):
     assert [bed["properties"]["pixels"] for bed in beds] == [20, 40]
     ring = beds[0]["geometry"]["coordinates"][0][0]
     assert sorted({tuple(point) for point in ring}) == [
-        (150, 900), (150, 1050), (270, 900), (270, 1050)
-    ]  # fmt: skip
+        (150, 900),
+        (150, 1050),
+        (270, 900),
+        (270, 1050),
+    ]
     assert data["maps"][1]["beds"]["features"] == []
     assert (tmp_path / "kelp-view.yaml").is_file()
     assert page_of(coast, tmp_path / "again.html", "--title", "A <coast>") == text
@@ -168,10 +188,12 @@ def test_scenes_and_shrunk_pictures(tmp_path):
     output = tmp_path / "map.html"
     kelp.view(
         kelp.config.ViewConfig(
-            predictions_dir=tmp_path / "maps", output=output, side=64,
+            predictions_dir=tmp_path / "maps",
+            output=output,
+            side=64,
             data_dir=tmp_path / "scenes",
         )
-    )  # fmt: skip
+    )
     data = data_of(output.read_text(encoding="utf-8"))
     (shown,) = data["maps"]
     assert shown["scene"].startswith("data:image/webp")
@@ -206,9 +228,11 @@ def test_bad_input_is_one_line(tmp_path, capfd):
     assert "quarters.parquet" in failing("one", page, "--series_dir", tmp_path)
     write_map(tmp_path / "crs", "A", np.eye(4))
     write_map(
-        tmp_path / "crs", "B", np.eye(4),
+        tmp_path / "crs",
+        "B",
+        np.eye(4),
         georeference=Georeference(CRS.from_epsg(32720), UTM.transform),
-    )  # fmt: skip
+    )
     assert "another CRS" in failing("crs", page)
     turned = Georeference(UTM.crs, UTM.transform @ Affine.rotation(10))
     write_map(tmp_path / "turned", "A", np.eye(4), georeference=turned)

@@ -36,15 +36,23 @@ def qgis(tmp_path):
     program.write_text(f'#!/bin/sh\nPYTHONPATH={here} exec {python} -m kelp "$@"\n')
     program.chmod(0o755)
     environment = {
-        "PATH": "/usr/bin:/bin", "HOME": f"{tmp_path / 'home'}", "QT_QPA_PLATFORM": "offscreen",
-        "KELP_PROGRAM": f"{program}", "LANG": "C.UTF-8", "XDG_RUNTIME_DIR": f"{tmp_path}",
-    }  # fmt: skip
+        "PATH": "/usr/bin:/bin",
+        "HOME": f"{tmp_path / 'home'}",
+        "QT_QPA_PLATFORM": "offscreen",
+        "KELP_PROGRAM": f"{program}",
+        "LANG": "C.UTF-8",
+        "XDG_RUNTIME_DIR": f"{tmp_path}",
+    }
 
     def run(*arguments):
         return subprocess.run(
-            [QGIS, *map(str, arguments)], env=environment, capture_output=True,
-            text=True, timeout=300, check=False,
-        )  # fmt: skip
+            [QGIS, *map(str, arguments)],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
 
     assert "kelp_slicer" in run("plugins", "enable", "kelp_slicer").stdout
     return run
@@ -68,9 +76,13 @@ def test_beds_and_areas(qgis, tmp_path):
     )
     frame.to_file(tmp_path / "r.gpkg")
     done = qgis(
-        "run", "kelp:areas", maps, f"--aoi={tmp_path / 'r.gpkg'}", "--aoi_id=name",
+        "run",
+        "kelp:areas",
+        maps,
+        f"--aoi={tmp_path / 'r.gpkg'}",
+        "--aoi_id=name",
         f"--output={tmp_path / 'areas.csv'}",
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     table = pd.read_csv(tmp_path / "areas.csv")
     assert table["kelp_pixels"].tolist() == [(mask == 1).sum()]
@@ -81,9 +93,11 @@ def test_beds_and_areas(qgis, tmp_path):
 def test_an_error_of_kelp_is_the_error_of_qgis(qgis, tmp_path):
     (tmp_path / "empty").mkdir()
     done = qgis(
-        "run", "kelp:beds", f"--predictions_dir={tmp_path / 'empty'}",
+        "run",
+        "kelp:beds",
+        f"--predictions_dir={tmp_path / 'empty'}",
         f"--output={tmp_path / 'beds.gpkg'}",
-    )  # fmt: skip
+    )
     assert done.returncode != 0
     assert "holds no" in done.stdout + done.stderr
 

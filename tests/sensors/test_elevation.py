@@ -84,9 +84,13 @@ def test_a_large_scene_by_strips_and_windows_is_the_same(tmp_path):
     folder = make_landsat(tmp_path / "scene", 8, shape)
     longitude, latitude = centres(shape)
     dem = write_dem(
-        tmp_path / "dem.tif", longitude.min() - 0.01, latitude.min() - 0.01,
-        longitude.max() + 0.01, latitude.max() + 0.01, step=3 * SECOND,
-    )  # fmt: skip
+        tmp_path / "dem.tif",
+        longitude.min() - 0.01,
+        latitude.min() - 0.01,
+        longitude.max() + 0.01,
+        latitude.max() + 0.01,
+        step=3 * SECOND,
+    )
     with open_scene(folder, SceneOptions(dem=dem)) as scene:
         strips = [scene.read(Tile(y, 0, min(50, 300 - y), 1100))[6] for y in range(0, 300, 50)]
     with open_scene(folder, SceneOptions(dem=dem)) as scene:
@@ -141,9 +145,14 @@ def test_void_stays_unknown_even_where_absent_tiles_are_sea(tmp_path, folder):
         return np.where(hole, -32768, 7)
 
     dem = write_dem(
-        tmp_path / "n.tif", west - 0.01, south - 0.01, east + 0.01, north + 0.01, holed,
+        tmp_path / "n.tif",
+        west - 0.01,
+        south - 0.01,
+        east + 0.01,
+        north + 0.01,
+        holed,
         dtype="int16",
-    )  # fmt: skip
+    )
     for sea in (False, True):
         found, _ = read_dem(folder, dem=dem, dem_sea_where_absent=sea)
         assert 4 < np.isnan(found).sum() < 200

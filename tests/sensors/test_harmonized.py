@@ -128,9 +128,18 @@ def make_safe(root, baseline="0510", offsets=OFFSETS, scl=None):
     for band, values in layers.items():
         path = images / f"T21FVC_20240201T133209_{band}_20m.jp2"
         with rasterio.open(
-            path, "w", driver="JP2OpenJPEG", count=1, height=SHAPE[0], width=SHAPE[1],
-            dtype=values.dtype, crs=CRS, transform=TRANSFORM, QUALITY="100", REVERSIBLE="YES",
-        ) as out:  # fmt: skip
+            path,
+            "w",
+            driver="JP2OpenJPEG",
+            count=1,
+            height=SHAPE[0],
+            width=SHAPE[1],
+            dtype=values.dtype,
+            crs=CRS,
+            transform=TRANSFORM,
+            QUALITY="100",
+            REVERSIBLE="YES",
+        ) as out:
             out.write(values, 1)
     (root / name / "MTD_MSIL2A.xml").write_text(
         '<?xml version="1.0"?><n1:Level-2A_User_Product xmlns:n1="https://psd-14.sentinel2.eo.esa'
@@ -184,9 +193,13 @@ def test_only_some_classes_are_bad(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "offsets", ["", '<BOA_ADD_OFFSET band_id="1">-1000</BOA_ADD_OFFSET>', OFFSETS.replace(
-        '"8">-1000', '"8">-500')],
-)  # fmt: skip
+    "offsets",
+    [
+        "",
+        '<BOA_ADD_OFFSET band_id="1">-1000</BOA_ADD_OFFSET>',
+        OFFSETS.replace('"8">-1000', '"8">-500'),
+    ],
+)
 def test_a_missing_or_uneven_offset_is_refused(tmp_path, offsets):
     with pytest.raises(InputError, match="BOA_ADD_OFFSET"):
         open_scene(make_safe(tmp_path, "0510", offsets))

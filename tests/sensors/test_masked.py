@@ -31,10 +31,18 @@ def masked(folder, values, kind, nodata=None, crs=UTM):
     with (
         rasterio.Env(GDAL_TIFF_INTERNAL_MASK=kind != "external"),
         rasterio.open(
-            path, "w", driver="GTiff", count=count, height=SHAPE[0], width=SHAPE[1],
-            dtype=values.dtype, nodata=nodata, crs=crs, transform=PLACE,
+            path,
+            "w",
+            driver="GTiff",
+            count=count,
+            height=SHAPE[0],
+            width=SHAPE[1],
+            dtype=values.dtype,
+            nodata=nodata,
+            crs=crs,
+            transform=PLACE,
         ) as out,
-    ):  # fmt: skip
+    ):
         out.write(values, 1)
         # With "both" the mask tells of the right half only, alpha of the left one.
         left = np.arange(SHAPE[1]) < 14

@@ -207,9 +207,16 @@ def test_policies_hold_for_stacked_rasters_with_qa_pixel(tmp_path):
     values[5, 0, :6] = [1 << bit for bit in range(6)]
     path = tmp_path / "stack.tif"
     with rasterio.open(
-        path, "w", driver="GTiff", count=6, height=SHAPE[0], width=SHAPE[1], dtype="int32",
-        crs=CRS, transform=TRANSFORM,
-    ) as out:  # fmt: skip
+        path,
+        "w",
+        driver="GTiff",
+        count=6,
+        height=SHAPE[0],
+        width=SHAPE[1],
+        dtype="int32",
+        crs=CRS,
+        transform=TRANSFORM,
+    ) as out:
         out.write(values)
         for number, band in enumerate(("SWIR", "NIR", "R", "G", "B", "QA"), start=1):
             out.set_band_description(number, band)

@@ -45,10 +45,24 @@ def test_the_file_has_the_names_of_the_contract(tmp_path):
     write_record(path, RECORD)
     found = json.loads(path.read_text())
     assert set(found) >= {
-        "schema", "scene", "grid", "quality", "dem", "aoi", "excluded", "network", "backend",
-        "threshold", "settings", "observed_share", "kelp_pixels", "presence_area_m2",
-        "expected_area_m2", "guard", "versions",
-    }  # fmt: skip
+        "schema",
+        "scene",
+        "grid",
+        "quality",
+        "dem",
+        "aoi",
+        "excluded",
+        "network",
+        "backend",
+        "threshold",
+        "settings",
+        "observed_share",
+        "kelp_pixels",
+        "presence_area_m2",
+        "expected_area_m2",
+        "guard",
+        "versions",
+    }
     assert found["schema"] == 1
     assert found["scene"]["acquired"] == "2019-12-01T15:16:51Z"
     assert found["presence_area_m2"] is None  # not known is null, never 0

@@ -17,8 +17,13 @@ from kelp.io.location import Url
 from kelp.sensors import find_scenes, open_scene, scene_name, stac
 
 ITEMS = sorted((REAL / "stac").glob("*.json"))
-BANDS = {4: (5, 4, 3, 2, 1), 5: (5, 4, 3, 2, 1), 7: (5, 4, 3, 2, 1), 8: (6, 5, 4, 3, 2),
-         9: (6, 5, 4, 3, 2)}  # fmt: skip
+BANDS = {
+    4: (5, 4, 3, 2, 1),
+    5: (5, 4, 3, 2, 1),
+    7: (5, 4, 3, 2, 1),
+    8: (6, 5, 4, 3, 2),
+    9: (6, 5, 4, 3, 2),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -84,14 +89,16 @@ def test_items_of_all_generations_are_read(tmp_path, path, where):
 
 def test_names_of_maps_come_from_names_of_items():
     for location, wanted in (
-        (Url("https://x/collections/c/items/LC08_L2SP_047027_20201204_02_T1"),
-         "LC08_L2SP_047027_20201204_02_T1"),
+        (
+            Url("https://x/collections/c/items/LC08_L2SP_047027_20201204_02_T1"),
+            "LC08_L2SP_047027_20201204_02_T1",
+        ),
         (Url("https://x/items/LC08_L2SP_008059_20191201_20200825_02_T1_SR"), PRODUCTS[8]),
         (Url(f"https://x/{PRODUCTS[8]}_SR_stac.json"), PRODUCTS[8]),
         (Url("https://x/item.json?sig=abc"), "item"),
         (REAL / PRODUCTS[8] / f"{PRODUCTS[8]}_SR_stac.json", PRODUCTS[8]),
         (REAL / PRODUCTS[8], PRODUCTS[8]),
-    ):  # fmt: skip
+    ):
         assert scene_name(location) == wanted
 
 
@@ -103,8 +110,13 @@ def server(tmp_path_factory):
     folder, _ = synthetic(root, item)
     (root / "items").mkdir()
     with serving(root) as address:
-        for cloud, day in ((5, "2022-01-29"), (60, "2022-02-14"), (None, "2022-03-02"),
-                           (20, "2023-01-29"), (9, "2022-03-18")):  # fmt: skip
+        for cloud, day in (
+            (5, "2022-01-29"),
+            (60, "2022-02-14"),
+            (None, "2022-03-02"),
+            (20, "2023-01-29"),
+            (9, "2022-03-18"),
+        ):
             made = pointed(json.loads(json.dumps(item)), f"{address}/files/files/{folder.name}/")
             made["id"] = f"LC09_{day}"
             made["properties"]["datetime"] = f"{day}T15:28:34Z"
@@ -183,9 +195,10 @@ def test_an_item_that_is_missing_or_a_web_page_is_named(server, path):
 def searched(server, tmp_path, api="api", **options):
     address, _, _ = server
     config = SearchConfig(
-        stac=f"{address}/{api}", output=tmp_path / "scenes.txt",
+        stac=f"{address}/{api}",
+        output=tmp_path / "scenes.txt",
         **{"bbox": "-81,-8,-78,-6", "collection": "landsat-c2-l2", **options},
-    )  # fmt: skip
+    )
     result = stac.search(config)
     assert (tmp_path / "scenes.txt").read_text().split() == list(result.items)
     return [item.rpartition("/")[2] for item in result.items]
@@ -193,9 +206,12 @@ def searched(server, tmp_path, api="api", **options):
 
 def test_a_search_pages_through_all_and_sorts_by_time(server, tmp_path):
     assert searched(server, tmp_path) == [
-        "LC09_2022-01-29", "LC09_2022-02-14", "LC09_2022-03-02", "LC09_2022-03-18",
+        "LC09_2022-01-29",
+        "LC09_2022-02-14",
+        "LC09_2022-03-02",
+        "LC09_2022-03-18",
         "LC09_2023-01-29",
-    ]  # fmt: skip
+    ]
 
 
 def test_a_search_asks_for_box_dates_and_clouds(server, tmp_path):
@@ -415,15 +431,24 @@ def sentinel2_item(tmp_path, baseline, applied=None, offset=None):
     from satellites import write_layer
 
     assets = {}
-    for key, size in (("blue", 40), ("green", 40), ("red", 40), ("nir08", 20), ("swir16", 20),
-                      ("scl", 20)):  # fmt: skip
+    for key, size in (
+        ("blue", 40),
+        ("green", 40),
+        ("red", 40),
+        ("nir08", 20),
+        ("swir16", 20),
+        ("scl", 20),
+    ):
         values = np.full((size, size), 4000 if key != "scl" else 6, np.uint16)
         if size == 40:
             values[::2] += 2  # the mean of four is 1 more
         write_layer(
-            tmp_path / f"{key}.tif", values, 0, "EPSG:32721",
+            tmp_path / f"{key}.tif",
+            values,
+            0,
+            "EPSG:32721",
             Affine(800 / size, 0, 500_000, 0, -800 / size, 4_300_000),
-        )  # fmt: skip
+        )
         assets[key] = {"href": f"./{key}.tif"}
         if offset is not None and key != "scl":
             assets[key]["raster:bands"] = [{"scale": 0.0001, "offset": offset}]
@@ -434,11 +459,16 @@ def sentinel2_item(tmp_path, baseline, applied=None, offset=None):
     path.write_text(
         json.dumps(
             {
-                "type": "Feature", "stac_version": "1.0.0", "id": path.stem, "links": [],
-                "collection": "sentinel-2-l2a", "properties": properties, "assets": assets,
+                "type": "Feature",
+                "stac_version": "1.0.0",
+                "id": path.stem,
+                "links": [],
+                "collection": "sentinel-2-l2a",
+                "properties": properties,
+                "assets": assets,
             }
         )
-    )  # fmt: skip
+    )
     return path
 
 

@@ -248,7 +248,7 @@ def test_beds_of_a_place_come_back_where_they_were():
         both = beds[:, 24:128, 16:128]
         shared += both.all(axis=0).sum()
         grown += both.any(axis=0).sum()
-    assert 0.1 < shared / grown < 0.8  # 0.05 if every date chose its beds anew
+    assert 0.1 < shared / grown < 0.8  # 0.05 if every date chose its beds again
 
 
 # ------------------------------------------------------------------------------ appearance

@@ -99,7 +99,7 @@ def _check_kind(table: pd.DataFrame, config: FoldConfig) -> None:
             f"{path} is a table of tiles: add --sahi True, or give the table of kelp metadata"
         )
     if table["image_path"].isna().any() and not set(_SOURCE_COLUMNS) <= set(table.columns):
-        raise TableError(f"{path}: has rows without image_path; make the table anew")
+        raise TableError(f"{path}: has rows without image_path; make the table again")
 
 
 def _can_be_moved(rows: pd.DataFrame, path: Path) -> bool:
@@ -116,7 +116,7 @@ def _check_masks(rows: pd.DataFrame, path: Path) -> None:
     unlabelled = rows["image_path"].notna() & rows["mask_path"].isna()
     if unlabelled.any():
         name = rows.loc[unlabelled, "tile_id"].iloc[0]
-        raise TableError(f"{path}: {name} has no mask_path; add its mask and make the table anew")
+        raise TableError(f"{path}: {name} has no mask_path; add its mask and make the table again")
 
 
 def training_shape(fold: Fold, config: FoldConfig) -> Shape:
@@ -187,7 +187,7 @@ def _weighted_sum(
     for name, (factor, is_share_of_bad) in terms.items():
         if name not in rows.columns or rows[name].isna().any():
             raise TableError(
-                f"{table}: the weighted sampler needs {name} in every row; make the table anew, "
+                f"{table}: the weighted sampler needs {name} in every row; make the table again, "
                 "or train with --use_weighted_sampler False"
             )
         values = rows[name].to_numpy(np.float64)

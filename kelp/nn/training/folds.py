@@ -117,7 +117,7 @@ def _open(config: TrainConfig, numbers: list[int]) -> tuple[Tracking, FoldRuns]:
         if epochs != config.epochs:
             raise ConfigError(
                 f"--epochs {config.epochs}: the folds of {folder} have {epochs}, and all folds "
-                "share their settings; give that, or begin anew without --resume_from"
+                "share their settings; give that, or begin again without --resume_from"
             )
         parent = reopen_run(folder, config)
         return parent, FoldRuns.read(parent.run_dir) or FoldRuns(numbers)

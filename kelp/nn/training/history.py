@@ -150,5 +150,5 @@ def _read_state(path: Path) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         state: dict[str, Any] = content["callbacks"][_STATE]
     except (OSError, RuntimeError, UnpicklingError, LookupError) as error:
-        raise InputError(f"{path}: not a checkpoint of kelp train; start the run anew") from error
+        raise InputError(f"{path}: not a checkpoint of kelp train; start the run again") from error
     return state

@@ -76,7 +76,7 @@ class KelpTask(LightningModule):
                 buffer.copy_(value)
 
     def on_train_epoch_start(self) -> None:
-        """Start the network's own random numbers (dropout) anew, so that a run can be resumed."""
+        """Start the network's own random numbers (dropout) again, so that a run can be resumed."""
         torch.manual_seed(self._seed(self.current_epoch))
 
     def training_step(self, batch: Sample, batch_idx: int) -> Tensor:

@@ -329,9 +329,11 @@ def _map(report: Report, config: ReportConfig, evaluated: Evaluated, progress: P
         "click into the map lets the wheel zoom."
     )
     view = ViewConfig(
-        predictions_dir=config.preds_dir, output=config.output_dir / "map.html",
-        run_dir=config.run_dir, side=_MAP_SIDE,
-    )  # fmt: skip
+        predictions_dir=config.preds_dir,
+        output=config.output_dir / "map.html",
+        run_dir=config.run_dir,
+        side=_MAP_SIDE,
+    )
     report.insert(map_section([entry for entry, _ in opened], beside, view, progress))
 
 

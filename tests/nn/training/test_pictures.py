@@ -203,18 +203,18 @@ def test_the_speed_is_in_mlflow_and_not_in_the_history(run):
 
 
 def test_what_validation_predicts_is_what_is_drawn(run, options, new_store, tmp_path, monkeypatch):
-    """It is taken over where it can be; predicted anew it is the same."""
+    """It is taken over where it can be; predicted again it is the same."""
     monkeypatch.setattr(Album, "take", lambda *args: None)
-    anew = train(TrainConfig(**options, output_dir=new_store(tmp_path / "runs")))
-    assert anew.scores == run.scores
-    ours, theirs = pictures(run.run_dir), pictures(anew.run_dir)
+    again = train(TrainConfig(**options, output_dir=new_store(tmp_path / "runs")))
+    assert again.scores == run.scores
+    ours, theirs = pictures(run.run_dir), pictures(again.run_dir)
     assert ours.keys() == theirs.keys()
     for name in ours:
         a, b = image(ours[name]), image(theirs[name])
         assert (a != b).any(axis=-1).mean() < 1e-3, name  # other batches, other roundings
     (weights,) = {
         (r.run_dir / "artifacts" / "bundle-latest" / "weights.safetensors").read_bytes()
-        for r in (run, anew)
+        for r in (run, again)
     }
     assert weights
 

@@ -489,7 +489,7 @@ def test_averages_that_cannot_be(configure, changes, cause):
 
 
 def test_a_run_stopped_in_its_first_epoch_keeps_its_pretrained_weights(configure, monkeypatch):
-    """Without a checkpoint it starts anew: from the same weights, not from random ones."""
+    """Without a checkpoint it starts again: from the same weights, not from random ones."""
 
     def load(net, source):
         for parameter in net.body.parameters():
