@@ -19,7 +19,7 @@ from kelp.raster.scene import SceneSize
 from kelp.raster.window import Shape
 from kelp.tiling.engine import AHEAD
 from kelp.tiling.grid import TileGrid
-from kelp.tiling.strip import Slicing, strip_rows
+from kelp.tiling.strip import PIECE, Slicing, strip_rows
 
 _CANONICAL: Final = 4 * len(BANDS)
 """Bytes of a pixel inside kelp."""
@@ -28,7 +28,8 @@ _MERGING: Final = 8 + 4 + 1
 _MERGING_SPREAD: Final = 8
 """The sum of squares."""
 SMALLEST_CACHE: Final = 16 << 20
-_LARGEST_CACHE: Final = 512 << 20  # without a budget
+_LARGEST_CACHE: Final = 512 << 20
+"""Without a budget. One of a part of what is needed would hold no block long enough."""
 _SLACK: Final = 1.1
 """Allocators round up."""
 
@@ -74,13 +75,14 @@ def make_plan(
     """
     tiles = sum(len(slicing.grid(scene.shape)) for scene in scenes)
     areas = [scene.shape[0] * scene.shape[1] for scene in scenes]
+    cache = _cache(scenes, slicing)
     return Plan(
         scenes=len(scenes),
         tiles=tiles,
         batch_size=slicing.batch_size,
         multiplier=tiles * network_pixels / max(sum(areas), 1),
         disk=output_bytes(scenes, pixel_bytes),
-        cache=min(_cache(scenes, slicing), _LARGEST_CACHE),
+        cache=cache if cache <= _LARGEST_CACHE else SMALLEST_CACHE,
     )
 
 
@@ -136,26 +138,28 @@ def fit_memory(
     Raises:
         ConfigError: not even batches of one crop fit; names the smallest budget that works.
     """
-    cache = _cache(scenes, slicing)
 
-    def total(batch: int) -> int:
+    def total(batch: int, cache: int) -> int:
         cut = replace(slicing, batch_size=batch)
         work = network.first + (batch - 1) * network.further + _buffers(cut) + cache
         work += max(_scene_bytes(scene, cut, spread) for scene in scenes)
         return network.present + int(_SLACK * work)
 
-    if total(1) > budget:
+    cache = _cache(scenes, slicing)
+    if total(1, cache) > budget:
+        cache = SMALLEST_CACHE  # blocks are then decoded several times, which costs time only
+    if total(1, cache) > budget:
         # Measured again, the program may take a little more: what is named must work then, too.
-        least = int(1.02 * total(1))
+        least = int(1.02 * total(1, cache))
         raise ConfigError(
             f"--max_memory {amount(budget)}: the smallest that works here is {amount(least)} "
             f"({amount(network.present)} for the program and its network, the rest for tiles and "
-            "rows); smaller tiles need less, and files stored in smaller blocks"
+            "rows); smaller tiles need less"
         )
     batch = slicing.batch_size
-    while batch > 1 and total(batch) > budget:
+    while batch > 1 and total(batch, cache) > budget:
         batch = (batch + 1) // 2
-    return replace(plan, batch_size=batch, cache=cache, memory=total(batch))
+    return replace(plan, batch_size=batch, cache=cache, memory=total(batch, cache))
 
 
 def check_disk(plan: Plan, folder: Path) -> None:
@@ -182,15 +186,17 @@ def _buffers(slicing: Slicing) -> int:
 def _scene_bytes(scene: SceneSize, slicing: Slicing, spread: bool) -> int:
     """Bytes of a scene under way: its strip, rows being read, merged and written."""
     height, width = scene.shape
-    tile, stride = slicing.tile[0], slicing.stride[0]
+    tile, stride = min(slicing.tile[0], height), min(slicing.stride[0], height)
+    at_once = min(stride, max(1, PIECE // width))  # rows that are read, or written
     strip = min(strip_rows(slicing), height) * (_CANONICAL + 1)
-    reading = min(stride, height) * (scene.stored + 2 * _CANONICAL)
+    reading = at_once * (scene.stored + 2 * _CANONICAL)
     # Rows of tiles that are read but not yet merged: batches under way, and one to be filled.
     columns = len(TileGrid((1, width), (1, slicing.tile[1]), (0, slicing.overlap[1])))
     ahead = -(-(2 * AHEAD + 2) * slicing.batch_size // columns) + 1
-    waiting = _MERGING + spread * _MERGING_SPREAD + 1
-    merging = min(tile + ahead * stride, height) * waiting * 2  # twice where it grows
-    writing = min(stride, height) * (40 + spread * 24)
+    sums = _MERGING + spread * _MERGING_SPREAD
+    overlap = min(slicing.overlap[0], height)  # a journal's copy
+    merging = (tile + overlap) * sums + min(tile + ahead * stride, height)
+    writing = at_once * (40 + spread * 24) + stride * 4 * (1 + spread)
     small = max(width, slicing.tile[1]) / width  # reflected up to a tile
     return int(small * width * (strip + reading + merging + writing))
 

@@ -259,6 +259,5 @@ class Stitching:
         joined = above.joined(head)
         merger = StripMerger(self.shape, self.blend, joined, spread=self.spread)
         planes = merger.take_planes(joined.bottom)
-        observed: list[NDArray[np.bool_]] = [row for edge in heads for row in edge.observed]
-        finish(planes, observed)
+        finish(planes, np.concatenate([edge.observed for edge in heads]))
         return planes

@@ -145,9 +145,14 @@ class Scene:
     @property
     def size(self) -> SceneSize:
         """What reading it will take."""
-        height, width = self._dataset.block_shapes[0]
         stored = sum(np.dtype(kind).itemsize for kind in self._dataset.dtypes)
-        return SceneSize(self.shape, (height, width), stored)
+        return SceneSize(self.shape, self.block, stored)
+
+    @property
+    def block(self) -> Shape:
+        """Height and width of the blocks in which it is stored."""
+        height, width = self._dataset.block_shapes[0]
+        return height, width
 
     @property
     def reading(self) -> dict[str, object]:
@@ -288,9 +293,9 @@ class Scene:
             with np.errstate(over="ignore"):  # lowest float64: a filler
                 plane[...] = values
             for value in nodata:
-                plane[values == value] = np.nan
+                np.copyto(plane, np.nan, where=values == value)
             if hidden is not None:
-                plane[hidden[i]] = np.nan
+                np.copyto(plane, np.nan, where=hidden[i])
         if QA in self._targets:
             out[QA] = validity.decode_qa(out[QA], self.qa_bits)
         return out
@@ -301,7 +306,9 @@ class Scene:
         """Make fillers missing, and count those that no tag or mask names."""
         optical = pixels[: len(OPTICAL)]
         unnamed = filled & ~np.isnan(optical).all(axis=0)
-        optical[:, filled] = np.nan
+        if not unnamed.any():  # as in most files: the others are missing already
+            return
+        optical[:, unnamed] = np.nan
         first = next(
             values for values, t in zip(raw, self._targets, strict=True) if BANDS[t] in OPTICAL
         )

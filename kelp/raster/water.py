@@ -203,6 +203,12 @@ class Anchored:
         """The part of the scene that is wanted (`kelp.tiling.strip.Area`); None = all of it."""
         return getattr(self.source, "area", None)
 
+    @property
+    def block(self) -> Shape:
+        """Height and width of the blocks in which the scene is stored."""
+        block: Shape = getattr(self.source, "block", (1, self.shape[1]))
+        return block
+
     def read(self, tile: Tile | None = None) -> NDArray[np.float32]:
         """A window inside the scene (default: all) as a canonical array."""
         tile = tile or Tile(0, 0, *self.shape)

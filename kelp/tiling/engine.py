@@ -26,7 +26,7 @@ from kelp.raster.bands import BANDS
 from kelp.raster.window import RasterSource, Tile
 from kelp.tiling.grid import TileGrid
 from kelp.tiling.merge import MergerState, StripMerger
-from kelp.tiling.strip import Pixels, Slicing, Strip
+from kelp.tiling.strip import Pixels, Slicing, Strip, pieces
 
 Predict = Callable[[Pixels], Pixels]
 """Raw DN `(n, 7, h, w)` (canonical, NaN = missing) to probabilities `(n, h, w)`."""
@@ -179,10 +179,12 @@ class _Scene:
         if self.merger.top < end:
             top = self.merger.top
             planes = self.merger.take_planes(end)
-            finish(planes, [self.seen.popleft() for _ in range(planes.shape[1])])
-            self.job.sink.write(top, planes[0])
-            if self.job.spread:
-                self.job.spread(top, planes[1])
+            finish(planes, np.array([self.seen.popleft() for _ in range(planes.shape[1])]))
+            for part in pieces(Tile(0, 0, *planes.shape[1:]), (1, planes.shape[2])):
+                piece = planes[:, part.y : part.bottom]
+                self.job.sink.write(top + part.y, piece[0])
+                if self.job.spread:
+                    self.job.spread(top + part.y, piece[1])
         if self.row == self.end:
             if self.row < len(rows):
                 self._hand_over(rows[self.row - 1] + tile)
@@ -198,14 +200,12 @@ class _Scene:
             self.job.edge(Edge(state, observed))
 
 
-def finish(planes: Pixels, observed: Iterable[NDArray[np.bool_]]) -> None:
-    """Make merged rows `(planes, rows, width)` final, in place, by their observed planes."""
-    for row, seen in enumerate(observed):
-        unseen = ~seen
-        for values in planes[:, row]:
-            # Observed pixels without a vote lie in tiles left out as land: certainly no kelp.
-            values[np.isnan(values)] = 0.0
-            values[unseen] = np.nan
+def finish(planes: Pixels, observed: NDArray[np.bool_]) -> None:
+    """Make merged rows `(planes, rows, width)` final, in place, by their observed plane."""
+    for plane in planes:
+        # Observed pixels without a vote lie in tiles left out as land: certainly no kelp.
+        plane[np.isnan(plane)] = 0.0
+        plane[~observed] = np.nan
 
 
 class _Batch:

@@ -22,6 +22,8 @@ _WEIGHT_UNIT: Final = 2.0**12
 _LARGEST_VALUE: Final = 2.0  # probabilities, give or take the last bits of a resampling
 # A square loses half a unit, so tiles that agree may seem to vary by that much.
 _LEAST_VARIANCE: Final = 2.0**-30
+_CHUNK: Final = 1 << 15
+"""Pixels that are averaged at a time."""
 
 
 def window(blend: Blend, height: int, width: int) -> NDArray[np.float64]:
@@ -123,11 +125,16 @@ class StripMerger:
         self.shape = shape
         self.blend: Blend = blend
         self._window: NDArray[np.float64] = np.zeros((0, 0))
-        self._vote = (0.0, np.zeros((0, 0), dtype=np.float32))  # validity, its rounded weights
+        self._vote = (0.0, np.zeros((0, 0)))  # validity, its rounded weights
         state = state or MergerState.empty(0, shape[1], 2 if spread else 1)
         self.top = state.top  # first row not yet taken
+        # Rows from `top` on, of which `_held` are in use; those below them are 0.
         self._sums, self._weights = state.sums.copy(), state.weights.copy()
         self._left_out = state.left_out.copy()
+        self._held = len(state.weights)
+        # Of one tile: new arrays for each would cost more than the sums.
+        self._rounded = np.zeros((0, 0), dtype=np.float32)
+        self._votes = np.zeros((0, 0))
 
     def add(self, tile: Tile, values: NDArray[np.floating], validity: float = 1.0) -> None:
         """Add a tile's vote.
@@ -142,17 +149,25 @@ class StripMerger:
         if not max(-values.min(), values.max()) <= _LARGEST_VALUE:  # NaN is caught, too
             raise ValueError(f"values of {tile} are not numbers within ±{_LARGEST_VALUE:g}")
         rows, columns = self._slices(tile)
+        if self._votes.shape != values.shape:
+            self._rounded = np.empty(values.shape, dtype=np.float32)
+            self._votes = np.empty(values.shape)
+        rounded, votes = self._rounded, self._votes
+        np.multiply(values, _VALUE_UNIT, out=rounded, casting="same_kind")
+        np.rint(rounded, out=rounded)
+        votes[...] = rounded
+        weights = self._weigh(values.shape, validity)
         inside = slice(rows.stop - rows.start), slice(columns.stop - columns.start)
-        votes = np.multiply(values[inside], _VALUE_UNIT, dtype=np.float32)
-        votes = np.rint(votes, out=votes).astype(np.float64)
-        weights = self._weigh(values.shape, validity)[inside]
         if len(self._sums) > 1:
             squares = np.rint(votes * votes / _VALUE_UNIT)
             squares *= weights
-            self._sums[1, rows, columns] += squares
+            self._sums[1, rows, columns] += squares[inside]
         votes *= weights
-        self._sums[0, rows, columns] += votes
-        self._weights[rows, columns] += weights
+        for total, part in (
+            (self._sums[0, rows, columns], votes),
+            (self._weights[rows, columns], weights),
+        ):
+            np.add(total, part[inside], out=total, casting="same_kind")
 
     def leave_out(self, tile: Tile) -> None:
         """Note that a tile was left out on purpose: its pixels are no holes."""
@@ -169,48 +184,79 @@ class StripMerger:
 
     def take_planes(self, end: int) -> NDArray[np.float32]:
         """As `take`, `(planes, rows, width)`: the mean and, where asked for, the spread."""
-        top = self.top
-        state = self.cut(end)
-        holes = (state.weights == 0) & ~state.left_out
-        if holes.any():
-            y, x = np.argwhere(holes)[0]
-            raise CoverageError(f"no tile covers the pixel at row {top + y}, column {x}")
-        with np.errstate(invalid="ignore"):  # 0 / 0 where all tiles were left out
-            merged = np.divide(state.sums, state.weights)
-        merged /= _VALUE_UNIT
-        if len(merged) > 1:
-            variance = merged[1]
-            variance -= merged[0] ** 2
+        end = min(end, self.shape[0])
+        self._reach(end)
+        count, width = end - self.top, self.shape[1]
+        planes = np.empty((len(self._sums), count, width), dtype=np.float32)
+        step = max(1, _CHUNK // width)  # rows at a time: what is worked on stays in the cache
+        for first in range(0, count, step):
+            some = slice(first, min(first + step, count))
+            self._average(some, planes[:, some])
+        self._drop(count)
+        return planes
+
+    def _average(self, rows: slice, out: NDArray[np.float32]) -> None:
+        """Mean and spread of rows of the buffers, into `(planes, rows, width)`."""
+        weights = self._weights[rows].astype(np.float64)
+        unvoted = weights == 0
+        if unvoted.any():
+            holes = unvoted & ~self._left_out[rows]
+            if holes.any():
+                y, x = np.argwhere(holes)[0]
+                raise CoverageError(
+                    f"no tile covers the pixel at row {self.top + rows.start + y}, column {x}"
+                )
+            weights[unvoted] = np.nan  # where all tiles were left out
+        weights *= _VALUE_UNIT
+        mean = self._sums[0, rows] / weights
+        out[0] = mean
+        if len(out) > 1:
+            variance = self._sums[1, rows] / weights
+            mean *= mean
+            variance -= mean
             variance[variance < _LEAST_VARIANCE] = 0
             np.sqrt(variance, out=variance)
-        return merged.astype(np.float32)
+            out[1] = variance
 
     def cut(self, end: int) -> MergerState:
         """Rows `top … end` as sums, to which another merger may still have tiles to add."""
         end = min(end, self.shape[0])
         self._reach(end)
         count = end - self.top
-        state = MergerState(
-            self.top, self._sums[:, :count], self._weights[:count], self._left_out[:count]
-        )
-        self._sums = self._sums[:, count:].copy()
-        self._weights = self._weights[count:].copy()
-        self._left_out = self._left_out[count:].copy()
-        self.top = end
+        state = self._copy(count)
+        self._drop(count)
         return state
 
     def state(self) -> MergerState:
         """What was added to rows that are not yet taken."""
-        return MergerState(self.top, self._sums.copy(), self._weights.copy(), self._left_out.copy())
+        return self._copy(self._held)
 
-    def _weigh(self, shape: tuple[int, ...], validity: float) -> NDArray[np.float32]:
+    def _copy(self, count: int) -> MergerState:
+        """The first `count` rows of the buffers."""
+        return MergerState(
+            self.top,
+            self._sums[:, :count].copy(),
+            self._weights[:count].copy(),
+            self._left_out[:count].copy(),
+        )
+
+    def _drop(self, count: int) -> None:
+        """Forget the first `count` rows; the others move up, in the same memory."""
+        kept = self._held - count
+        for plane in (*self._sums, self._weights, self._left_out):
+            plane[:kept] = plane[count : self._held]
+            plane[kept : self._held] = 0
+        self._held = kept
+        self.top += count
+
+    def _weigh(self, shape: tuple[int, ...], validity: float) -> NDArray[np.float64]:
         """Weights of a vote: whole numbers, at least 1."""
         if self._window.shape != shape:
             self._window = window(self.blend, *shape)
             self._vote = (0.0, self._vote[1])
         if self._vote[0] != validity:
             weights = np.rint(self._window * (validity * _WEIGHT_UNIT))
-            self._vote = (validity, np.maximum(weights, 1).astype(np.float32))
+            self._vote = (validity, np.maximum(weights, 1))
         return self._vote[1]
 
     def _slices(self, tile: Tile) -> tuple[slice, slice]:
@@ -222,8 +268,9 @@ class StripMerger:
         return slice(inside.y - self.top, inside.bottom - self.top), slice(inside.x, inside.right)
 
     def _reach(self, bottom: int) -> None:
-        """Grow the buffers down to row `bottom`."""
-        missing = bottom - self.top - len(self._weights)
+        """Hold rows down to row `bottom`."""
+        self._held = max(self._held, bottom - self.top)
+        missing = self._held - len(self._weights)
         if missing > 0:
             grow = ((0, missing), (0, 0))
             self._sums = np.pad(self._sums, ((0, 0), *grow))

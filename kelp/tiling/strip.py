@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,9 @@ from kelp.raster.window import Blend, RasterSource, Shape, Tile
 from kelp.tiling.grid import TileGrid
 
 Pixels = NDArray[np.float32]
+
+PIECE: Final = 1 << 20
+"""Pixels that are read, or written, at a time."""
 
 
 class Area(Protocol):
@@ -87,6 +91,22 @@ def strip_rows(slicing: Slicing) -> int:
     return slicing.tile[0] + 2 * slicing.land_tolerance + slicing.stride[0]
 
 
+def pieces(window: Tile, block: Shape) -> Iterator[Tile]:
+    """A window in pieces of about `PIECE` pixels: what copies them needs no more memory.
+
+    They are of whole rows, or of columns where the file is stored in blocks `(height, width)`
+    narrower than that: a block would otherwise be decoded for every piece.
+    """
+    height, width = window.height, window.width
+    if block[1] >= width:
+        height = max(1, PIECE // width)
+    else:
+        width = max(1, PIECE // height // block[1]) * block[1]
+    for y in range(window.y, window.bottom, height):
+        for x in range(window.x, window.right, width):
+            yield Tile(y, x, min(height, window.bottom - y), min(width, window.right - x))
+
+
 class Strip:
     """A row of tiles of a scene, with the rows around it that decide what is land.
 
@@ -98,6 +118,7 @@ class Strip:
 
     def __init__(self, source: RasterSource, slicing: Slicing, top: int = 0) -> None:
         self._source = source
+        self._block: Shape = getattr(source, "block", (1, source.shape[1]))
         self._tile = slicing.tile
         self._stride = slicing.stride[0]
         self._qa_as_nodata = slicing.qa_as_nodata
@@ -129,27 +150,31 @@ class Strip:
         kept = self._bottom - top
         if top > self._top:
             planes = (*self._pixels, self._seen, *([self._inside] if self._area else []))
-            for plane in planes:  # one at a time: copied aside, they overlap
-                plane[:kept] = plane[top - self._top : self._bottom - self._top].copy()
-        for first in range(self._bottom, end, self._stride):  # read at once is held twice
-            rows = min(self._stride, end - first)
-            new = slice(first - top, first - top + rows)
-            self._seen[new] = False
-            if self._area:
-                self._inside[new] = False
-            for part in self._needed(Tile(first, 0, rows, width)):
-                columns = slice(part.x, part.right)
-                pixels = self._pixels[:, new, columns]
-                pixels[...] = self._source.read(part)
-                self._seen[new, columns] = observed(pixels, self._qa_as_nodata)
-                if self._area:
-                    self._inside[new, columns] = self._area.mask(part) & self._seen[new, columns]
+            for plane in planes:  # one at a time: where they overlap they are copied aside
+                plane[:kept] = plane[top - self._top : self._bottom - self._top]
+        for first in range(self._bottom, end, self._stride):
+            self._read(Tile(first, 0, min(self._stride, end - first), width), top)
         self._top, self._bottom = top, end
         shown = self._inside if self._area else self._seen
         unreported = shown[max(self._reported, top) - top : end - top].copy()
         self._reported = max(self._reported, end)
         self._survey(y)
         return unreported
+
+    def _read(self, rows: Tile, top: int) -> None:
+        """Read rows of the scene into the strip, which begins at row `top`."""
+        new = slice(rows.y - top, rows.bottom - top)
+        self._seen[new] = False
+        if self._area:
+            self._inside[new] = False
+        for part in self._needed(rows):
+            for piece in pieces(part, self._block):  # what is read at once is held twice
+                window = slice(piece.y - top, piece.bottom - top), slice(piece.x, piece.right)
+                pixels = self._pixels[:, *window]
+                pixels[...] = self._source.read(piece)
+                self._seen[window] = observed(pixels, self._qa_as_nodata)
+                if self._area:
+                    self._inside[window] = self._area.mask(piece) & self._seen[window]
 
     def pixels(self, tile: Tile) -> Pixels:
         """A tile of the present row of tiles, shape `(7, *tile)`, a view."""

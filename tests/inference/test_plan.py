@@ -24,6 +24,7 @@ from kelp.errors import ConfigError, InputError
 from kelp.inference import memory
 from kelp.inference.bundle import Bundle
 from kelp.inference.plan import (
+    SMALLEST_CACHE,
     NetworkMemory,
     check_disk,
     fit_memory,
@@ -108,7 +109,7 @@ def test_a_plan_by_hand():
     large = [SceneSize((9000, 9000), (500, 512), 14)]
     assert make_plan(large, slicing, 1, 1).cache == int(2.25 * 500 * 9216 * 14)
     huge = [SceneSize((90000, 90000), (512, 512), 14)]
-    assert make_plan(huge, slicing, 1, 1).cache == 512 << 20
+    assert make_plan(huge, slicing, 1, 1).cache == 16 << 20  # a part of a row would be no use
     assert str(plan).startswith("plan: 31 tiles of 2 scenes, ")
     assert f"{plan.multiplier:.1f} times the network pixels" in str(plan)
     assert "memory" not in str(plan)
@@ -204,19 +205,30 @@ def test_the_smallest_budget_that_is_named_works(case):
 
 @LAWS
 @given(cases(), st.lists(st.floats(1, 20), min_size=2, max_size=6))
-def test_more_memory_is_never_a_smaller_batch(case, factors):
+def test_more_memory_buys_the_cache_then_larger_batches(case, factors):
     plan, scenes, slicing, network = case
     least = smallest(*case)
-    batches = []
+    bought = []
     for factor in sorted(factors):
         budget = int(least * factor)
         fitted = fit_memory(plan, budget, scenes, slicing, network)
         assert 1 <= fitted.batch_size <= slicing.batch_size
         assert network.present < fitted.memory <= budget
-        batches.append(fitted.batch_size)
-    assert batches == sorted(batches)
+        bought.append((fitted.cache, fitted.batch_size))
+    assert bought == sorted(bought)
     roomy = fit_memory(plan, 10**13, scenes, slicing, network)
     assert roomy.batch_size == slicing.batch_size
+
+
+def test_without_room_for_a_row_of_blocks_they_are_decoded_again():
+    scenes = [SceneSize((4096, 60_000), (512, 512), 14)]
+    slicing = Slicing((128, 128), (64, 64))
+    plan = make_plan(scenes, slicing, 1, 1)
+    network = NetworkMemory(500 * MB, 10 * MB, 10 * MB)
+    roomy = fit_memory(plan, 10**13, scenes, slicing, network)
+    tight = fit_memory(plan, roomy.memory - 400 * MB, scenes, slicing, network)
+    assert roomy.cache > 500 * MB
+    assert tight.cache == SMALLEST_CACHE
 
 
 @LAWS

@@ -200,3 +200,27 @@ def test_progress_counts_every_tile():
     job = ArrayScene(pixels)
     engine.run([Job(job, job)])
     assert sum(done) == len(TileGrid((50, 70), 16, 8)) == engine.counts.tiles
+
+
+@pytest.mark.parametrize("block", [(1, 3000), (64, 64), (512, 512)])
+def test_a_wide_scene_is_read_in_pieces(monkeypatch, block):
+    """In columns of whole blocks, or in rows: each pixel once."""
+    monkeypatch.setattr("kelp.tiling.strip.PIECE", 20_000)
+    pixels, windows = scene((200, 3000), holes=0), []
+
+    class Source(ArrayScene):
+        def read(self, tile):
+            windows.append(tile)
+            return super().read(tile)
+
+    source = Source(pixels)
+    source.block = block
+    Engine(scale, Slicing((64, 64), (32, 32), qa_as_nodata=False)).run([Job(source, source)])
+    np.testing.assert_allclose(source.result, scale(pixels[None])[0], atol=1e-6)
+    seen = np.zeros(source.shape, dtype=int)
+    for tile in windows:
+        seen[tile.slices] += 1
+        assert tile.height * tile.width <= max(20_000, 64 * block[1])
+        assert tile.x % block[1] == 0
+    assert (seen == 1).all()
+    assert len(windows) > 200 // 32 + 1
