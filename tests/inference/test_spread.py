@@ -185,7 +185,7 @@ def test_the_disk_is_planned(scenes, bundle, tmp_path, monkeypatch):
 
 
 def test_memory_is_planned_for_the_sums_of_squares():
-    """8 bytes for each pixel that waits, twice where it grows, and those of rows being written."""
+    """8 bytes for each pixel that waits, also in a journal, and those of rows being written."""
     scene, slicing = SceneSize((9000, 5000), (1, 5000), 14), Slicing((64, 64), (32, 32))
     plan = make_plan([scene], slicing, 1, 1)
     nothing = NetworkMemory(0, 0, 0)
@@ -193,8 +193,8 @@ def test_memory_is_planned_for_the_sums_of_squares():
         fit_memory(plan, 10**12, [scene], slicing, nothing, spread).memory
         for spread in (False, True)
     )
-    rows = 64 + 2 * 32  # a tile and the rows of tiles ahead
-    assert on - off == pytest.approx(1.1 * 5000 * (rows * 16 + 32 * 24), rel=0.001)
+    rows = 64 + 32  # a tile, and the overlap that a journal copies
+    assert on - off == pytest.approx(1.1 * 5000 * (rows * 8 + 32 * (24 + 4)), rel=0.001)
 
 
 def test_in_python(scenes, bundle, tmp_path):
