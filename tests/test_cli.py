@@ -1,16 +1,22 @@
 """The command line: spellings, precedence, help, exit codes."""
 
+import gc
 import subprocess
 import sys
+import tomllib
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
+import click
 import pytest
 import yaml
+from click.testing import CliRunner
 
 import kelp
 from kelp.cli import COMMANDS, config_class, main
 from kelp.config import PredictConfig, SliceConfig, TrainConfig
 from kelp.errors import ConfigError, KelpError
+from kelp.io import imported
 
 ROOT = Path(kelp.__file__).parent.parent
 
@@ -236,3 +242,39 @@ def test_every_command_has_its_function(name):
 def test_records_are_plain_yaml():
     config = SliceConfig(data_dir="d", metadata_fp="m", output_dir="o")
     assert yaml.safe_load(config.to_yaml())["data_dir"] == "d"
+
+
+def test_rio_has_the_program_as_a_plugin(seen):
+    """`rio kelp`, as rasterio's group loads it."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    group = "rasterio.rio_plugins"
+    ((name, target),) = project["entry-points"][group].items()
+    plugin = EntryPoint(name, target, group).load()
+    rio = click.Group("rio", commands={name: plugin})
+    done = CliRunner().invoke(rio, ["kelp", *PREDICT, "--tta", "--quiet"])
+    assert (done.exit_code, done.stdout) == (0, "done\n")
+    assert seen[0].tta
+    assert "Usage: kelp predict" in CliRunner().invoke(rio, ["kelp", "predict", "--help"]).stdout
+    wrong = CliRunner().invoke(rio, ["kelp", "predict", "--no_such=1"])
+    assert wrong.exit_code == 2
+    assert wrong.stderr.startswith("kelp: error: No such option")
+
+
+def test_imports_are_frozen_in_a_process_of_its_own_only(monkeypatch):
+    imported("kelp.inference.predict")
+    assert (gc.isenabled(), gc.get_freeze_count()) == (True, 0)
+    assert main(["--version"]) == 0
+    assert gc.get_freeze_count() == 0
+    monkeypatch.setattr(sys, "argv", ["kelp", "--version"])
+    try:
+        assert main() == 0
+        imported("kelp.inference.predict")
+        assert gc.get_freeze_count() > 0
+    finally:
+        gc.unfreeze()
+    gc.disable()
+    try:
+        imported("kelp.inference.predict")
+        assert not gc.isenabled()
+    finally:
+        gc.enable()

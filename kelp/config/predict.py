@@ -67,7 +67,7 @@ class PredictConfig(NetworkOptions, ThresholdOptions, SceneOptions, QaOptions, S
     )
     backend: Literal["auto", "torch", "onnx"] = option(
         "auto",
-        help="What computes the network; auto: torch where it is installed, else ONNX Runtime",
+        help="What computes the network; auto: the faster one here (torch on GPUs and in bfloat16)",
     )
     tta: bool = option(False, help="Average the 8 symmetries of the square (8 times the cost)")
     tta_merge_mode: MergeMode = option("mean", help="How --tta merges probabilities")

@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import importlib.util
 import logging
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from kelp.inference.backends.onnx import SPEC_KEY, SUFFIX, OnnxFile
 from kelp.inference.backends.trees import MODEL_FILE, PixelTrees
 from kelp.inference.foldruns import FoldRuns, runs_of
 from kelp.inference.spec import SCHEMA_VERSION, BundleSpec
+from kelp.io import imported
 from kelp.io.files import parse_json, recover_folder
 from kelp.io.location import packaged
 
@@ -100,7 +100,7 @@ def load_bundle(path: Path | str, which: Which = "best", backend: BackendName = 
         return _load_network_file(folder, spec)
     if not _has_torch():
         raise KelpError('--backend torch: torch is missing; pip install "kelp-slicer[train]"')
-    net: Net = importlib.import_module(_TORCH).load(folder, spec)
+    net: Net = imported(_TORCH).load(folder, spec)
     return Bundle(folder, spec, net)
 
 

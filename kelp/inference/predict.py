@@ -8,14 +8,16 @@ import logging
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kelp import tables
 from kelp.config import PredictConfig
-from kelp.errors import ConfigError, InputError
+from kelp.errors import ConfigError, InputError, KelpError
 from kelp.inference import memory
-from kelp.inference.bundle import DEFAULT_NETWORK, load_bundles
+from kelp.inference.backends import onnx_is_faster
+from kelp.inference.bundle import DEFAULT_NETWORK, Bundle, load_bundles
 from kelp.inference.checks import check_statistics
 from kelp.inference.cluster import Executor, Share, open_executor
 from kelp.inference.inputs import Task
@@ -98,7 +100,7 @@ def predict_scenes(
     config = config.absolute() if shared else config
     scenes = find_scenes(config.data_dir)
     _refuse_extras(config, scenes)
-    bundles = load_bundles(config.run_dir, config.use_checkpoint, config.backend)
+    bundles = _load(config, shared)
     if config.dataset_stats_dir:
         for bundle in bundles:
             check_statistics(bundle.spec, config.dataset_stats_dir)
@@ -179,6 +181,21 @@ def _with_networks(config: PredictConfig) -> PredictConfig:
         log.info("network: %s, which comes with kelp; --run_dir names another", DEFAULT_NETWORK)
     networks = config.run_dir or (Path(DEFAULT_NETWORK),)
     return config.model_copy(update={"run_dir": tuple(map(packaged, networks))})
+
+
+def _load(config: PredictConfig, shared: bool) -> list[Bundle]:
+    """The networks; `--backend auto` takes the faster runtime that has all of them.
+
+    Workers of a cluster may have other processors, and those of one map must agree.
+    """
+    load = partial(load_bundles, config.run_dir, config.use_checkpoint)
+    if config.backend == "auto" and not shared and onnx_is_faster(config.device, config.precision):
+        with suppress(KelpError):  # no ONNX file, or one of another state
+            bundles = load("onnx")
+            tiles = {bundle.spec.tile_size for bundle in bundles if not bundle.spec.is_pixelwise}
+            if config.sahi_tile_size is None or tiles <= {(config.sahi_tile_size,) * 2}:
+                return bundles
+    return load(config.backend)
 
 
 def _refuse_extras(config: PredictConfig, scenes: Sequence[Path | Url]) -> None:

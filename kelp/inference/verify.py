@@ -145,7 +145,7 @@ class _Verifier:
         path = folder / "kelp-predict.yaml"
         # Of the folder's last run: paths, which records do not hold.
         self._run = read_yaml(path) if path.is_file() else {}
-        self._bundles: dict[tuple[Path, ...], list[Bundle]] = {}
+        self._bundles: dict[tuple[Path | str, ...], list[Bundle]] = {}
         self._predictors: dict[str, Predictor] = {}
 
     def verify(self, mask: Path, scene: Path | Url | None) -> Verified:
@@ -202,6 +202,8 @@ class _Verifier:
         known |= {name: getattr(given, name) for name in given.model_fields_set & _KEPT}
         known |= {"data_dir": given.data_dir, "output_dir": entry.mask.parent}
         known |= {name: getattr(given, name) for name in ("device", "backend", "use_checkpoint")}
+        if given.backend == "auto" and record.backend == "onnx":
+            known["backend"] = record.backend
         try:
             settings = record.settings
             (tile, _), (overlap, _) = settings["tile"], settings["overlap"]
@@ -251,9 +253,10 @@ class _Verifier:
 
     def _load(self, config: PredictConfig) -> list[Bundle]:
         paths = tuple(map(packaged, config.run_dir))
-        if paths not in self._bundles:
-            self._bundles[paths] = load_bundles(paths, config.use_checkpoint, config.backend)
-        return self._bundles[paths]
+        key = (*paths, config.backend)
+        if key not in self._bundles:
+            self._bundles[key] = load_bundles(paths, config.use_checkpoint, config.backend)
+        return self._bundles[key]
 
     def _predictor(
         self, config: PredictConfig, bundles: Sequence[Bundle], tile: Shape

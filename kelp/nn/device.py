@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import logging
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
-from pathlib import Path
 from typing import Final, Literal
 
 import torch
 
 from kelp.config.choices import Precision
 from kelp.errors import ConfigError
+from kelp.inference.backends import cpu_has_bf16
 
 log = logging.getLogger("kelp")
-
-# Flags of /proc/cpuinfo for bfloat16 dot products: x86 (AVX-512, AMX) and ARM. Without one of
-# them a CPU emulates bfloat16, which is slower than float32.
-_BF16_FLAGS: Final = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 
 _DTYPES: Final = {"16": torch.float16, "bf16": torch.bfloat16, "32": torch.float32}
 
@@ -33,17 +28,6 @@ def resolve_device(name: Literal["auto", "cpu", "cuda"] = "auto") -> torch.devic
     if not torch.cuda.is_available():
         raise ConfigError("--device cuda: torch sees no CUDA GPU; use --device cpu")
     return torch.device("cuda")
-
-
-@cache
-def cpu_has_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether the CPU has bfloat16 instructions; False where the system does not tell."""
-    try:
-        text = cpuinfo.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return False
-    flags = (line for line in text.splitlines() if line.startswith(("flags", "Features")))
-    return not _BF16_FLAGS.isdisjoint(next(flags, "").split())
 
 
 def has_bf16(device: torch.device) -> bool:

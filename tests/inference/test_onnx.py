@@ -19,8 +19,9 @@ from world import coast, read_tif, write_tif
 
 import kelp
 from kelp.cli import main
-from kelp.config import ExportConfig
+from kelp.config import ExportConfig, PredictConfig, VerifyConfig
 from kelp.errors import BundleError, ConfigError, KelpError
+from kelp.inference import backends
 from kelp.inference.backends import Processor
 from kelp.inference.backends.onnx import SPEC_KEY, WEIGHTS_KEY, OnnxFile, tensors
 from kelp.inference.backends.onnxproto import model_class
@@ -33,6 +34,7 @@ from kelp.nn.model import KelpNet
 from kelp.raster.bands import BANDS, NODATA
 from kelp.raster.masks import read_mask
 from kelp.raster.streaming import ChannelStats
+from kelp.sensors.record import read_record, record_path
 
 INDICES = ("NDVI", "mCRIG", "DEMWM")
 WITH_INDICES = {
@@ -224,6 +226,53 @@ def test_backends_agree(tmp_path):
     assert np.nanmax(np.abs(p - other)) < 1e-3
     assert 0.2 < (mask == 1).mean() < 0.8
     assert (mask != other_mask).mean() <= 1e-4
+
+
+@pytest.mark.usefixtures("pixel_network")
+def test_auto_takes_the_faster_runtime_that_has_the_network(scenes, tmp_path, monkeypatch):
+    bundle = tiny_bundle(tmp_path / "bundle")
+
+    def runtime(*, bf16=False, driver=False, tile=None, **options):
+        monkeypatch.setattr(backends, "cpu_has_bf16", lambda: bf16)
+        monkeypatch.setattr(backends, "has_gpu_driver", lambda: driver)
+        out = tmp_path / "out"
+        config = PredictConfig(
+            data_dir=scenes / "AA0_satellite.tif",
+            run_dir=bundle,
+            output_dir=out,
+            overwrite=True,
+            sahi_tile_size=tile,
+            **options,
+        )
+        kelp.predict_scenes(config)
+        return read_record(record_path(out / "AA0_kelp.tif")).backend
+
+    assert runtime() == "torch"  # the bundle holds no ONNX file
+    add_network_file(bundle)
+    assert runtime() == "onnx"
+    with monkeypatch.context() as patch:  # the runtime that made the map
+        patch.delattr("kelp.nn.backend.load")
+        kelp.verify(VerifyConfig(data_dir=scenes, maps_dir=tmp_path / "out"))
+    assert runtime(bf16=True) == "torch"
+    assert runtime(driver=True) == "torch"
+    assert runtime(bf16=True, driver=True, device="cpu", precision="32-true") == "onnx"
+    assert runtime(precision="bf16-mixed") == "torch"
+    assert runtime(backend="torch") == "torch"
+    side = read_spec(bundle).tile_size[0]
+    assert runtime(tile=side) == "onnx"
+    assert runtime(tile=side + 32) == "torch"  # the graph takes tiles of one size
+    spec = read_spec(bundle)
+    describe_bundle(bundle, spec.model_copy(update={"temperature": 2.0}))
+    assert runtime() == "torch"
+
+
+def test_a_driver_is_asked_for_a_gpu_not_torch(monkeypatch):
+    asked = []
+    monkeypatch.setattr(backends.ctypes, "CDLL", asked.append)
+    for system, library in (("linux", "libcuda.so.1"), ("win32", "nvcuda.dll")):
+        monkeypatch.setattr(sys, "platform", system)
+        assert backends.has_gpu_driver()
+        assert asked[-1] == library
 
 
 @pytest.mark.usefixtures("pixel_network")

@@ -6,9 +6,13 @@ needs it (`kelp.inference.bundle.load_bundle`).
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Final, Literal, Protocol, Self
 
 import numpy as np
@@ -26,6 +30,10 @@ k % 4 quarters."""
 
 SHAPE_KEEPING: Final = tuple(k for k in SYMMETRIES if k % 2 == 0)
 """Those that leave height and width in place, for tiles that are not square."""
+
+# Flags of /proc/cpuinfo for bfloat16 dot products: x86 (AVX-512, AMX) and ARM. Without one of
+# them a CPU emulates bfloat16, which is slower than float32.
+_BF16_FLAGS: Final = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 
 
 @dataclass(frozen=True)
@@ -88,6 +96,33 @@ def cpu_threads(wanted: int | None) -> int:
         return int(named)
     has_affinity = hasattr(os, "sched_getaffinity")  # Linux: the cores that we may use
     return len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+
+
+@cache
+def cpu_has_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether the CPU has bfloat16 instructions; False where the system does not tell."""
+    try:
+        text = cpuinfo.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    flags = (line for line in text.splitlines() if line.startswith(("flags", "Features")))
+    return not _BF16_FLAGS.isdisjoint(next(flags, "").split())
+
+
+def has_gpu_driver() -> bool:
+    """Whether torch may find a GPU: a driver is there. torch itself takes seconds to ask."""
+    try:
+        ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return Path("/dev/kfd").exists()  # AMD's
+    return True
+
+
+def onnx_is_faster(device: DeviceName, precision: Precision | None) -> bool:
+    """Whether ONNX Runtime beats torch here: on CPUs, in float32 (docs/howto/onnx.md)."""
+    if device == "cuda" or (device == "auto" and has_gpu_driver()):
+        return False
+    return precision == "32-true" or (precision is None and not cpu_has_bf16())
 
 
 def viewed(run: Callable[[Pixels], Pixels], raw: Pixels, symmetries: Sequence[int]) -> Pixels:
