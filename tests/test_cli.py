@@ -278,3 +278,14 @@ def test_imports_are_frozen_in_a_process_of_its_own_only(monkeypatch):
         assert not gc.isenabled()
     finally:
         gc.enable()
+
+
+def test_nothing_is_frozen_at_the_end_of_the_process():
+    """triton would print a page about what is left over."""
+    code = (
+        "import atexit, gc, sys; atexit.register(lambda: print(gc.get_freeze_count())); "
+        "sys.argv = ['kelp', '--version']; from kelp.cli import main; main(); "
+        "print(gc.get_freeze_count() > 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.split()[-2:] == ["True", "0"], done.stderr
