@@ -6,7 +6,8 @@ scene's own clear water has fixed levels: in training, in prediction, in every c
 
 The levels are estimated once a scene, on a coarse grid: medians of clear-water pixels in cells
 about as large as a competition image. They come from counts of whole numbers, so they do not
-depend on the windows in which the scene is read, and reading needs a few rows at a time. A cell
+depend on the windows in which the scene is read, and reading needs a few rows at a time. Of a
+scene of many cells one row in `EVERY` is read, the same ones whatever part of it is wanted. A cell
 looks at its neighbours only, so a part of a scene needs no more than the cells around it.
 """
 
@@ -30,6 +31,10 @@ Epoch, drivendataorg/kelp-wanted, 1st-place, feature notebook)."""
 CELL: Final = 350
 """Side of a cell in pixels: a competition image is one, so that large scenes are treated alike."""
 
+EVERY: Final = 13
+"""Of scenes of several cells one row in so many is looked at. A prime: scanners have 16 detectors,
+whose bands along the scan lines must not fall into step with it."""
+
 _SWIR, _NIR = 0, 1
 _SATURATED: Final = 65_535
 _LEVELS: Final = 16_384
@@ -41,7 +46,7 @@ _DARK: Final = 9500
 _LEAF: Final = 1500
 """NIR above SWIR by more is kelp or plants."""
 _ENOUGH: Final = 500
-"""Clear-water pixels that a cell's median takes (in small ones: a hundredth of them)."""
+"""Clear-water pixels that a cell's median takes, or a hundredth of those that were looked at."""
 _ROWS: Final = 64
 """Rows read at a time."""
 _COLUMNS: Final = 4096
@@ -59,7 +64,7 @@ class WaterReference:
         levels: DN of clear water in each cell, `(rows, columns, 5)`, bands in `OPTICAL` order; NaN
             in cells that nobody asked for; empty (0 rows) where nothing is known, and nothing is
             shifted.
-        clear: clear-water pixels that were found in each cell, `(rows, columns)`.
+        clear: clear-water pixels that were found in the rows read of each cell, `(rows, columns)`.
         target: levels that the water is shifted to.
         knows_elevation: whether the DEM is known anywhere.
         origin: `(y, x)` in the scene of the upper left pixel of what is read: of a file that was
@@ -83,7 +88,7 @@ class WaterReference:
         target: Sequence[float] = WATER_LEVELS,
         windows: Sequence[Tile] | None = None,
     ) -> Self:
-        """Find the clear water of a scene, reading it once, some rows at a time.
+        """Find the clear water of a scene, reading some of its rows, or all of a small one, once.
 
         Clear water: DEM <= 0 or unknown, QA 0, all optical bands there and not saturated, dark in
         SWIR, and not much brighter in NIR. A cell with too little of it takes the levels of those
@@ -178,11 +183,11 @@ class WaterReference:
         y, x = tile.y + self.origin[0], tile.x + self.origin[1]
         up, down, t = _between(np.arange(y, y + tile.height), self.shape[0], rows)
         left, right, u = _between(np.arange(x, x + tile.width), self.shape[1], columns)
-        grid = np.moveaxis(self.levels, 2, 0)
-        upper = grid[:, up][:, :, left] * (1 - u) + grid[:, up][:, :, right] * u
-        lower = grid[:, down][:, :, left] * (1 - u) + grid[:, down][:, :, right] * u
+        first = up[0]
+        grid = np.moveaxis(self.levels[first : down[-1] + 1], 2, 0)
+        across = grid[:, :, left] * (1 - u) + grid[:, :, right] * u  # once a row of cells
         t = t[:, np.newaxis]
-        values: NDArray[np.float64] = upper * (1 - t) + lower * t
+        values: NDArray[np.float64] = across[:, up - first] * (1 - t) + across[:, down - first] * t
         return values
 
 
@@ -294,18 +299,27 @@ class _Cells:
         """Cells side by side: those of a row from the column `first` to before `end`."""
         (top, bottom), edges = self._down[row : row + 2], self._right[first : end + 1]
         counts = np.zeros((end - first, len(OPTICAL), _LEVELS), dtype=self._wide)
-        for y in range(top, bottom, _ROWS):
+        looked_at = 0
+        for rows in self._rows(top, bottom):
+            looked_at += sum(count for _, count in rows)
             for x in range(edges[0], edges[-1], _COLUMNS):
-                rows, columns = min(_ROWS, bottom - y), min(_COLUMNS, edges[-1] - x)
-                pixels = self._source.read(Tile(y, x, rows, columns))
-                self.pixels += rows * columns
+                columns = min(_COLUMNS, edges[-1] - x)
+                parts = [self._source.read(Tile(y, x, count, columns)) for y, count in rows]
+                pixels = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+                self.pixels += pixels[0].size
                 self.knows_elevation |= bool(np.isfinite(pixels[DEM]).any())
                 _count(pixels, [max(0, edge - x) for edge in edges], counts)
         self.clear[row, first:end] = counts[:, 0].sum(axis=1)
         for column in range(first, end):
-            area = (bottom - top) * (self._right[column + 1] - self._right[column])
+            area = looked_at * (self._right[column + 1] - self._right[column])
             if self.clear[row, column] >= max(1, min(_ENOUGH, area // 100)):
                 self.levels[row, column] = _medians(counts[column - first])
+
+    def _rows(self, top: int, bottom: int) -> list[list[tuple[int, int]]]:
+        """Which rows of a row of cells are read, each a first one and a count, a list at a time."""
+        if self.clear.size > 1:
+            return [[(y, 1) for y in range(top + EVERY // 2, bottom, EVERY)]]
+        return [[(y, min(_ROWS, bottom - y))] for y in range(top, bottom, _ROWS)]
 
 
 def _true(cells: NDArray[np.bool_]) -> list[tuple[int, int]]:

@@ -175,8 +175,8 @@ class WaterFacts(_Part):
     """Clear water of the scene, at whose levels it was shown to the network."""
 
     read_share: float = 1.0
-    """Share of the scene's pixels in which it was looked for, 0-1: an area of interest needs its
-    surroundings only."""
+    """Share of the scene's pixels in which it was looked for, 0-1: some rows of a large scene; an
+    area of interest needs its surroundings only."""
     levels: dict[str, tuple[float, float]] = Field(default_factory=dict)
     """Lowest and highest level there, DN, by band; empty: none was found."""
     clear_pixels: int = 0

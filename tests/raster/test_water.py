@@ -111,13 +111,46 @@ def test_windows_make_no_difference():
     )
 
 
-def test_each_row_is_read_once_and_few_at_a_time():
-    scene = Scene(sea((1100, 40)))
-    WaterReference.estimate(scene)
-    rows = sorted(row for tile in scene.asked for row in range(tile.y, tile.bottom))
-    assert rows == list(range(1100))
+def rows_asked(scene):
+    return sorted(row for tile in scene.asked for row in range(tile.y, tile.bottom))
+
+
+def test_a_small_scene_is_read_whole_and_of_a_large_one_some_rows():
+    scene = Scene(sea((500, 40)))
+    assert WaterReference.estimate(scene).read_share == 1
+    assert rows_asked(scene) == list(range(500))
     assert max(tile.height for tile in scene.asked) <= 64
+    scene = Scene(sea((1100, 40)))  # cells begin at 0, 366 and 733
+    found = WaterReference.estimate(scene)
+    wanted = [*range(6, 366, 13), *range(372, 733, 13), *range(739, 1100, 13)]
+    assert rows_asked(scene) == wanted
+    assert found.read_share == len(wanted) / 1100
     assert {(tile.x, tile.width) for tile in scene.asked} == {(0, 40)}
+
+
+def test_only_the_rows_that_are_read_matter():
+    pixels = sea((700, 60))
+    pixels[:5] += np.rint(np.linspace(0, 300, 700))[:, np.newaxis].astype(np.float32)
+    read = np.zeros(700, bool)
+    read[6:350:13] = read[356::13] = True
+    found = WaterReference.estimate(Scene(pixels))
+    for cell, half in enumerate((slice(350), slice(350, 700))):
+        clear = pixels[:, half][:, read[half]]
+        assert found.clear[cell, 0] == clear[0].size
+    elsewhere, there = pixels.copy(), pixels.copy()
+    elsewhere[:5, ~read] = 13_000
+    there[:5, read] += 50
+    assert WaterReference.estimate(Scene(elsewhere)).levels.tobytes() == found.levels.tobytes()
+    assert np.allclose(WaterReference.estimate(Scene(there)).levels, found.levels + 50)
+
+
+def test_bands_along_the_scan_lines_do_not_fall_into_step_with_the_rows_that_are_read(monkeypatch):
+    """Thematic Mapper has 16 detectors, each a little brighter or darker than the others."""
+    pixels = sea((700, 200), spread=10)
+    pixels[:5] += np.linspace(-30, 30, 16)[np.arange(700) % 16][:, np.newaxis].round()
+    assert np.abs(WaterReference.estimate(Scene(pixels)).levels - SEA).max() <= 4
+    monkeypatch.setattr("kelp.raster.water.EVERY", 16)
+    assert np.abs(WaterReference.estimate(Scene(pixels)).levels - SEA).max() > 4
 
 
 def test_local_levels_follow_the_water_and_one_number_does_not():
@@ -236,18 +269,24 @@ def some_windows(shape, seed):
 
 
 @settings(LAWS, max_examples=40)
-@given(st.tuples(st.integers(30, 110), st.integers(30, 110)), st.integers(0, 99), st.booleans())
-def test_a_part_of_a_scene_is_shifted_as_in_the_whole_scene(shape, seed, inland):
+@given(
+    st.tuples(st.integers(30, 110), st.integers(30, 110)),
+    st.integers(0, 99),
+    st.booleans(),
+    st.sampled_from([1, 3]),
+)
+def test_a_part_of_a_scene_is_shifted_as_in_the_whole_scene(shape, seed, inland, every):
     """Law: cells of windows that alone are wanted are those of the whole scene, to the last bit."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("kelp.raster.water.CELL", 10)
+        patched.setattr("kelp.raster.water.EVERY", every)
         pixels = busy(shape, seed)
         if inland:  # water lies many cells away from most of the windows
             pixels[:5, 20:], pixels[DEM, 20:] = 13_000, 50
         whole = WaterReference.estimate(Scene(pixels))
         scene, windows = Scene(pixels), list(some_windows(shape, seed))
         part = WaterReference.estimate(scene, windows=windows)
-    assert whole.read_share == 1
+    assert (whole.read_share == 1) == (every == 1)
     for tile in windows:
         shifted = part.apply(pixels[:, *tile.slices], tile)
         assert shifted.tobytes() == whole.apply(pixels[:, *tile.slices], tile).tobytes()
@@ -261,6 +300,7 @@ def test_a_part_of_a_scene_is_shifted_as_in_the_whole_scene(shape, seed, inland)
 def test_only_the_cells_around_a_window_are_read(monkeypatch):
     """A window needs the cells that it lies between, and their neighbours."""
     monkeypatch.setattr("kelp.raster.water.CELL", 10)
+    monkeypatch.setattr("kelp.raster.water.EVERY", 1)
     pixels = sea((200, 300))
     pixels[:5] += np.rint(np.linspace(0, 900, 300)).astype(np.float32)
     scene, window = Scene(pixels), Tile(96, 150, 8, 4)  # rows of cells 9 and 10, columns 14 and 15
@@ -283,6 +323,7 @@ def test_only_the_cells_around_a_window_are_read(monkeypatch):
 
 def test_windows_of_a_scene_without_water_are_left_as_they_are(monkeypatch):
     monkeypatch.setattr("kelp.raster.water.CELL", 10)
+    monkeypatch.setattr("kelp.raster.water.EVERY", 1)
     pixels = sea((60, 70))
     pixels[QA] = 1
     found = WaterReference.estimate(Scene(pixels), windows=[Tile(5, 5, 4, 4)])
