@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
-from numpy.typing import NDArray
 
 from kelp.data_prep.stats import StatsFile
 from kelp.errors import BundleError, InputError
 from kelp.inference.spec import BundleSpec
 from kelp.raster import indices
 from kelp.raster.bands import BANDS, OPTICAL
+from kelp.raster.scene import Scene, sample_of
 from kelp.raster.validity import observed
-from kelp.raster.window import RasterSource, Tile
+from kelp.raster.window import RasterSource
 
 log = logging.getLogger("kelp")
 
@@ -64,7 +64,8 @@ def check_scale(source: RasterSource, specs: Sequence[BundleSpec], name: str) ->
         specs: of the bundles.
         name: what messages call it.
     """
-    sample = _sample(source, _SAMPLE_SIDE)
+    side = _SAMPLE_SIDE
+    sample = source.sample(side) if isinstance(source, Scene) else sample_of(source, side)
     sample = sample[:, observed(sample)]
     if not sample.size:
         return
@@ -84,33 +85,6 @@ def check_scale(source: RasterSource, specs: Sequence[BundleSpec], name: str) ->
         if odd:
             found = _name_scale([medians[band] for band in OPTICAL if np.isfinite(medians[band])])
             raise InputError(f"{name}: {found} ({'; '.join(odd)})")
-
-
-def _sample(source: RasterSource, side: int) -> NDArray[np.float32]:
-    """At most `side` x `side` pixels spread over a scene, as a canonical array.
-
-    Small windows on a regular grid: a large file is not decoded as a whole for them.
-    """
-    rows, columns = (_spread(length, side) for length in source.shape)
-    return np.concatenate(
-        [
-            np.concatenate(
-                [source.read(Tile(y, x, bottom - y, right - x)) for x, right in columns], axis=2
-            )
-            for y, bottom in rows
-        ],
-        axis=1,
-    )
-
-
-def _spread(length: int, count: int) -> list[tuple[int, int]]:
-    """Begins and ends of pieces with `count` pixels in all, spread over an axis; or all of it."""
-    if length <= count:
-        return [(0, length)]
-    pieces = min(8, count)
-    piece = count // pieces
-    starts = np.linspace(0, length - piece, pieces).astype(int).tolist()
-    return [(start, start + piece) for start in starts]
 
 
 def _name_scale(medians: list[float]) -> str:

@@ -29,7 +29,7 @@ from kelp.raster.masks import (
     refuse_complex,
     sources_of,
 )
-from kelp.raster.window import Shape, Tile
+from kelp.raster.window import RasterSource, Shape, Tile
 
 log = logging.getLogger("kelp")
 
@@ -222,21 +222,9 @@ class Scene:
         return np.where(missing, np.float32(np.nan), values.astype(np.float32))
 
     def sample(self, side: int) -> NDArray[np.float32]:
-        """At most `side` x `side` pixels spread over the scene, as a canonical array.
-
-        Small windows on a regular grid: a large file is not decoded as a whole for them.
-        """
-        rows, columns = (_spread(length, side) for length in self.shape)
+        """`sample_of` the scene; what fillers it holds is not reported."""
         counted = self._pixels_read, self._fillers.copy()
-        sampled = np.concatenate(
-            [
-                np.concatenate(
-                    [self.read(Tile(y, x, bottom - y, right - x)) for x, right in columns], axis=2
-                )
-                for y, bottom in rows
-            ],
-            axis=1,
-        )
+        sampled = sample_of(self, side)
         self._pixels_read, self._fillers = counted  # a share of a sample is nobody's business
         return sampled
 
@@ -327,6 +315,23 @@ class Scene:
             100 * share,
             self._fillers.most_common(1)[0][0],
         )
+
+
+def sample_of(source: RasterSource, side: int) -> NDArray[np.float32]:
+    """At most `side` x `side` pixels spread over a scene, as a canonical array.
+
+    Small windows on a regular grid: a large file is not decoded as a whole for them.
+    """
+    rows, columns = (_spread(length, side) for length in source.shape)
+    return np.concatenate(
+        [
+            np.concatenate(
+                [source.read(Tile(y, x, bottom - y, right - x)) for x, right in columns], axis=2
+            )
+            for y, bottom in rows
+        ],
+        axis=1,
+    )
 
 
 def _spread(length: int, count: int) -> list[tuple[int, int]]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
+import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
+from io import FileIO
 from pathlib import Path
 from typing import Any, Final
 
@@ -33,9 +36,12 @@ _CORNER: Final = re.compile(
     r"(?<![A-Za-z])([NS])(\d{2})(?:_00)?_?([EW])(\d{3})(?!\d)", re.IGNORECASE
 )
 """The south-west corner that names of one-degree tiles hold: GLO-30, SRTM, ASTER."""
-_CELL: Final = (64, 1024)
+_CELL: Final = (128, 512)
 """Rows and columns that are warped at a time, always at the same places: GDAL interpolates between
-the corners of what it warps, and a pixel must not depend on which window was asked for."""
+the corners of what it warps, and a pixel must not depend on which window was asked for. It warps no
+less than a block of this size."""
+_MOST: Final = 1 << 28
+"""Bytes of warped cells in a temporary file; of larger scenes the rest is warped again."""
 _SAMPLES: Final = 64
 """Points a side at which the scene's cover is looked at."""
 
@@ -56,7 +62,9 @@ class Elevation:
     """A raster, a VRT or a folder of tiles, read by windows on a scene's grid, in whole metres.
 
     Between the pixels of the source it is interpolated (bilinear); where a source is void it is
-    unknown. Of tiles that overlap the first by name counts. A context of open files: `close` it.
+    unknown. Of tiles that overlap the first by name counts. Warping takes longer than all other
+    reading, and a prediction reads a scene twice: of what is out of memory a temporary file keeps
+    what was warped, where there is room for one. A context of open files: `close` it.
 
     Args:
         path: the raster or the folder.
@@ -86,6 +94,9 @@ class Elevation:
         self.sea_where_absent = sea_where_absent
         self._stack = ExitStack()
         self._cells: dict[Tile, NDArray[np.float32]] = {}
+        self._file: FileIO | None = None
+        self._stored: dict[Tile, int] = {}
+        """Where cells lie in the temporary file, one after the other."""
         try:
             opened = [self._open(file) for file in self._candidates()]
             self._tiles = [tile for tile in opened if tile is not None]
@@ -118,13 +129,45 @@ class Elevation:
         return out
 
     def _cell(self, cell: Tile) -> NDArray[np.float32]:
-        """A cell of the scene's grid, kept until the rows below are read."""
+        """A cell of the scene's grid, in memory until the rows below are read."""
         if cell not in self._cells:
             across = -(-self.shape[1] // _CELL[1])
-            while len(self._cells) > 3 * across:
-                del self._cells[next(iter(self._cells))]
-            self._cells[cell] = self._warped(cell)
+            while len(self._cells) > 2 * across:
+                oldest = next(iter(self._cells))
+                self._store(oldest, self._cells.pop(oldest))
+            known = self._restored(cell)
+            self._cells[cell] = self._warped(cell) if known is None else known
         return self._cells[cell]
+
+    def _store(self, cell: Tile, values: NDArray[np.float32]) -> None:
+        """Put a cell into the temporary file, unless it is there or does not fit."""
+        if cell in self._stored:
+            return
+        known = np.where(np.isnan(values), np.float32(NODATA), values)
+        if known.min() < NODATA or known.max() >= -NODATA:
+            return
+        whole = known.astype(np.int16)
+        try:
+            if self._file is None:
+                self._file = self._stack.enter_context(tempfile.TemporaryFile(buffering=0))  # noqa: SIM115
+            place = self._file.seek(0, os.SEEK_END)
+            if (
+                place + whole.nbytes <= _MOST
+                and self._file.write(whole.data.cast("B")) == whole.nbytes
+            ):
+                self._stored[cell] = place
+        except OSError:  # no room: it is warped again
+            pass
+
+    def _restored(self, cell: Tile) -> NDArray[np.float32] | None:
+        """What the temporary file holds of a cell."""
+        if self._file is None or cell not in self._stored:
+            return None
+        whole = np.empty((cell.height, cell.width), dtype=np.int16)
+        self._file.seek(self._stored[cell])
+        if self._file.readinto(whole.data.cast("B")) != whole.nbytes:
+            return None
+        return np.where(whole == NODATA, np.float32(np.nan), whole.astype(np.float32))
 
     def _warped(self, tile: Tile) -> NDArray[np.float32]:
         out = np.full((tile.height, tile.width), np.nan, dtype=np.float32)

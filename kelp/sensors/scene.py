@@ -160,6 +160,14 @@ class SensorScene(Scene):
             out[bands.DEM] = self._elevation.read(window)
         return out
 
+    def sample(self, side: int) -> NDArray[np.float32]:
+        """As of any scene, but for an elevation from elsewhere: a few windows of it take long."""
+        elevation, self._elevation = self._elevation, None
+        try:
+            return super().sample(side)
+        finally:
+            self._elevation = elevation
+
     def read_elevation(self, tile: Tile) -> NDArray[np.float32]:
         """The elevation of a window: metres, NaN = unknown, shape `(height, width)`."""
         if self._elevation is not None:

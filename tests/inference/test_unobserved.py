@@ -43,6 +43,8 @@ def scene(path, dtype, filler, mask=False, **options):
 )
 def test_a_hole_is_not_observed_in_maps(tmp_path, monkeypatch, capsys, dtype, filler, options):
     use_pixel_network(monkeypatch)
+    # The check of the scale sees a sample, of which the hole has another share.
+    monkeypatch.setattr("kelp.inference.checks._SAMPLE_SIDE", 8)
     (tmp_path / "in").mkdir()
     scene(tmp_path / "in" / "a.tif", dtype, filler, **options)
     # As a virtual dataset, in capitals, the same.

@@ -11,6 +11,7 @@ from kelp.config.scenes import SceneOptions
 from kelp.errors import InputError
 from kelp.raster.window import Tile
 from kelp.sensors import open_scene
+from kelp.sensors.elevation import Elevation
 
 SECOND = 1 / 3600
 
@@ -98,6 +99,52 @@ def test_a_large_scene_by_strips_and_windows_is_the_same(tmp_path):
         for tile in (Tile(290, 1000, 10, 100), Tile(60, 1020, 70, 10), Tile(0, 0, 1, 1)):
             part = scene.read(tile)[6]
             np.testing.assert_array_equal(part, np.concatenate(strips)[tile.slices])
+
+
+@pytest.mark.parametrize("spoilt", [None, "no file", "no room", "too high"])
+def test_what_was_warped_is_kept_where_there_is_room(tmp_path, monkeypatch, spoilt):
+    """A prediction reads a scene twice; kept or warped again, the elevations are the same."""
+    shape = (600, 70)
+    folder = make_landsat(tmp_path / "scene", 8, shape)
+    longitude, latitude = centres(shape)
+
+    def holed(longitude, latitude):
+        heights = plane(longitude, latitude) + 40_000 * (spoilt == "too high")
+        return np.where(longitude * 3600 % 20 < 3, -9999, heights)
+
+    dem = write_dem(
+        tmp_path / "dem.tif", longitude.min() - 0.01, latitude.min() - 0.01,
+        longitude.max() + 0.01, latitude.max() + 0.01, holed, nodata=-9999,
+    )  # fmt: skip
+    if spoilt == "no file":
+
+        def refuse(**_):
+            raise FileNotFoundError("no usable temporary directory")
+
+        monkeypatch.setattr("kelp.sensors.elevation.tempfile.TemporaryFile", refuse)
+    elif spoilt == "no room":
+        monkeypatch.setattr("kelp.sensors.elevation._MOST", 10_000)
+    warped, counted = [], Elevation._warped
+    monkeypatch.setattr(
+        Elevation, "_warped", lambda self, cell: warped.append(cell) or counted(self, cell)
+    )
+    parts = [Tile(y, 0, 50, 70) for y in range(0, 600, 50)]
+    with open_scene(folder, SceneOptions(dem=dem)) as scene:
+        first, second = (np.concatenate([scene.read(t)[6] for t in parts]) for _ in range(2))
+    assert 0 < np.isnan(first).sum() < first.size
+    assert first.tobytes() == second.tobytes()
+    assert len(set(warped)) == 5
+    assert (len(warped) == 5) == (spoilt is None)
+
+
+def test_a_sample_of_a_scene_warps_nothing(tmp_path, monkeypatch, folder):
+    west, south, east, north = box()
+    dem = write_dem(tmp_path / "dem.tif", west - 0.01, south - 0.01, east + 0.01, north + 0.01)
+    with open_scene(folder, SceneOptions(dem=dem)) as scene:
+        with monkeypatch.context() as patched:
+            patched.setattr(Elevation, "_warped", None)
+            assert np.isnan(scene.sample(8)[6]).all()
+        assert np.isfinite(scene.read()[6]).all()
 
 
 def tiles(tmp_path, names=("west", "east")):
