@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 
 from kelp.config.choices import Precision
 from kelp.errors import ConfigError
@@ -67,6 +70,32 @@ def autocast(precision: Precision, device: torch.device) -> AbstractContextManag
     if precision.endswith("-mixed"):
         return torch.autocast(device.type, dtype=_DTYPES[precision.partition("-")[0]])
     return nullcontext()
+
+
+class Float32Depthwise(TorchFunctionMode):
+    """Depthwise convolutions in float32 where autocast on a CPU would take bfloat16; for training.
+
+    oneDNN falls back to reference code for their gradients in bfloat16: up to a hundred times
+    slower than in float32, and most of a step of an EfficientNet. A context manager.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Run one function of torch."""
+        kwargs = kwargs or {}
+        if func is not F.conv2d or not torch.is_autocast_enabled("cpu"):
+            return func(*args, **kwargs)
+        x, *others = args
+        groups = kwargs.get("groups", args[6] if len(args) > 6 else 1)
+        if x.device.type != "cpu" or groups == 1 or groups != x.shape[1]:
+            return func(*args, **kwargs)
+        with torch.autocast("cpu", enabled=False):
+            return func(x.float(), *others, **kwargs).to(x.dtype)
 
 
 def compute_dtype(precision: Precision) -> torch.dtype:

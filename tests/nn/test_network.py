@@ -17,12 +17,14 @@ from huggingface_hub import constants
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from kelp.config import TrainConfig
 from kelp.errors import BundleError, ConfigError, StatsError, WeightsError
 from kelp.inference.backends import Processor
 from kelp.inference.bundle import find_bundle, load_bundle
 from kelp.inference.spec import NetworkSpec
+from kelp.nn.device import Float32Depthwise
 from kelp.nn.model import ARCHITECTURES, KelpNet, start_from_share
 from kelp.nn.preprocess import Preprocess
 from kelp.nn.pretrained import load_pretrained, packaged_weights
@@ -511,3 +513,37 @@ def test_a_training_starts_from_little_kelp(architecture, changes):
     torch.manual_seed(0)
     # The offset of all logits changed, by exactly the odds of that share, and nothing else.
     torch.testing.assert_close(net(x), before + np.log(0.01 / 0.99), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 8])
+def test_only_depthwise_convolutions_train_in_float32(groups):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(8, 8, 3, groups=groups)
+    x = torch.randn(2, 8, 9, 9, dtype=torch.bfloat16, requires_grad=True)
+    seen = []
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            if function is torch.conv2d:
+                seen.append((torch.is_autocast_enabled("cpu"), args[0].dtype))
+            return function(*args, **(kwargs or {}))
+
+    with Watch(), torch.autocast("cpu", torch.bfloat16), Float32Depthwise():
+        made = conv(x)
+    assert made.dtype == torch.bfloat16
+    depthwise = groups == 8
+    assert seen == [(not depthwise, torch.float32 if depthwise else torch.bfloat16)]
+    made.float().sum().backward()
+    slopes = x.grad.clone(), conv.weight.grad.clone()
+    x.grad = conv.weight.grad = None
+    conv(x.float()).sum().backward()
+    for slope, exact in zip(slopes, (x.grad, conv.weight.grad), strict=True):
+        torch.testing.assert_close(slope, exact, atol=0.02, rtol=0.02)
+
+
+def test_without_autocast_depthwise_convolutions_keep_their_type():
+    conv = nn.Conv2d(4, 4, 3, groups=4)
+    x = torch.randn(1, 4, 5, 5)
+    with Float32Depthwise():
+        torch.testing.assert_close(conv(x), conv(x), atol=0, rtol=0)
+        assert conv.to(torch.bfloat16)(x.to(torch.bfloat16)).dtype == torch.bfloat16

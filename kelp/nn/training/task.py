@@ -18,6 +18,7 @@ from kelp.inference.spec import NetworkSpec
 from kelp.nn import symmetry
 from kelp.nn.data.augmentation import Radiometry
 from kelp.nn.data.dataset import Sample
+from kelp.nn.device import Float32Depthwise
 from kelp.nn.losses import LossSettings, build_loss
 from kelp.nn.metrics import KelpScores, monitored
 from kelp.nn.model import KelpNet
@@ -86,7 +87,9 @@ class KelpTask(LightningModule):
         if self.config.augment:
             raw, target = symmetry.augment((raw, target), generator)
         raw = self.radiometry(raw, generator)
-        loss = self.loss(self.net(raw), self.net.resize_target(target))
+        with Float32Depthwise():
+            logits = self.net(raw)
+        loss = self.loss(logits, self.net.resize_target(target))
         self._log_loss(TRAIN_LOSS, loss, len(raw))
         return loss
 
