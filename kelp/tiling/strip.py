@@ -194,19 +194,22 @@ class Strip:
         return bool(self._water_before[right] == self._water_before[left])
 
     def _needed(self, rows: Tile) -> list[Tile]:
-        """Whole rows of the scene; of an area only the columns of tiles that touch it."""
+        """Whole rows of the scene; of an area only what tiles that touch it lie in."""
         if not self._area:
             return [rows]
         needed = np.zeros(rows.width + 1, dtype=np.int64)  # +1 where needed columns begin, -1 after
         tile, margin = self._tile, self._margin
+        top, bottom = rows.bottom, rows.y
         for y in self._grid.rows:
-            if y - margin < rows.bottom and y + tile[0] + margin > rows.y:
+            first, end = max(y - margin, rows.y), min(y + tile[0] + margin, rows.bottom)
+            if first < end and self._touching(y).any():
+                top, bottom = min(top, first), max(bottom, end)
                 columns = np.array(self._grid.columns)[self._touching(y)]
                 np.add.at(needed, np.maximum(columns - margin, 0), 1)
                 np.add.at(needed, np.minimum(columns + tile[1] + margin, rows.width), -1)
         edges = np.flatnonzero(np.diff(np.cumsum(needed) > 0, prepend=False)).tolist()
         return [
-            Tile(rows.y, left, rows.height, right - left)
+            Tile(top, left, bottom - top, right - left)
             for left, right in zip(edges[::2], edges[1::2], strict=True)
         ]
 

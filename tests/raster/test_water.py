@@ -122,7 +122,7 @@ def test_a_small_scene_is_read_whole_and_of_a_large_one_some_rows():
     assert max(tile.height for tile in scene.asked) <= 64
     scene = Scene(sea((1100, 40)))  # cells begin at 0, 366 and 733
     found = WaterReference.estimate(scene)
-    wanted = [*range(6, 366, 13), *range(372, 733, 13), *range(739, 1100, 13)]
+    wanted = [*range(8, 366, 17), *range(374, 733, 17), *range(741, 1100, 17)]
     assert rows_asked(scene) == wanted
     assert found.read_share == len(wanted) / 1100
     assert {(tile.x, tile.width) for tile in scene.asked} == {(0, 40)}
@@ -132,7 +132,7 @@ def test_only_the_rows_that_are_read_matter():
     pixels = sea((700, 60))
     pixels[:5] += np.rint(np.linspace(0, 300, 700))[:, np.newaxis].astype(np.float32)
     read = np.zeros(700, bool)
-    read[6:350:13] = read[356::13] = True
+    read[8:350:17] = read[358::17] = True
     found = WaterReference.estimate(Scene(pixels))
     for cell, half in enumerate((slice(350), slice(350, 700))):
         clear = pixels[:, half][:, read[half]]
