@@ -75,6 +75,14 @@ QUALITY_FILES: Final = ("QA_PIXEL", "QA_RADSAT", "SR_QA_AEROSOL")
 METADATA_FILES: Final = ("MTL.json", "MTL.txt", "MTL.xml")
 """In the order in which they are looked for."""
 
+_CONTENTS: Final[Mapping[str, str]] = {
+    **{f"FILE_NAME_BAND_{number}": f"SR_B{number}.TIF" for number in range(1, 8)},
+    "FILE_NAME_QUALITY_L1_PIXEL": "QA_PIXEL.TIF",
+    "FILE_NAME_QUALITY_L1_RADIOMETRIC_SATURATION": "QA_RADSAT.TIF",
+    "FILE_NAME_QUALITY_L2_AEROSOL": "SR_QA_AEROSOL.TIF",
+}
+"""Where an MTL file of Level 2 names each file, and what stands in its name after the product's."""
+
 _LARGEST_METADATA: Final = 1 << 20
 
 
@@ -164,7 +172,7 @@ def read_product(where: Path | Url, files: Mapping[str, Part]) -> SceneFiles:
         InputError: level 1, Collection 1, files of two products, a band that is missing, metadata
             of another product, another scale.
     """
-    product, rests = _sorted(where, files)
+    product, rests = _sorted(where, renamed(where, files) or files)
     check_product(str(where), product)
     names = {band: f"sr_{file.lower()}.tif" for band, file in BAND_FILES[product.satellite].items()}
     missing = [name for name in names.values() if name not in rests]
@@ -192,6 +200,44 @@ def read_product(where: Path | Url, files: Mapping[str, Part]) -> SceneFiles:
         default_quality=DEFAULT_QUALITY,
         metadata=() if metadata is None else (replace(metadata, role="metadata"),),
     )
+
+
+def renamed(where: Path | Url, files: Mapping[str, Part]) -> dict[str, Part]:
+    """Files without their product's name, by the names that the MTL file among them gives them.
+
+    A file is meant when it has that name, or ends with what it says after the product's:
+    `SR_B5.TIF`, `reef_SR_B5.TIF`. Empty where a band is called as USGS calls it, or no MTL file is
+    there.
+
+    Raises:
+        InputError: two files could be meant.
+    """
+    if any(is_band(name) for name in files):
+        return {}
+    for kind in METADATA_FILES:
+        for name, part in files.items():
+            if not name.lower().endswith(kind.lower()):
+                continue
+            try:
+                label, content = f"{where}: {part.href}", part.content(_LARGEST_METADATA)
+                contents = parse_metadata(label, kind, content)["PRODUCT_CONTENTS"]
+            except InputError:  # of another maker
+                continue
+            product = contents.get("LANDSAT_PRODUCT_ID", "")
+            found = {}
+            for key, rest in _CONTENTS.items():
+                named, end = contents.get(key, "").lower(), f"_{rest}".lower()
+                meant = [n for n in files if n.lower() == named or f"_{n}".lower().endswith(end)]
+                if len(meant) > 1:
+                    raise InputError(
+                        f"{where}: {meant[0]} and {meant[1]} could both be {product}_{rest}; "
+                        "remove one of them"
+                    )
+                if meant:
+                    found[f"{product}_{rest}"] = files[meant[0]]
+            if found:
+                return {**found, f"{product}_{kind}": part}
+    return {}
 
 
 def _sorted(where: Path | Url, files: Mapping[str, Part]) -> tuple[ProductName, dict[str, Part]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -147,12 +148,16 @@ def _kind_of_folder(path: Path) -> str:
     """Of which satellite's products a folder is one; '' = of none."""
     if sentinel2.is_product(path):
         return "sentinel2"
-    names = [entry.name for entry in path.iterdir() if entry.is_file()]
-    if any(landsat.is_band(name) for name in names):
+    files = files_of_folder(path)
+    if any(landsat.is_band(name) for name in files):
         return "landsat"
-    if any(hls.is_band(name) for name in names):
+    if any(hls.is_band(name) for name in files):
         return "hls"
-    return ""
+    try:
+        known = landsat.renamed(path, files)
+    except InputError:  # said when it is opened
+        return "landsat"
+    return "landsat" if known else "item" if stac.item_of(path) else ""
 
 
 def _refuse_versions(scenes: Sequence[Path | Url]) -> None:
@@ -221,6 +226,8 @@ def _files_of(location: Path | Url, sign: Callable[[str], str]) -> SceneFiles | 
             return sentinel2.read_product(location)
         if kind == "hls":
             return hls.read_product(location, files_of_folder(location))
+        if kind == "item" and (item := stac.item_of(location)):
+            return replace(stac.read_item(item, sign), where=location)
         return landsat.read_product(location, files_of_folder(location))
     if not location.is_file():
         raise InputError(f"{location}: no such folder or file; check the path")

@@ -1,8 +1,8 @@
 """STAC: items as scenes, static catalogues and search services as lists of scenes.
 
 An item is read as plain JSON of whatever STAC version: which asset is which band is told by the
-names of the files that Landsat and HLS assets lead to, as in a folder; only Sentinel-2 items go by
-their keys. Asking services needs the extra `stac`.
+names of the files that Landsat and HLS assets lead to, as in a folder; Sentinel-2 items, and those
+of Landsat whose files were renamed, go by their keys. Asking services needs the extra `stac`.
 """
 
 from __future__ import annotations
@@ -40,6 +40,21 @@ _SENTINEL2_KEYS: Final[Mapping[str, tuple[str, ...]]] = {
     "SCL": ("scl", "SCL"),
 }
 """Keys of assets: Earth Search's, then Planetary Computer's."""
+_LANDSAT_KEYS: Final[Mapping[str, str]] = {
+    "blue": "B",
+    "green": "G",
+    "red": "R",
+    "nir08": "NIR",
+    "swir16": "SWIR",
+}
+"""Keys of assets of bands; before STAC 1.0 USGS called them `SR_B5.TIF`."""
+_LANDSAT_LAYERS: Final[Mapping[str, str]] = {
+    "qa_pixel": "QA_PIXEL",
+    "qa_radsat": "QA_RADSAT",
+    "qa_aerosol": "SR_QA_AEROSOL",
+}
+_MOST_DOCUMENTS: Final = 8
+"""JSON files of a folder that are looked at for its item: a product has two or three."""
 TIMEOUT: Final = 30.0
 """Seconds that a service may take for an answer."""
 MOST_CATALOGUES: Final = 10_000
@@ -193,19 +208,17 @@ def _read_item(
     assets = document.get("assets")
     if not isinstance(assets, dict) or "properties" not in document:
         raise InputError(f"{location}: not a STAC item (no assets and properties)")
-    places = {
-        key: _resolve(location, asset["href"])
-        for key, asset in assets.items()
-        if isinstance(asset, dict) and isinstance(asset.get("href"), str)
-    }
+    places = {key: _resolve(location, href) for key, href in _hrefs(assets).items()}
     names = {key: file_name(str(place)) for key, place in places.items()}
+    named = {key: name for key, name in names.items() if landsat.is_band(name)}
+    names |= _names_by_key(document) | named  # what a file is called comes first
     properties: Mapping[str, Any] = document["properties"] or {}
 
     def parts() -> dict[str, Part]:
         return {names[key]: _part(place, sign) for key, place in places.items()}
 
     if any(landsat.is_band(name) for name in names.values()):
-        _check_scales(location, assets)
+        _check_scales(location, assets, names)
         known = {
             name: part
             for name, part in parts().items()
@@ -226,6 +239,49 @@ def _read_item(
     return replace(files, facts=_with_properties(files.facts, properties))
 
 
+def item_of(folder: Path) -> Path | None:
+    """The STAC item in a folder that tells which of its files is which band of a Landsat product.
+
+    None: no item, several, or one of files that are not there.
+    """
+    found = []
+    documents = [*folder.glob("[!.]*.json"), *folder.glob("[!.]*.geojson")]
+    for path in sorted(documents) if len(documents) <= _MOST_DOCUMENTS else ():
+        try:
+            document = _document(path)
+            hrefs, named = _hrefs(document["assets"]), _names_by_key(document)
+        except (InputError, AttributeError, TypeError, LookupError):
+            continue
+        bands = [folder / file_name(hrefs[key]) for key, name in named.items() if "_SR_B" in name]
+        if bands and all(is_file(band) for band in bands):
+            found.append(path)
+    return found[0] if len(found) == 1 else None
+
+
+def _hrefs(assets: Mapping[str, Any]) -> dict[str, str]:
+    return {
+        key: asset["href"]
+        for key, asset in assets.items()
+        if isinstance(asset, dict) and isinstance(asset.get("href"), str)
+    }
+
+
+def _names_by_key(document: Mapping[str, Any]) -> dict[str, str]:
+    """What USGS calls the files of a Landsat item's assets; empty where no product is named."""
+    hrefs = _hrefs(document["assets"])
+    texts = [str(document.get("id")), *(file_name(href) for href in hrefs.values())]
+    product = next((found for found in map(landsat.parse_prefix, texts) if found), None)
+    if product is None or product.satellite not in landsat.BAND_FILES:
+        return {}
+    rests = {key: f"{layer}.TIF" for key, layer in _LANDSAT_LAYERS.items()}
+    for key, band in _LANDSAT_KEYS.items():
+        rests[key] = f"SR_{landsat.BAND_FILES[product.satellite][band]}.TIF"
+    rests |= {rest: rest for rest in rests.values()}
+    rests |= {kind.lower(): kind for kind in landsat.METADATA_FILES}
+    rests |= {kind: kind for kind in landsat.METADATA_FILES}
+    return {key: f"{product.text}_{rests[key]}" for key in hrefs if key in rests}
+
+
 def _resolve(location: Path | Url, href: str) -> Path | Url:
     """Where an asset lies; a file of its name beside the item comes first."""
     if isinstance(location, Path):
@@ -244,10 +300,12 @@ def _part(place: Path | Url, sign: Callable[[str], str]) -> Part:
     return Part("", without_secrets(str(place)), Url(sign(str(place))))
 
 
-def _check_scales(location: Path | Url, assets: Mapping[str, Any]) -> None:
+def _check_scales(
+    location: Path | Url, assets: Mapping[str, Any], names: Mapping[str, str]
+) -> None:
     """Raise `InputError` where an item gives its surface reflectance another scale."""
     for key, asset in assets.items():
-        if "_SR_B" not in file_name(str(asset.get("href", ""))).upper():
+        if "_SR_B" not in names.get(key, "").upper():
             continue
         for band in asset.get("raster:bands") or ():
             for name, wanted in (("scale", REFLECTANCE_SCALE), ("offset", REFLECTANCE_OFFSET)):

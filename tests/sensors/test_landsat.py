@@ -262,6 +262,34 @@ def test_a_compressed_archive_is_refused(tmp_path):
     refused(packed, "unpack it")
 
 
+@pytest.mark.parametrize("satellite", [5, 9])
+@pytest.mark.parametrize("begin", ["", "reef_", "only in the MTL"])
+def test_files_without_the_name_of_their_product_are_told_by_the_mtl(tmp_path, satellite, begin):
+    folder = make_landsat(tmp_path, satellite)
+    with open_scene(folder) as scene:
+        pixels, known = scene.read(), scene.known
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    metadata = next(folder.glob("*_MTL.*"))
+    for file in folder.glob("*.TIF"):
+        rest = file.name.removeprefix(f"{folder.name}_")
+        name = f"x{rest[::-1]}.tif" if "only" in begin else f"{begin}{rest.lower()}"
+        file.rename(bare / name)
+        if "only" in begin:
+            metadata.write_text(metadata.read_text().replace(file.name, name))
+    metadata.rename(bare / f"mtl{metadata.suffix}")
+    assert find_scenes(tmp_path) == [bare]
+    for path in (bare, tar_of(bare)):
+        with open_scene(path) as scene:
+            np.testing.assert_array_equal(scene.read(), pixels)
+            assert scene.known == known.model_copy(update={"id": "bare"})
+    if "only" not in begin:
+        write_layer(bare / f"other_sr_b{2 if satellite == 5 else 3}.tif", layer(1))
+        assert find_scenes(bare) == [bare]
+        with pytest.raises(InputError, match="could both be"):
+            open_scene(bare)
+
+
 def test_quality_missing(tmp_path):
     folder = make_landsat(tmp_path, 8)
     (folder / f"{PRODUCTS[8]}_QA_PIXEL.TIF").unlink()

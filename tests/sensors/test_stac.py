@@ -87,6 +87,34 @@ def test_items_of_all_generations_are_read(tmp_path, path, where):
     assert (len(stated) > 10) == hasattr(facts.acquired, "hour")
 
 
+@pytest.mark.parametrize("path", ITEMS, ids=lambda path: path.stem)
+def test_renamed_files_are_told_by_the_item_beside_them(tmp_path, path):
+    item = json.loads(path.read_text())
+    folder, _ = synthetic(tmp_path, item)
+    with open_scene(folder) as scene:
+        pixels = scene.read()
+    for key, asset in item["assets"].items():
+        name = asset["href"].rpartition("/")[2]
+        if (folder / name).is_file():
+            asset["href"] = f"./{key.partition('.')[0].lower()}.tif"
+            (folder / name).rename(folder / asset["href"])
+    (folder / "item.json").write_text(json.dumps(item))
+    folder = folder.rename(tmp_path / "reef")  # whatever it is called
+    assert find_scenes(tmp_path) == [folder]
+    for where in (folder, folder / "item.json"):
+        with open_scene(where) as scene:
+            np.testing.assert_array_equal(scene.read(), pixels)
+            assert scene.known.product_id == product_of(json.loads(path.read_text()))
+    with open_scene(folder) as scene:
+        assert scene.known.id == "reef"
+    # Two items that name the same files, or one of files that are elsewhere, tell nothing.
+    shutil.copyfile(folder / "item.json", folder / "again.json")
+    assert stac.item_of(folder) is None
+    (folder / "again.json").unlink()
+    next(folder.glob("*b4.tif" if (folder / "sr_b4.tif").is_file() else "nir08.tif")).unlink()
+    assert stac.item_of(folder) is None
+
+
 def test_names_of_maps_come_from_names_of_items():
     for location, wanted in (
         (
