@@ -9,7 +9,7 @@ def imported(name: str) -> ModuleType:
     """Import a module, out of the garbage collector's sight.
 
     torch makes a million objects, all of which stay; the collector looks at them again and again,
-    a third of the start's time. What was imported is left frozen (`gc.freeze`) only where
+    a fifth of the start's time. What was imported is left frozen (`gc.freeze`) only where
     something already is: in a process that is ours, see `kelp.cli.main`.
     """
     collects, frozen = gc.isenabled(), gc.get_freeze_count()
