@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Final
 
+from kelp.errors import KelpError
 from kelp.progress import Progress, silent
 
 _SECONDS_BETWEEN_LINES: Final = 10.0
@@ -36,6 +38,7 @@ def reporting(quiet: bool) -> Iterator[Progress]:
 
         with ExitStack() as stack:
             stack.enter_context(Env())  # outside of one GDAL and PROJ write to stderr themselves
+            _use_own_projections(log)
             if quiet:
                 yield silent
             elif sys.stderr.isatty():
@@ -46,6 +49,32 @@ def reporting(quiet: bool) -> Iterator[Progress]:
         sys.excepthook, sys.unraisablehook = hooks
         log.removeHandler(handler)
         log.setLevel(level)
+
+
+def _use_own_projections(log: logging.Logger) -> None:
+    """Leave PROJ's database that another program named, if this PROJ cannot read it.
+
+    QGIS and others set the variables for all that they start. Without its database PROJ takes most
+    CRS for local ones.
+    """
+    named = {name: os.environ[name] for name in ("PROJ_DATA", "PROJ_LIB") if name in os.environ}
+    if not named:
+        return
+    from rasterio.crs import CRS
+    from rasterio.env import PROJDataFinder, set_proj_data_search_path
+    from rasterio.errors import CRSError
+
+    try:
+        CRS.from_epsg(4326)
+    except CRSError as error:
+        told = ", ".join(f"{name}={value}" for name, value in named.items())
+        own = PROJDataFinder().search_wheel()
+        if own is None:
+            raise KelpError(f"{told}: {' '.join(str(error).split())}; unset it") from error
+        for name in named:
+            del os.environ[name]  # for processes that are started from here
+        set_proj_data_search_path(own)
+        log.info("%s: of another PROJ than rasterio's, which now uses its own database", told)
 
 
 def _handler() -> logging.Handler:

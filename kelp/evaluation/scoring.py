@@ -64,7 +64,7 @@ def score_pair(options: PairOptions, pair: Pair) -> PairScore:
         InputError: a file cannot be read, or the two do not lie on one grid.
     """
     grid = require_pair(pair, options.ignore_georeference)
-    area = GroundArea.of(grid.georeference, grid.shape, options.pixel_size)
+    area = GroundArea.of_file(pair.prediction, grid.georeference, grid.shape, options.pixel_size)
     probabilities = pair.prediction.with_name(pair.tile_id + PROBABILITY_SUFFIX)
     soft = probabilities.is_file()
     if soft:

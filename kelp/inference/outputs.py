@@ -121,7 +121,7 @@ class Outputs:
         self._limits = limits
         self.finished: MapRecord | None = None
         """The record, once the files are closed."""
-        self._figures = Figures(shape, georeference, threshold) if record else None
+        self._figures = Figures(mask, shape, georeference, threshold) if record else None
         self._journal: JournalFile | None = None
         self.start: MergerState | None = None
         """What `open` found to resume from."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Final
 
 import numpy as np
@@ -31,17 +32,20 @@ class Figures:
     """Counts and areas of each row of a map; rows may come in any portions, to the same end.
 
     Args:
+        path: of the map, which errors name.
         shape: of the scene.
         georeference: where it lies, for areas.
         threshold: kelp where p is at least this.
     """
 
-    def __init__(self, shape: Shape, georeference: Georeference, threshold: float) -> None:
+    def __init__(
+        self, path: Path, shape: Shape, georeference: Georeference, threshold: float
+    ) -> None:
         self.threshold = threshold
         self.rows = np.zeros((shape[0], len(_COLUMNS)))
         """Observed pixels, kelp pixels, their area, the sum of p x area (m2), p of kelp pixels."""
         self._shape = shape
-        self._area = GroundArea.of(georeference, shape)
+        self._area = GroundArea.of_file(path, georeference, shape)
 
     def add(self, y: int, p: NDArray[np.float32]) -> None:
         """Count rows `(n, width)` of probabilities, NaN = not observed, from row `y` on."""

@@ -161,9 +161,9 @@ def areas(config: AreasConfig, progress: Progress = silent) -> Areas:
 def measure(entry: Map, region: Region) -> Measured:
     """Count a map's pixels in a region. Raises `InputError` for a map without CRS."""
     place = entry.georeference
-    if place.crs is None or place.transform is None:
+    if not place.on_earth:
         raise InputError(
-            f"{entry.mask}: has no CRS, so no region lies on it; give it one "
+            f"{entry.mask}: has no CRS, or a local one, so no region lies on it; give it one "
             "(gdal_edit.py -a_srs … -a_ullr …)"
         )
     cover = Cover.of(region, place, entry.shape)

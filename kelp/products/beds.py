@@ -131,7 +131,7 @@ def beds_of(
         InputError: the map has no CRS, or lacks a probability where it shows kelp.
     """
     geopandas = require("geopandas", "geo", "polygons")
-    if entry.georeference.crs is None:
+    if not entry.georeference.on_earth:
         raise _no_crs(entry)
     folder = entry.mask.parent if scratch is None else scratch
     ids, count = _number(entry, min_pixels, connectivity)
@@ -174,7 +174,7 @@ def smoothed(shapes: Any, metres: float) -> Any:
 
 def _require_crs(maps: list[Map], suffix: str) -> None:
     for entry in maps:
-        if entry.georeference.crs is None:
+        if not entry.georeference.on_earth:
             raise _no_crs(entry)
         if suffix != ".geojson" and entry.georeference.crs != maps[0].georeference.crs:
             raise InputError(
@@ -185,7 +185,7 @@ def _require_crs(maps: list[Map], suffix: str) -> None:
 
 def _no_crs(entry: Map) -> InputError:
     return InputError(
-        f"{entry.mask}: has no CRS, so its beds lie nowhere; give it one "
+        f"{entry.mask}: has no CRS, or a local one, so its beds lie nowhere; give it one "
         "(gdal_edit.py -a_srs … -a_ullr …)"
     )
 

@@ -139,10 +139,7 @@ class Map:
     @cached_property
     def area(self) -> GroundArea:
         """Ground area of its pixels. Raises `InputError` naming the file."""
-        try:
-            return GroundArea.of(self.georeference, self.shape, self.pixel_size)
-        except InputError as error:
-            raise InputError(f"{self.mask}: {error}") from error
+        return GroundArea.of_file(self.mask, self.georeference, self.shape, self.pixel_size)
 
     def read(self, tile: Tile) -> NDArray[np.uint8]:
         """A window of the mask."""

@@ -73,8 +73,8 @@ def read_regions(path: Path, id_column: str | None = None) -> list[Region]:
         raise InputError(f"{path}: not a readable vector file ({reason})") from error
     if not len(table) or table.geometry is None:
         raise InputError(f"{path}: holds no polygon")
-    if table.crs is None:
-        raise InputError(f"{path}: has no CRS; give it one (ogr2ogr -a_srs EPSG:…)")
+    if table.crs is None or not (table.crs.is_projected or table.crs.is_geographic):
+        raise InputError(f"{path}: has no CRS, or a local one; give it one (ogr2ogr -a_srs EPSG:…)")
     names = _names(path, table, id_column)
     return [
         _checked(path, Region(name, geometry, table.crs))

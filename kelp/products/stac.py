@@ -219,7 +219,7 @@ def footprint(entry: Map) -> tuple[dict[str, Any] | None, list[float] | None]:
     An outline across the antimeridian is cut there, and west is then greater than east.
     """
     crs, transform = entry.georeference.crs, entry.georeference.transform
-    if crs is None or transform is None:
+    if transform is None or not entry.georeference.on_earth:
         return None, None
     height, width = entry.shape
     along = np.linspace(0, 1, _EDGE_POINTS, endpoint=False)

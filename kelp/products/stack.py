@@ -196,9 +196,12 @@ def lattice_of(
 def _places(maps: Sequence[Map]) -> list[tuple[int, int]]:
     """Row and column of each map's first pixel on the lattice of the first map."""
     first = maps[0]
-    if first.georeference.crs is None or first.georeference.transform is None:
-        raise InputError(f"{first.mask}: has no CRS; a series needs to know where its pixels lie")
-    back = ~first.georeference.transform
+    lattice = first.georeference.transform
+    if lattice is None or not first.georeference.on_earth:
+        raise InputError(
+            f"{first.mask}: has no CRS, or a local one; a series needs to know where its pixels lie"
+        )
+    back = ~lattice
     out = []
     for entry in maps:
         crs, transform = entry.georeference.crs, entry.georeference.transform

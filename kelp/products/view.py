@@ -43,6 +43,7 @@ from kelp.products.beds import beds_of
 from kelp.products.maps import Map, find_maps, require, require_comparable
 from kelp.products.regions import Region, read_regions
 from kelp.progress import Progress, silent
+from kelp.raster.area import linear_unit
 from kelp.raster.bands import MASK_NODATA
 from kelp.raster.masks import read_mask
 from kelp.sensors.opening import find_scenes, open_scene, scene_name
@@ -234,7 +235,7 @@ def _frame(maps: Sequence[Map]) -> _Frame:
         y_m = _DEGREE_M
         x_m = _DEGREE_M * float(np.cos(np.radians((south + north) / 2)))
     elif first is not None:
-        x_m = y_m = float(first.linear_units_factor[1])
+        x_m = y_m = linear_unit(first) or 1.0
     return _Frame(west, south, x_m, y_m, ((east - west) * x_m, (north - south) * y_m))
 
 
@@ -342,7 +343,7 @@ def _can_have_beds(maps: Sequence[Map]) -> bool:
     except ConfigError as error:
         log.info("no beds on the page: %s", error)
         return False
-    return all(entry.georeference.crs is not None for entry in maps)
+    return all(entry.georeference.on_earth for entry in maps)
 
 
 def _beds(entry: Map, frame: _Frame, output: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ which keeps areas (Snyder, Map Projections: A Working Manual, USGS PP 1395, eq. 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -20,6 +21,7 @@ from rasterio.warp import transform as reproject
 
 from kelp.errors import InputError
 from kelp.raster.bands import PIXEL_SIZE_M
+from kelp.raster.georeference import crs_words
 from kelp.raster.masks import Georeference, is_gdal_error
 from kelp.raster.window import Shape, Tile
 
@@ -93,7 +95,7 @@ class GroundArea:
         crs, transform = georeference.crs, georeference.transform
         if crs is None or transform is None:
             return cls("assumed", pixel_size**2, pixel_size)
-        metres = _linear_unit(crs)
+        metres = linear_unit(crs)
         flat = None if metres is None else abs(float(transform.determinant)) * metres**2
         if not (crs.is_projected or crs.is_geographic):
             if flat is None:
@@ -103,6 +105,16 @@ class GroundArea:
         if flat is not None and np.abs(areas / flat - 1).max() <= UTM_TOLERANCE:
             return cls("affine", flat)
         return cls("geodesic", None, None, (rows, columns, areas))
+
+    @classmethod
+    def of_file(
+        cls, path: Path, georeference: Georeference, shape: Shape, pixel_size: float = PIXEL_SIZE_M
+    ) -> GroundArea:
+        """`of` a raster file, which errors name."""
+        try:
+            return cls.of(georeference, shape, pixel_size)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
 
     def pixels(self, tile: Tile) -> NDArray[np.float64]:
         """Area of the pixels of a window: broadcasts to `(tile.height, tile.width)`."""
@@ -132,7 +144,7 @@ class GroundArea:
         return "measured on the ellipsoid"
 
 
-def _linear_unit(crs: Any) -> float | None:
+def linear_unit(crs: Any) -> float | None:
     """Metres in a unit of the CRS; None for degrees and unknown units."""
     if crs.is_geographic:
         return None
@@ -175,8 +187,10 @@ def _areas_at(
         except Exception as error:
             if not is_gdal_error(error):
                 raise
-            reason = " ".join(str(error).split())
-            raise InputError(f"the CRS cannot be placed on the Earth ({reason})") from error
+            raise InputError(
+                f"its CRS ({crs_words(crs)}) cannot be placed on the Earth; warp it "
+                "(gdalwarp -t_srs)"
+            ) from error
         points = np.array([lon, lat], dtype=np.float64)
         if not np.isfinite(points).all() or np.abs(points[1]).max() > 90.000001:
             raise InputError(

@@ -62,13 +62,13 @@ class Grid:
         same_crs = crs is None or others_crs is None or crs == others_crs
         corners = self._corners_of(other, None if same_crs else crs)
         if corners is None:
-            return f"{_crs(others_crs)} against {_crs(crs)}"
+            return f"{crs_words(others_crs)} against {crs_words(crs)}"
         height, width = self.shape
         shifts = np.array(corners) - [(0, 0), (width, 0), (0, height), (width, height)]
         if np.abs(shifts).max() <= TOLERANCE_PX:
             return None
         if not same_crs:
-            return f"{_crs(others_crs)} against {_crs(crs)}"
+            return f"{crs_words(others_crs)} against {crs_words(crs)}"
         return _words(corners, shifts, self.shape)
 
     def _corners_of(self, other: Grid, crs: Any) -> Corners | None:
@@ -135,7 +135,7 @@ def _size(shape: Shape) -> str:
     return f"{shape[0]} x {shape[1]} pixels"
 
 
-def _crs(crs: Any) -> str:
+def crs_words(crs: Any) -> str:
     """A CRS in few words."""
     if crs is None:
         return "no CRS"

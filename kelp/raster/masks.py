@@ -20,7 +20,8 @@ import rasterio
 import rasterio.shutil
 from affine import Affine
 from numpy.typing import NDArray
-from rasterio.errors import NotGeoreferencedWarning, RasterioError
+from rasterio.crs import CRS
+from rasterio.errors import CRSError, NotGeoreferencedWarning, RasterioError
 from rasterio.io import MemoryFile
 
 from kelp.errors import InputError
@@ -46,6 +47,14 @@ class Georeference:
         if self.transform is None:
             return self
         return Georeference(self.crs, self.transform @ Affine.translation(tile.x, tile.y))
+
+    @property
+    def on_earth(self) -> bool:
+        """Whether it says where on the Earth; a local CRS (`LOCAL_CS`) does not."""
+        if self.crs is None or self.transform is None:
+            return False
+        crs = CRS.from_user_input(self.crs)
+        return bool(crs.is_projected or crs.is_geographic)
 
     @property
     def profile(self) -> dict[str, Any]:
@@ -117,7 +126,7 @@ def quietly(path: Path | Url, writing: bool = False) -> Iterator[None]:
 
 def is_gdal_error(error: Exception) -> bool:
     """Whether an error is GDAL's or rasterio's, which both have several families of them."""
-    if isinstance(error, RasterioError | UnicodeDecodeError):
+    if isinstance(error, RasterioError | CRSError | UnicodeDecodeError):
         return True
     return type(error).__name__.startswith("CPLE_")  # copying and warping let GDAL's own through
 

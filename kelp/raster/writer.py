@@ -25,6 +25,7 @@ from rasterio.windows import Window
 from kelp.errors import BusyError, InputError
 from kelp.io.files import atomic, check_name, hidden, open_locked
 from kelp.raster.bands import MASK_NODATA
+from kelp.raster.georeference import crs_words
 from kelp.raster.masks import Georeference, quietly
 from kelp.raster.window import Shape
 
@@ -270,6 +271,12 @@ class RasterWriter:
                 rows = min(512, dataset.height - y)
                 strip = dataset.read(1, window=Window(0, y, dataset.width, rows))
                 checksum = zlib.crc32(strip.data, checksum)
+            if self._place.crs is not None and dataset.crs is None:
+                log.warning(
+                    "%s: has no CRS: a GeoTIFF cannot hold that of its scene (%s)",
+                    self.path,
+                    crs_words(self._place.crs),
+                )
         if checksum != self.checksum:
             raise InputError(f"{self.path}: cannot be written; check the free space")
 

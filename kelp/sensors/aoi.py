@@ -18,6 +18,7 @@ from rasterio.warp import transform, transform_bounds
 
 from kelp.errors import InputError
 from kelp.io.files import parse_json
+from kelp.raster.masks import Georeference
 from kelp.raster.window import Shape, Tile
 from kelp.sensors.record import Source
 
@@ -56,9 +57,10 @@ class Polygons:
         option: str,
         touching: bool = True,
     ) -> None:
-        if crs is None or affine is None:
+        if affine is None or not Georeference(crs, affine).on_earth:
             raise InputError(
-                f"{option} {path}: the scene has no georeference; polygons cannot be laid on it"
+                f"{option} {path}: the scene has no georeference, or a local one; polygons cannot "
+                "be laid on it"
             )
         self.path = path
         self.shape = shape

@@ -26,7 +26,7 @@ from rasterio.windows import Window
 
 from kelp.errors import InputError
 from kelp.raster.bands import NODATA
-from kelp.raster.masks import quietly
+from kelp.raster.masks import Georeference, georeference_from, quietly
 from kelp.raster.validity import masked_as
 from kelp.raster.window import Shape, Tile
 from kelp.sensors.record import ElevationFacts, Source
@@ -85,9 +85,10 @@ class Elevation:
         affine: Affine | None,
         sea_where_absent: bool = False,
     ) -> None:
-        if crs is None or affine is None:
+        if affine is None or not Georeference(crs, affine).on_earth:
             raise InputError(
-                f"--dem {path}: the scene has no georeference; stack the elevation as its band DEM"
+                f"--dem {path}: the scene has no georeference, or a local one; stack the elevation "
+                "as its band DEM"
             )
         self.path, self.shape = path, shape
         self._crs, self._affine = CRS.from_user_input(crs), affine
@@ -243,8 +244,10 @@ class Elevation:
         """Open one file; None where it does not touch the scene."""
         with quietly(file):
             source = self._stack.enter_context(rasterio.open(file))
-        if source.crs is None:
-            raise InputError(f"--dem {file}: has no CRS; set it (gdal_edit.py -a_srs)")
+        if not georeference_from(source).on_earth:
+            raise InputError(
+                f"--dem {file}: has no CRS, or a local one; set it (gdal_edit.py -a_srs)"
+            )
         left, bottom, right, top = source.bounds
         xs, ys = _border(left, bottom, right, top)
         with quietly(file):

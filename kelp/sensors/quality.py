@@ -22,7 +22,8 @@ from rasterio.vrt import WarpedVRT
 from rasterio.windows import Window
 
 from kelp.errors import ConfigError, InputError
-from kelp.raster.masks import quietly
+from kelp.raster.georeference import crs_words
+from kelp.raster.masks import is_gdal_error, quietly
 from kelp.raster.validity import MaskBands, masked_as
 from kelp.raster.window import Shape, Tile
 from kelp.sensors.record import Source
@@ -251,18 +252,26 @@ class CloudMask:
         if (masked := masked_as(source, void)) is not None:
             with quietly(path):
                 source = self._stack.enter_context(rasterio.open(masked))
-        self._dataset = WarpedVRT(
-            source,
-            crs=crs,
-            transform=affine,
-            height=shape[0],
-            width=shape[1],
-            resampling=Resampling.nearest,
-            src_nodata=void,
-            nodata=_UNKNOWN,
-            dtype="float32",
-            tolerance=_EXACT,
-        )
+        try:
+            self._dataset = WarpedVRT(
+                source,
+                crs=crs,
+                transform=affine,
+                height=shape[0],
+                width=shape[1],
+                resampling=Resampling.nearest,
+                src_nodata=void,
+                nodata=_UNKNOWN,
+                dtype="float32",
+                tolerance=_EXACT,
+            )
+        except Exception as error:
+            if not is_gdal_error(error):
+                raise
+            raise InputError(
+                f"--cloud_mask {path}: its CRS ({crs_words(self._file.crs)}) has no place in that "
+                f"of the scene ({crs_words(crs)}); give the mask on the scene's grid"
+            ) from error
         self._stack.enter_context(self._dataset)
 
     def close(self) -> None:
