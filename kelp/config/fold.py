@@ -43,7 +43,11 @@ class FoldConfig(TableOptions, BandOrderOptions, IndexOptions, TruthOptions):
         False, help="The table is one of tiles: train on slices and predict in slices"
     )
     num_workers: int = option(
-        4, help="Processes that load data; 0 = the main one", unit="processes", ge=0, resumable=True
+        4,
+        help="Processes that load data, no more than cores; 0 = the main one",
+        unit="processes",
+        ge=0,
+        resumable=True,
     )
     bands: Names = option(BANDS, help=f"Bands, comma-separated, of {','.join(BANDS)}")
     experiment: str = option("kelp", help="Name of the MLflow experiment and its folder")

@@ -28,12 +28,16 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
+def cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def worker_count(workers: int, jobs: int) -> int:
     """How many processes to use: `workers` (0 = one for each core), not more than jobs."""
-    if not workers:
-        has_affinity = hasattr(os, "sched_getaffinity")  # Linux: the cores we may use
-        workers = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
-    return max(1, min(workers, jobs))
+    return max(1, min(workers or cores(), jobs))
 
 
 @contextmanager

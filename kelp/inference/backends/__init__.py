@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from kelp.config.choices import Precision
 from kelp.inference.spec import BundleSpec
+from kelp.io.executors import cores
 
 Pixels = NDArray[np.float32]
 DeviceName = Literal["auto", "cpu", "cuda"]
@@ -94,8 +95,7 @@ def cpu_threads(wanted: int | None) -> int:
     named = os.environ.get("OMP_NUM_THREADS", "")
     if named.isdecimal() and int(named):
         return int(named)
-    has_affinity = hasattr(os, "sched_getaffinity")  # Linux: the cores that we may use
-    return len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    return cores()
 
 
 @cache

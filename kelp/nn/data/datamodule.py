@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from kelp import tables
 from kelp.config import FoldConfig, TrainConfig
 from kelp.errors import ConfigError, TableError
+from kelp.io.executors import cores
 from kelp.io.files import amount, is_file
 from kelp.nn.data.dataset import Sample, Source, TileDataset, collate, sources_of
 from kelp.nn.data.reading import Files, Reader
@@ -196,24 +197,26 @@ def _weighted_sum(
 
 
 def _workers(config: TrainConfig, shape: Shape) -> int:
-    """`--num_workers`; 0, after one line, where their batches do not fit into shared memory.
+    """`--num_workers`, one for each core at most, since more are slower.
 
+    It is 0, after one line, where their batches do not fit into shared memory.
     Containers often have 64 MB of it, and a worker that finds it full is killed by the system.
     """
-    if not config.num_workers or not _SHARED_MEMORY.is_dir():
-        return config.num_workers
+    workers = min(config.num_workers, cores())
+    if not workers or not _SHARED_MEMORY.is_dir():
+        return workers
     batch = config.batch_size * shape[0] * shape[1] * _PIXEL_BYTES
     loaders = 2 if config.val_check_interval < 1 else 1  # validation within an epoch
-    needed = loaders * (config.num_workers * _PREFETCHED + 1) * batch
+    needed = loaders * (workers * _PREFETCHED + 1) * batch
     free = shutil.disk_usage(_SHARED_MEMORY).free
     if needed <= free:
-        return config.num_workers
+        return workers
     log.warning(
         "%s has %s free, the batches of --num_workers %d may take %s: the main process reads "
         "them, slower; make it larger (docker run --shm-size), or give --num_workers 0",
         _SHARED_MEMORY,
         amount(free),
-        config.num_workers,
+        workers,
         amount(needed),
     )
     return 0

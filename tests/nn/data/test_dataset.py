@@ -589,6 +589,7 @@ def test_batches_that_do_not_fit_into_shared_memory_are_read_in_the_main_process
 ):
     """As in a container with little of it, where workers die."""
     config = TrainConfig(data_dir="d", metadata_fp="m", output_dir="o", num_workers=2, batch_size=8)
+    monkeypatch.setattr(datamodule, "cores", lambda: 4)
     monkeypatch.setattr(datamodule, "_SHARED_MEMORY", tmp_path)
     free = 2 << 20
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
@@ -600,3 +601,5 @@ def test_batches_that_do_not_fit_into_shared_memory_are_read_in_the_main_process
     free = 1 << 40
     assert datamodule._workers(config, (320, 320)) == 2
     assert len(caplog.messages) == 1
+    monkeypatch.setattr(datamodule, "cores", lambda: 1)  # torch would warn of more, in five lines
+    assert datamodule._workers(config, (320, 320)) == 1
