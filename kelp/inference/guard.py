@@ -7,6 +7,7 @@ like is kept in its bundle; a map outside of that is kept, too, but its record s
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Final, Self
 
 import numpy as np
@@ -39,6 +40,9 @@ class GuardLimits(BaseModel):
     """Smallest mean probability of pixels that are kelp."""
     water: dict[str, tuple[float, float]] = {}
     """Lowest and highest level of clear water, DN, by band; empty: not compared."""
+    contrast: dict[str, tuple[float, float]] = {}
+    """The same of differences between bands of one scene, such as `SWIR less NIR`: haze lifts all
+    bands alike, bands in each other's place do not."""
 
     def with_maps(self, kelp_share: NDArray[np.float64], certainty: NDArray[np.float64]) -> Self:
         """The limits with those of maps of scenes that training has not seen.
@@ -65,11 +69,23 @@ class GuardLimits(BaseModel):
         known = np.isfinite(low).all(axis=1)
         if known.sum() < FEW_MAPS:
             return self
-        least, most = low[known].min(axis=0), high[known].max(axis=0)
-        room = np.maximum(_ROOM_DN, _ROOM * (most - least))
-        ends = zip(np.floor(least - room), np.ceil(most + room), strict=True)
-        found = {band: (float(a), float(b)) for band, (a, b) in zip(OPTICAL, ends, strict=True)}
-        return self.model_copy(update={"water": found})
+        middle = (low[known] + high[known]) / 2
+        found = {
+            "water": dict(zip(OPTICAL, _range(low[known], high[known]), strict=True)),
+            "contrast": dict(zip(_PAIRS, _range(*[-np.diff(middle)] * 2), strict=True)),
+        }
+        return self.model_copy(update=found)
+
+
+_PAIRS: Final = tuple(f"{one} less {other}" for one, other in pairwise(OPTICAL))
+
+
+def _range(low: NDArray[np.float64], high: NDArray[np.float64]) -> list[tuple[float, float]]:
+    """From the lowest to the highest of each column, with some room."""
+    least, most = low.min(axis=0), high.max(axis=0)
+    room = np.maximum(_ROOM_DN, _ROOM * (most - least))
+    ends = zip(np.floor(least - room), np.ceil(most + room), strict=True)
+    return [(float(a), float(b)) for a, b in ends]
 
 
 def check(
@@ -109,15 +125,31 @@ def check(
     if water is not None:
         if water.fallback:
             reasons.append(water.fallback)
-        if foreign := _foreign_water(water.levels, limits.water):
+        if foreign := _foreign(water.levels, limits.water):
             reasons.append(f"clear water is unlike that of training: {foreign}")
+        elif foreign := _foreign(_contrasts(water.levels), limits.contrast):
+            reasons.append(
+                f"clear water has other colours than that of training: {foreign}; are the bands in "
+                "the right order?"
+            )
     return GuardFacts(ok=not reasons, reasons=tuple(reasons))
 
 
-def _foreign_water(
+def _contrasts(levels: Mapping[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
+    """Differences between bands that follow each other, of the middle of each; given twice."""
+    middle = {band: (low + high) / 2 for band, (low, high) in levels.items()}
+    pairs = zip(_PAIRS, pairwise(OPTICAL), strict=True)
+    return {
+        name: (middle[one] - middle[other],) * 2
+        for name, (one, other) in pairs
+        if one in middle and other in middle
+    }
+
+
+def _foreign(
     levels: Mapping[str, tuple[float, float]], known: Mapping[str, tuple[float, float]]
 ) -> str:
-    """Bands whose clear water lies outside what the network has learnt from, in words."""
+    """What of clear water lies outside of what the network has learnt from, in words."""
     words = []
     for band, (low, high) in levels.items():
         least, most = known.get(band, (low, high))

@@ -69,6 +69,25 @@ def test_limits_leave_room_and_need_enough_scenes():
     assert limits.with_maps(share[1:], share[1:]) == limits
 
 
+def test_bands_in_each_others_place_are_named():
+    """Each band's level is one that training has seen; their order is not."""
+    haze = np.random.default_rng(0).normal(0, 300, (200, 1)).round()
+    water = np.array([7500, 7700, 7760, 8060, 8110]) + haze
+    limits = GuardLimits().with_water(water - 20, water + 20)
+
+    def reasons(levels):
+        bands = ("SWIR", "NIR", "R", "G", "B")
+        facts = WaterFacts(levels={b: (x - 20, x + 20) for b, x in zip(bands, levels, strict=True)})
+        return check(10_000, 500, 0.9, facts, limits).reasons
+
+    assert reasons(water[0]) == ()
+    (reason,) = reasons(water[0][[4, 1, 2, 3, 0]])  # SWIR and B
+    assert "are the bands in the right order?" in reason
+    assert "SWIR less NIR 410 (there -300 to -100)" in reason
+    lacking = WaterFacts(levels={"SWIR": (7500, 7500), "R": (7760, 7760)})
+    assert check(10_000, 500, 0.9, lacking, limits).ok
+
+
 def test_predict_names_the_map_keeps_it_and_records_why(tmp_path, monkeypatch, capfd):
     """A network that marks whatever is brighter in NIR, and limits that know better."""
     use_pixel_network(monkeypatch)
