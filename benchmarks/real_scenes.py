@@ -1,17 +1,21 @@
 """What it costs to read a scene as USGS delivers it, to map an area of interest, to warp a DEM.
 
-    python benchmarks/real_scenes.py [--side 7800] [--repeats 1] [--work_dir DIR] [--quick]
+    python benchmarks/real_scenes.py [--side 7800] [--repeats 1] [--work_dir DIR] [--memory]
 
 A Landsat 9 folder is made (one tiled, compressed GeoTIFF a band, names and bits as of the real
 ones) and the same pixels as one tiled GeoTIFF of seven bands. Windows are read from both in the
 order of a prediction. The packaged network maps the folder as it is, with a DEM in degrees, and
 with an area of interest: a square in the middle. Ratios are medians of paired repeats, of seconds
 and of processor time, which other programs change less; with one thread, as waiting threads count.
+`--memory` tells instead the peak of `kelp predict`, each in a process of its own.
 """
 
 from __future__ import annotations
 
+import re
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -139,11 +143,41 @@ class Costs:
         return work
 
 
+def peak(folder: Path, *options: str) -> float:
+    """Megabytes that `kelp predict` fills at most."""
+    command = [sys.executable, "-m", "kelp", "predict", "--output_dir", str(folder / "maps")]
+    command += ["--overwrite", "True", "--threads", "1", *options]
+    said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    found = re.search(r"peak memory ([0-9.]+) (\w+)", said)
+    if found is None:
+        raise ValueError(f"no peak in {said!r}")
+    return float(found[1]) * {"GB": 1000, "MB": 1}[found[2]]
+
+
+def report_memory(product: Path, stack: Path, dem: Path, area: Path, file: Path | None) -> None:
+    """Peaks by what is mapped."""
+    ways = {
+        "map the stack": (stack,),
+        "map the folder": (product,),
+        "map it with a DEM": (product, "--dem", dem),
+        "map 5 % of it": (product, "--aoi", area),
+    }
+    peaks = {
+        name: peak(product.parent, "--data_dir", *map(str, options))
+        for name, options in ways.items()
+    }
+    rows: list[measuring.Row] = [{"what": name, "peak MB": most} for name, most in peaks.items()]
+    beyond = peaks["map the folder"] - peaks["map the stack"]
+    verdicts = [f"folder beyond the stack: {beyond:+.0f} MB", f"most: {max(peaks.values()):.0f} MB"]
+    measuring.report("Memory of scenes as they are delivered", rows, verdicts, file)
+
+
 def main() -> None:
     parser = measuring.parser(__doc__, threads=False)
     parser.add_argument("--side", type=int, default=7800)
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--work_dir", type=Path)
+    parser.add_argument("--memory", action="store_true")
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
     if options.quick:
@@ -156,6 +190,9 @@ def main() -> None:
         square = box(-half, -half, half, half)
         middle = translate(square, 300_000 + side / 2, 3_800_000 - side / 2)
         geopandas.GeoDataFrame({"id": [1]}, geometry=[middle], crs=CRS).to_file(area)
+        if options.memory:
+            report_memory(product, stack, dem, area, options.json)
+            return
 
         def predict(**more: object) -> Callable[[], object]:
             config = PredictConfig(

@@ -55,6 +55,8 @@ class Figures:
 
     def _add(self, y: int, p: NDArray[np.float32]) -> None:
         seen = np.isfinite(p)
+        if not seen.any():  # most of a scene, where an area of interest is small
+            return
         kelp = p >= self.threshold
         areas = self._area.pixels(Tile(y, 0, len(p), self._shape[1]))
         known = np.where(seen, p, 0).astype(np.float64)
