@@ -1,17 +1,22 @@
 """Prediction, evaluation and products run where torch is not installed."""
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from affine import Affine
 from bundles import tiny_bundle, use_pixel_network
+from rasterio.crs import CRS
 from world import coast, write_tif
 
 import kelp
 from kelp.config import ExportConfig
-from kelp.raster.masks import read_mask
+from kelp.raster.masks import Georeference, read_mask
+from kelp.raster.writer import write_mask
 
 WITHOUT = """
 import sys
@@ -126,3 +131,43 @@ def test_torch_stays_out_where_onnx_runtime_predicts(world, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "A_kelp.tif").is_file()
+
+
+def test_beds_areas_and_series_are_made(tmp_path):
+    """With the packages for vector files and grids, but no torch."""
+    mask = np.zeros((12, 12), np.uint8)
+    mask[2:8, 3:9] = 1
+    place = Georeference(CRS.from_epsg(32718), Affine(30, 0, 5e5, 0, -30, 4.3e6))
+    maps = tmp_path / "maps"
+    maps.mkdir()
+    write_mask(maps / "A_2023-01-15_kelp.tif", mask, place)
+    ring = [[5e5, 4.3e6], [5.004e5, 4.3e6], [5.004e5, 4.2996e6], [5e5, 4.2996e6], [5e5, 4.3e6]]
+    (tmp_path / "aoi.geojson").write_text(
+        json.dumps(
+            {
+                "type": "Feature",
+                "crs": {"type": "name", "properties": {"name": "EPSG:32718"}},
+                "properties": {"id": "bay"},
+                "geometry": {"type": "Polygon", "coordinates": [ring]},
+            }
+        )
+    )
+    lines = {
+        "beds": ["--output=beds.gpkg"],
+        "areas": ["--output=areas.csv", "--aoi=aoi.geojson"],
+        "series": ["--output_dir=series", "--aoi=aoi.geojson"],
+    }
+    code = WITHOUT + "from kelp.cli import main\nfor line in sys.argv[1:]:\n"
+    code += "    assert main([*line.split(), '--predictions_dir=maps', '--quiet']) == 0\n"
+    commands = [" ".join([name, *options]) for name, options in lines.items()]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *commands],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(kelp.__file__).parents[1])},
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "1 bed of 1 map" in done.stdout
+    assert "32400" in (tmp_path / "areas.csv").read_text()
+    assert list((tmp_path / "series").iterdir())
