@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 
 from kelp.config import PredictConfig
 from kelp.evaluation.intervals import AreaErrors, area_errors, read_held_out
-from kelp.inference.bundle import DEFAULT_NETWORK, PACKAGED
+from kelp.inference.bundle import DEFAULT_NETWORK
 from kelp.inference.predict import predict_scenes
+from kelp.io.location import packaged
 from kelp.raster.bands import PIXEL_SIZE_M
 from kelp.raster.masks import read_mask
 from kelp.sensors.record import read_record, record_path
@@ -65,7 +66,7 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=60, help="sites of each world")
     parser.add_argument("--run_dir", type=Path, help="another bundle; default: the packaged one")
     options = parser.parse_args()
-    bundle = options.run_dir or PACKAGED / DEFAULT_NETWORK
+    bundle = options.run_dir or packaged(Path(DEFAULT_NETWORK))
     errors = area_errors(read_held_out(bundle).pairs)
     assert errors is not None, f"{bundle}: too few held-out sites"
     rows, every = [], []

@@ -47,6 +47,7 @@ from kelp.inference.spec import BundleSpec, NetworkSpec
 from kelp.io.files import atomic, write_json
 from kelp.nn import symmetry
 from kelp.nn.bundle import describe_bundle, save_bundle
+from kelp.nn.device import Float32Depthwise
 from kelp.nn.export import export
 from kelp.nn.losses import LossSettings, build_loss
 from kelp.nn.model import KelpNet, start_from_share
@@ -207,7 +208,10 @@ def train(
     torch.manual_seed(options.seed)
     net = KelpNet(spec_of())
     start_from_share(net)
-    load_pretrained(net, "imagenet")
+    if options.start:
+        net.load_state_dict(load_file(options.start / "weights.safetensors"))
+    else:
+        load_pretrained(net, "imagenet")
     net = net.to(device, memory_format=torch.channels_last).train()
     optimizer = build_optimizer(net.parameters(), config)
     scheduler = build_scheduler(optimizer, config, options.steps)
@@ -239,7 +243,7 @@ def train(
             own = torch.from_numpy(np.flatnonzero(turned == k)).to(device)
             batch[own] = symmetry.apply(batch[own], k)
             target[own] = symmetry.apply(target[own], k)
-        with torch.autocast(device.type, torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16), Float32Depthwise():
             loss = loss_of(net(batch), net.resize_target(target))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -272,7 +276,25 @@ def train(
         "seconds": round(time.monotonic() - started, 1),
     }
     best: KelpNet = average.module
+    if options.start:
+        if options.halfway:
+            go_halfway(best, options.start)
+        begun = json.loads((options.start / "record.json").read_text(encoding="utf-8"))
+        record["start"] = {name: begun[name] for name in ("steps", "seconds", "scenes", "options")}
     return best.eval(), record
+
+
+@torch.no_grad()
+def go_halfway(net: KelpNet, start: Path) -> None:
+    """Go back half the way to the weights that training started from.
+
+    Wortsman et al. 2022 ("Robust fine-tuning of zero-shot models", CVPR) find such averages as good
+    where both have learnt, and better elsewhere.
+    """
+    begun = load_file(start / "weights.safetensors")
+    for name, value in net.state_dict().items():
+        if value.is_floating_point():
+            value.lerp_(begun[name].to(value), 0.5)
 
 
 @torch.no_grad()
@@ -516,6 +538,10 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="train no longer")
     parser.add_argument("--weights", type=Path, help="a bundle: train nothing")
+    parser.add_argument("--start", type=Path, help="a bundle: train its weights further")
+    parser.add_argument(
+        "--halfway", action="store_true", help="of --start: keep the weights halfway between"
+    )
     parser.add_argument("--scenes_dir", type=Path, help="of scenes; default: in --work_dir")
     parser.add_argument("--scenes_only", action="store_true", help="simulate them, no more")
     parser.add_argument("--quick", action="store_true")

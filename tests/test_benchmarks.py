@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import json
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,22 @@ import pytest
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_what_benchmarks_import_from_kelp_is_there():
+    """Nobody runs them all after a name has moved."""
+    lacking = []
+    for program in sorted((ROOT / "benchmarks").glob("*.py")):
+        for node in ast.walk(ast.parse(program.read_text("utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("kelp"):
+                module = importlib.import_module(str(node.module))
+                for name in (alias.name for alias in node.names):
+                    if not hasattr(module, name):
+                        with suppress(ModuleNotFoundError):
+                            importlib.import_module(f"{node.module}.{name}")
+                            continue
+                        lacking.append(f"{program.name}: {node.module}.{name}")
+    assert not lacking
 
 
 def test_should_i_slice_in_small(tmp_path):

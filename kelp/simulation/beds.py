@@ -197,7 +197,8 @@ def density(
         thin: cover outside the patches, as a multiple of that of the scene's beds.
     """
     height, width = patches.shape
-    mean = float(np.clip(np.exp(rng.normal(np.log(world.cover), world.cover_spread)), 0.02, 0.35))
+    mean = np.exp(rng.normal(np.log(world.cover), world.cover_spread))
+    mean = float(np.clip(mean, world.faintest, 0.35))
     texture = fractal(rng, (height, width), 1.5, 6)
     of_patch = np.exp(rng.normal(0, 0.25, patches.max() + 1)).astype(np.float32)
     cover = np.clip(mean * of_patch[patches] + 0.05 * texture, 0.01, 0.6)

@@ -119,6 +119,20 @@ def between_tides(rng: np.random.Generator, surface: Field, seen: Terrain, world
     surface += rim * np.float32(rng.uniform(0.2, 0.9)) * (_column(_WEED) - surface)
 
 
+def scatter(rng: np.random.Generator, surface: Field, seen: Terrain, world: World) -> None:
+    """Light of the land that the air scatters into the view of the water beside it; in place.
+
+    The adjacency effect raises the near-infrared of water near bright land (Kiselev, Bulgarelli &
+    Heege 2015, doi:10.1016/j.rse.2014.07.025); how far and how much is our guess.
+    """
+    if not world.adjacency:
+        return
+    share = np.float32(rng.uniform(0, world.adjacency))
+    far = float(np.exp(rng.uniform(1.4, 3.0)))  # px: 4 to 20
+    around = [ndimage.gaussian_filter(band, far, mode="nearest", truncate=2.5) for band in surface]
+    surface += share * ~seen.land * (np.stack(around) - surface)
+
+
 def thin_clouds(rng: np.random.Generator, optical: Field, world: World) -> None:
     """Veils and small clouds, with their shadows, that QA says nothing of; in place."""
     shape = (optical.shape[1], optical.shape[2])

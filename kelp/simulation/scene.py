@@ -146,6 +146,8 @@ def _surface(
     # The sensor sees a little beyond its pixel: the shore is soft.
     share = ndimage.gaussian_filter(seen.land.astype(np.float32), 0.6, truncate=3)
     water += share * (land - water)
+    if own:
+        nuisance.scatter(own, water, seen, world)
     noise = rng.standard_normal(water.shape, dtype=np.float32)
     level = _column(_NOISE)
     water += noise * (level * nuisance.noise_factor(own, world) if own else level)

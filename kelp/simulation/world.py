@@ -29,6 +29,8 @@ class World:
     """Share of masks that are 3 to 8 px off."""
     cover_spread: float = 0.55
     """Standard deviation of the logarithm of `cover` between images."""
+    faintest: float = 0.02
+    """Least share of a pixel that the beds of an image cover on average."""
     canopy: float = 0.0
     """How far the look of pure kelp differs between images, as a multiple of our guess."""
     noise_spread: float = 0.0
@@ -50,6 +52,8 @@ class World:
     """Cover of that thin canopy, as a multiple of that of the scene's beds."""
     relief: bool = False
     """Whether slopes lie in the shade."""
+    adjacency: float = 0.0
+    """Largest share of the light of nearby land that the air scatters into the view of water."""
 
     @property
     def disturbed(self) -> bool:

@@ -17,8 +17,8 @@ from kelp.errors import ConfigError, InputError
 from kelp.raster.bands import BANDS, NODATA
 from kelp.raster.masks import read_mask
 from kelp.raster.scene import read_scene
-from kelp.simulation import layout, scene
-from kelp.simulation.beds import grow, kelp_budget
+from kelp.simulation import layout, nuisance, scene
+from kelp.simulation.beds import density, grow, kelp_budget
 from kelp.simulation.labels import draw_labels
 from kelp.simulation.layout import simulate, tile_name
 from kelp.simulation.scene import make_place, simulate_scene, take_picture
@@ -471,3 +471,26 @@ def test_labels_of_small_scenes(seed, height, width):
     patches = np.ones((height, width), dtype=np.int32)
     none = np.zeros((height, width), dtype=bool)
     assert draw_labels(np.random.default_rng(seed), patches, none, none).shape == (height, width)
+
+
+def test_land_brightens_the_water_beside_it():
+    world = replace(WORLDS["varied"], adjacency=0.5)
+    rng = np.random.default_rng(0)
+    seen = make_place(rng, (350, 350), world).terrain
+    surface = np.where(seen.land, np.float32(16_000), np.float32(7700))
+    surface = np.repeat(surface[np.newaxis], 5, axis=0)
+    before = surface.copy()
+    nuisance.scatter(np.random.default_rng(1), surface, seen, world)
+    water = (seen.offshore > 0) & ~seen.land
+    near, far = water & (seen.offshore < 4), water & (seen.offshore > 80)
+    assert (surface - before)[1, near].mean() > 100
+    assert np.abs(surface - before)[1, far].mean() < 20
+    np.testing.assert_array_equal(surface[:, seen.land], before[:, seen.land])
+
+
+def test_beds_are_no_fainter_than_the_world_has_them():
+    patches = np.ones((60, 60), dtype=np.int32)
+    faint = replace(WORLDS["varied"], cover=0.03, cover_spread=0.0, faintest=0.1)
+    covers = [density(np.random.default_rng(k), patches, faint).mean() for k in range(20)]
+    assert min(covers) > 0.05
+    assert 0.08 < np.mean(covers) < 0.12
