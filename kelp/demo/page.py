@@ -66,7 +66,7 @@ def write_report(path: Path, outcome: Outcome, raw: Path, predictions: Path) -> 
         {
             "pooled Dice, network of kelp": _number(packaged.pooled_dice),
             "pooled Dice, network of this demo": _number(figures.pooled_dice),
-            "first map after": f"{next(iter(outcome.seconds.values())):.0f} s",
+            "first map after": f"{next(iter(outcome.seconds.values())):.1f} s",
             "seconds in all": f"{sum(outcome.seconds.values()):.0f}",
         }
     )

@@ -111,7 +111,7 @@ def demo(config: DemoConfig, progress: Progress = silent) -> DemoResult:
             ),
             progress,
         )
-    log.info("demo: the first map after %.0f s: %s", clock.total, real.masks[0])
+    log.info("demo: the first map after %.1f s: %s", clock.total, real.masks[0])
     tables, stats = _prepare(config, raw, clock, progress)
     with clock.step("train on slices"):
         training = train(_sliced(config, tables.tiles, stats), progress)

@@ -129,8 +129,8 @@ def check(
             reasons.append(f"clear water is unlike that of training: {foreign}")
         elif foreign := _foreign(_contrasts(water.levels), limits.contrast):
             reasons.append(
-                f"clear water has other colours than that of training: {foreign}; are the bands in "
-                "the right order?"
+                f"clear water has other colours than that of training: {foreign}: turbid water, or "
+                "bands in another order"
             )
     return GuardFacts(ok=not reasons, reasons=tuple(reasons))
 
