@@ -125,7 +125,7 @@ class Cluster:
 
         Args:
             function: a module-level function, or a partial of one. It may be run twice for a
-                job, even at one time, when a worker is taken for lost.
+                job, even at one time, when a worker seems to be lost.
             draw: the next job; None = none now, perhaps one when another result has come.
 
         Raises:

@@ -1,4 +1,4 @@
-"""Writing one-band rasters by rows: complete or not at all, and gone on with after a kill.
+"""Writing one-band rasters by rows: complete or not at all, resumed after a kill.
 
 The source's CRS and transform are copied, or none: nothing is invented.
 """

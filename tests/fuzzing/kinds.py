@@ -396,6 +396,8 @@ def cases(name: str, numbers: range, folder: Path) -> Iterator[str]:
     before = None
     for number in numbers:
         rng = random.Random(f"{name} {number}")
+        if not path.parent.is_dir():  # a damaged section is thrown away, with those beside it
+            path = kind.make(good)
         path.write_bytes(kind.mutate(content, rng))
         before = before or _files(folder)
         for reader in kind.readers:

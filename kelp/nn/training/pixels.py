@@ -89,7 +89,7 @@ def sample_pixels(
         preprocess: makes the features, as in prediction.
         config: the options.
         stream: of random numbers; images drawn from twice need two.
-        progress: told of images.
+        progress: called with the images done.
     """
     found: list[NDArray[np.float32]] = []
     kelp: list[NDArray[np.bool_]] = []
