@@ -1,7 +1,7 @@
 """Whole images against slices at equal training compute, on simulated coasts, with `kelp compare`.
 
     python benchmarks/should_i_slice.py [--pixels 3e8] [--worlds calibrated specks murky]
-        [--seeds 0] [--real_dir DIR] [--work_dir DIR] [--quick]
+        [--seeds 0] [--real_dir DIR] [--work_dir DIR] [--screen] [--quick]
 
 For each world and seed a U-Net with the packaged EfficientNet-Lite0 is trained on whole images
 (350 px padded to 352) and on tiles (`--sahi True`, its defaults), each until it has seen
@@ -11,6 +11,10 @@ fold of few places would pick an epoch by chance); thresholds are fitted on othe
 table is the one that decides: what slices gain over whole images, with intervals over places.
 With `--real_dir` the networks are also applied to real tiles, `<id>_satellite.tif` with
 `<id>_kelp.tif`; no real label is learned from.
+
+`--screen` asks something else: does a training of `kelp train --sahi True`, its calibration
+included, ever collapse? Only tiles are learned from, test places are mapped with the threshold
+that the bundle has, and the table has a row for each seed.
 
 What is finished in `--work_dir` is not done again. 3e8 pixels take about a quarter of an hour of
 training a network on two cores. `--quick` runs the same program small, in a few minutes; its
@@ -22,14 +26,17 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import measuring
+import numpy as np
 
 import kelp
 from kelp import config
+from kelp.errors import KelpError
 from kelp.evaluation.confusion import PATCH_SIZES
 from kelp.nn.comparison.result import Comparison
 from kelp.simulation.world import WORLDS
@@ -93,7 +100,9 @@ def train(root: Path, kind: str, seed: int, options: argparse.Namespace) -> Path
     """A network trained until it has seen that many pixels; the link under which it is kept."""
     link = root / f"{options.pixels:.3g}-{seed}" / kind
     if not link.is_symlink():
-        sliced = kind == "sliced"
+        sliced, asked = kind != "whole", SHARED
+        if kind == "screened":  # as users get it: calibrated, and refused where it found nothing
+            asked = {k: v for k, v in SHARED.items() if k not in ("calibrate", "min_dice")}
         table = root / "sahi" / TILES_TABLE if sliced else root / "processed" / IMAGES_TABLE
         base = config.TrainConfig(
             data_dir=root / "sahi" if sliced else root / "raw",
@@ -103,7 +112,7 @@ def train(root: Path, kind: str, seed: int, options: argparse.Namespace) -> Path
             seed=seed,
             epochs=options.epochs,
             early_stopping_patience=options.epochs,
-            **SHARED,
+            **asked,
         )
         samples = options.pixels / base.image_size**2 / options.epochs / base.batch_size
         draws = {"samples_per_epoch": max(1, round(samples)) * base.batch_size}
@@ -131,6 +140,59 @@ def judge(runs: list[Path], images: Path, truth: Path, out: Path) -> measuring.R
         kept.write_text(json.dumps(reach(result.comparison), indent=1), encoding="utf-8")
     row: measuring.Row = json.loads(kept.read_text(encoding="utf-8"))
     return row
+
+
+def screened(root: Path, seed: int, options: argparse.Namespace) -> measuring.Row:
+    """What a training as users get it makes of the test places."""
+    out = root / f"{options.pixels:.3g}-{seed}"
+    kept = out / "screened.json"
+    if not kept.is_file():
+        try:
+            run = train(root, "screened", seed, options)
+        except KelpError as error:
+            return {"seed": seed, "pooled Dice": 0.0, "refused": str(error)}
+        maps, raw = out / "maps", root / "raw"
+        kelp.predict_scenes(
+            config.PredictConfig(
+                data_dir=raw / "test" / "images", run_dir=(run,), output_dir=maps, overwrite=True
+            )
+        )
+        scores = kelp.evaluate(config.EvaluateConfig(gt_dir=raw / "test_truth", preds_dir=maps))
+        false = [int(image["fp"]) for image in scores.by_image]
+        water = [
+            float(image["open_false_km2"] / image["open_km2"])
+            for image in scores.by_image
+            if image["open_km2"] > 1  # of less, one pixel would be a large share
+        ]
+        confusion = scores.all_pixels.confusion
+        figures = {
+            "seed": seed,
+            "pooled Dice": confusion.dice,
+            "precision": confusion.precision,
+            "recall": confusion.recall,
+            "most false pixels": max(false),
+            "of scene": scores.tile_ids[int(np.argmax(false))],
+            "largest false share of open water": max(water),
+        }
+        kept.write_text(json.dumps(figures, indent=1), encoding="utf-8")
+    row: measuring.Row = json.loads(kept.read_text(encoding="utf-8"))
+    return row
+
+
+def screen(work: Path, options: argparse.Namespace) -> None:
+    """Trainings of many seeds, and how far the worst lies below the median."""
+    for world in options.worlds:
+        prepare(work / world, world, options)
+        rows = [screened(work / world, seed, options) for seed in options.seeds]
+        dice = [row["pooled Dice"] for row in rows]
+        median = statistics.median(dice)
+        notes = [
+            f"median {median:.4f}, worst {min(dice):.4f} (median {min(dice) - median:+.4f})",
+            f"refused: {sum('refused' in row for row in rows)} of {len(rows)}",
+            f"data, runs and maps: {work}",
+        ]
+        title = f"Trainings of {options.pixels:.3g} network pixels, {world}"
+        measuring.report(title, rows, notes, options.json)
 
 
 def reach(found: Comparison) -> measuring.Row:
@@ -169,6 +231,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--real_dir", type=Path, help="<id>_satellite.tif with <id>_kelp.tif")
     parser.add_argument("--work_dir", type=Path, help="keep what is made, go on with it")
+    parser.add_argument("--screen", action="store_true", help="only whether trainings collapse")
     parser.add_argument("--quick", action="store_true", help="small, to try the program")
     options = parser.parse_args()
     if options.quick:
@@ -176,6 +239,9 @@ def main() -> None:
         options.pixels, options.epochs = 2e6, 1
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     work = options.work_dir or Path(tempfile.mkdtemp(prefix="kelp-"))
+    if options.screen:
+        screen(work, options)
+        return
     rows: list[measuring.Row] = []
     for world in options.worlds:
         root = work / world
