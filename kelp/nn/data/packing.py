@@ -41,6 +41,7 @@ log = logging.getLogger("kelp")
 FOLDER: Final = "packed"
 """Of an output folder: its store."""
 
+_LOCK: Final = ".lock"
 _SCHEMA: Final = 2  # raise it whenever a file would be read or packed otherwise than before
 _FILE_BYTES: Final = 64 << 20  # what a worker holds, and what a killed one loses
 _SIDECAR: Final = ".aux.xml"  # GDAL's, where a TIFF's tags may lie
@@ -86,7 +87,9 @@ def pack(sources: Sequence[Source], config: TrainConfig, progress: Progress) -> 
     folder = config.output_dir / FOLDER
     items = _items(sources, files)
     known = _places(folder)
-    if any(item.key not in known for item in items):
+    if all(item.key in known for item in items):
+        _clean_up(folder)
+    else:
         try:
             with _alone(output_folder(folder)):
                 known = _places(folder)  # another process may have packed meanwhile
@@ -140,7 +143,7 @@ def _places(folder: Path) -> dict[str, Place]:
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """While it lasts no other process packs into the folder."""
-    lock = folder / ".lock"
+    lock = folder / _LOCK
     with ExitStack() as stack:
         try:
             stack.enter_context(locked(lock))
@@ -149,6 +152,13 @@ def _alone(folder: Path) -> Iterator[None]:
             stack.enter_context(locked(lock, wait=True))
         discard_partials(folder)
         yield
+
+
+def _clean_up(folder: Path) -> None:
+    """Remove the lock of a process that was killed when all was packed."""
+    if (folder / _LOCK).exists():
+        with suppress(OSError), locked(folder / _LOCK):  # unless another process packs just now
+            discard_partials(folder)
 
 
 def _fill(folder: Path, items: Sequence[_Item], workers: int, progress: Progress) -> None:

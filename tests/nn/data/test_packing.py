@@ -513,6 +513,14 @@ def test_a_kill_in_the_middle_loses_one_file_of_the_store(images, tmp_path, capl
     assert all(same_files(source, config, reader) for source in images)
 
 
+def test_a_kill_when_all_is_packed_leaves_nothing_hidden(images, tmp_path):
+    config = configure(tmp_path)
+    pack(images, config, silent)
+    (config.output_dir / FOLDER / ".lock").touch()  # the last thing that would have gone
+    pack(images, config, silent)
+    assert not list((config.output_dir / FOLDER).glob(".*"))
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="no such locks")
 @pytest.mark.parametrize("host", [HERE, "b.cluster"], ids=["here", "there"])
 def test_a_second_process_waits_and_finds_all_packed(images, tmp_path, host):
