@@ -190,6 +190,11 @@ class BundleCheckpoint(EpochHistory):
             TrainingError: the network finds nothing; there is no bundle then but the latest.
         """
         self.require_found()
+        if not self.found[self.ranking[0] - 1].kelp:
+            log.warning(
+                "the validation rows hold no kelp: their scores only say whether kelp was marked "
+                "where none is; choose another --cv_split, or more images"
+            )
         artifacts, spec = self.tracking.artifacts, read_spec(self.best_folder)
         draw_curves(artifacts, self.history, spec.epoch)
         draw_confusion(artifacts, self.confusions[spec.epoch - 1])

@@ -588,6 +588,14 @@ def test_a_training_that_found_nothing_is_refused(configure):
     assert kept.bundle.is_dir()
 
 
+def test_validation_rows_without_kelp_are_said(configure, table, tmp_path, caplog):
+    rows = pd.read_parquet(table)
+    bare = tmp_path / "bare.parquet"
+    rows[(rows["split_0"] == "train") | ~rows["has_kelp"]].to_parquet(bare)
+    train(configure(metadata_fp=bare, epochs=1))
+    assert "the validation rows hold no kelp" in caplog.text
+
+
 # --- options
 
 
