@@ -1,12 +1,14 @@
 """A Landsat-sized scene under a memory budget: killed once, gone on with, looked at for seams.
 
     python benchmarks/whole_scene.py --run_dir RUN [--side 7800] [--max_memory 1GB] [--work_dir DIR]
+    python benchmarks/whole_scene.py --network_share [--side 7800] [--work_dir DIR]
 
 Makes a georeferenced scene of simulated coast (nodata corners as of a tilted footprint, clouds,
 land), predicts it with `kelp predict` as a process with either blend; the one with Hann windows is
 killed in the middle and started again. Prints measured peak memory and time, and for each blend how
 steep the probabilities are across the borders of tiles beside elsewhere (1.00 = no seam), and
-leaves the scene, the outputs and a picture in `--work_dir`.
+leaves the scene, the outputs and a picture in `--work_dir`. `--network_share`: processor time of a
+prediction by the packaged network with its defaults and `--land skip`, and of the network in it.
 """
 
 from __future__ import annotations
@@ -20,14 +22,19 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import rasterio
+from numpy.typing import NDArray
 from PIL import Image
 from rasterio.enums import Resampling
 from rasterio.transform import from_origin
 from rasterio.windows import Window
 
+import kelp
+from kelp.config import PredictConfig
+from kelp.inference.predictor import Predictor
 from kelp.raster.bands import BANDS, NODATA
 from kelp.raster.writer import MASK_COLORS
 from kelp.simulation.scene import simulate_scene
@@ -35,6 +42,7 @@ from kelp.tiling.grid import TileGrid
 from kelp.tiling.seams import steps
 
 TILE, OVERLAP = 128, 64
+Pixels = NDArray[np.float32]
 
 
 def make_scene(path: Path, side: int, seed: int) -> None:
@@ -112,6 +120,29 @@ def predict(arguments: list[str], kill_at: int | None, rows: Path) -> tuple[floa
     return time.perf_counter() - started, text
 
 
+def network_share(scene: Path, out: Path) -> dict[str, float]:
+    """Seconds of one processor for a whole prediction, and for the network in it."""
+    network, compute = 0.0, Predictor.__call__
+
+    def timed(self: Predictor, raw: Pixels) -> Pixels:
+        nonlocal network
+        began = time.thread_time()
+        p = compute(self, raw)
+        network += time.thread_time() - began
+        return p
+
+    config = PredictConfig(
+        data_dir=scene, output_dir=out, land="skip", threads=1, overwrite=True, band_order=BANDS
+    )
+    began = time.process_time()
+    with mock.patch.object(Predictor, "__call__", timed):
+        counts = kelp.predict_scenes(config).counts
+    whole = time.process_time() - began
+    print(f"{counts}")
+    print(f"{whole:.1f} s of one processor, the network {network:.1f}: {whole / network:.3f} times")
+    return {"seconds": whole, "network": network, "ratio": whole / network}
+
+
 def seam(path: Path, side: int) -> dict[str, float | None]:
     """Whether borders of tiles show in a map of probabilities.
 
@@ -161,7 +192,8 @@ def picture(scene: Path, outputs: dict[str, Path], path: Path, size: int = 900) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--run_dir", type=Path, required=True)
+    parser.add_argument("--run_dir", type=Path)
+    parser.add_argument("--network_share", action="store_true")
     parser.add_argument("--side", type=int, default=7800)
     parser.add_argument("--seed", type=int, default=6)
     parser.add_argument("--max_memory", default="1GB")
@@ -169,11 +201,18 @@ def main() -> None:
     parser.add_argument("--work_dir", type=Path)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    if not options.run_dir and not options.network_share:
+        parser.error("--run_dir or --network_share is needed")
     work = options.work_dir or Path(tempfile.mkdtemp(prefix="whole_scene_"))
     work.mkdir(parents=True, exist_ok=True)
     scene = work / "coast.tif"
     if not scene.exists():
         make_scene(scene, options.side, options.seed)
+    if options.network_share:
+        shares = network_share(scene, work / "packaged")
+        if options.json:
+            options.json.write_text(json.dumps(shares, indent=2) + "\n", encoding="utf-8")
+        return
     figures: dict[str, object] = {"side": options.side, "max_memory": options.max_memory}
     for number, blend in enumerate(options.blends.split(",")):
         out = work / blend
