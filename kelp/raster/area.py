@@ -122,10 +122,12 @@ class GroundArea:
             return np.full((1, 1), self.pixel_m2)
         rows, columns, areas = self._nodes
         # Linear along rows, then along columns.
-        y = np.arange(tile.y, tile.bottom, dtype=np.float64) + 0.5
-        x = np.arange(tile.x, tile.right, dtype=np.float64) + 0.5
-        down, right = _weights(y, rows), _weights(x, columns)
-        between: NDArray[np.float64] = down @ areas @ right.T
+        at, share = _between(tile.y, tile.bottom, rows)
+        lines = areas[at] + share[:, None] * (areas[at + 1] - areas[at])
+        at, share = _between(tile.x, tile.right, columns)
+        between = np.diff(lines, axis=1)[:, at]
+        between *= share
+        between += lines[:, at]
         return between
 
     def total(self, chosen: NDArray[Any], tile: Tile) -> float:
@@ -203,12 +205,10 @@ def _areas_at(
     return areas.reshape(len(rows), len(columns))
 
 
-def _weights(at: NDArray[np.float64], nodes: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Matrix `(len(at), len(nodes))` of linear interpolation."""
+def _between(
+    begin: int, end: int, nodes: NDArray[np.float64]
+) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
+    """Of centres of pixels: the node before each, and the share of the way to the next."""
+    at = np.arange(begin, end, dtype=np.float64) + 0.5
     left = np.clip(np.searchsorted(nodes, at, side="right") - 1, 0, len(nodes) - 2)
-    share = (at - nodes[left]) / (nodes[left + 1] - nodes[left])
-    out = np.zeros((len(at), len(nodes)))
-    index = np.arange(len(at))
-    out[index, left] = 1 - share
-    out[index, left + 1] += share
-    return out
+    return left, (at - nodes[left]) / (nodes[left + 1] - nodes[left])

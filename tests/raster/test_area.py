@@ -1,5 +1,7 @@
 """Ground area of pixels, against polygons measured by pyproj."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from affine import Affine
@@ -147,3 +149,16 @@ def test_a_raster_outside_its_crs_is_an_error_not_a_number():
     transform = Affine(1, 0, 0, 0, -1, 95)
     with pytest.raises(InputError, match="outside its CRS's domain"):
         GroundArea.of(Georeference(CRS.from_epsg(4326), transform), (3, 3))
+
+
+def test_areas_of_a_wide_window_take_the_memory_of_their_pixels():
+    """A matrix of columns x nodes took 1.25 GB of 100,000 columns."""
+    crs, transform = placed("EPSG:32610", 50, -120.0, 30)
+    area = GroundArea.of(Georeference(crs, transform), (64, 50_000))
+    assert area.source == "geodesic"
+    tracemalloc.start()
+    pixels = area.pixels(Tile(0, 0, 2, 50_000))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 * pixels.nbytes
+    np.testing.assert_array_equal(pixels[:, 20_000:20_100], area.pixels(Tile(0, 20_000, 2, 100)))
