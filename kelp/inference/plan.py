@@ -89,8 +89,9 @@ def make_plan(
 def output_bytes(scenes: Sequence[SceneSize], pixel_bytes: int) -> int:
     """Bytes at most that outputs and what is kept while they are made take."""
     areas = [scene.shape[0] * scene.shape[1] for scene in scenes]
-    # Overviews add a third; the rows of the largest lie beside it until it is done.
-    return int((sum(areas) * 4 / 3 + max(areas, default=0)) * pixel_bytes)
+    # Overviews add a third; the rows of the largest lie beside it until it is done, its mask's
+    # overviews below them.
+    return int((sum(areas) + max(areas, default=0)) * 4 / 3 * pixel_bytes)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from kelp.errors import InputError
 from kelp.inference.outputs import sections_folder
 from kelp.io.files import DAMAGED_ARRAYS, atomic
 from kelp.raster.window import Blend, Shape
-from kelp.tiling.engine import Edge, Section, Sink, WriteRows, finish
+from kelp.tiling.engine import Edge, Section, Sink, WriteRows, take_final
 from kelp.tiling.grid import TileGrid
 from kelp.tiling.merge import MergerState, StripMerger
 from kelp.tiling.strip import Pixels
@@ -258,6 +258,4 @@ class Stitching:
         )
         joined = above.joined(head)
         merger = StripMerger(self.shape, self.blend, joined, spread=self.spread)
-        planes = merger.take_planes(joined.bottom)
-        finish(planes, np.concatenate([edge.observed for edge in heads]))
-        return planes
+        return take_final(merger, np.concatenate([edge.observed for edge in heads]))

@@ -9,8 +9,9 @@ import logging
 import os
 import sys
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from itertools import product
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Final, Self
@@ -37,6 +38,9 @@ COG_SIDE: Final = 1024
 # 0 = deep water, 1 = kelp, 255 = transparent: QGIS and GDAL show a mask at once.
 MASK_COLORS: Final = {0: (16, 52, 92, 255), 1: (255, 190, 30, 255), MASK_NODATA: (0, 0, 0, 0)}
 
+_SMALLEST: Final = 512
+"""Side at which overviews end: a block of a COG."""
+
 _NOWHERE: Final = Georeference()
 _TYPES: Final = {"uint8": "Byte", "float32": "Float32"}
 
@@ -52,7 +56,7 @@ class RasterWriter:
     Rows are first appended to a plain hidden file beside the raster: what a process wrote before
     it was killed can be kept (`begin`). In the end they are copied to a GeoTIFF, for a raster
     with a side above 1,024 px a Cloud Optimized one with overviews (by mode for masks, by
-    averaging for probabilities), which is read back before it gets its name: GDAL does not tell
+    averaging for the others), which is read back before it gets its name: GDAL does not tell
     of a disk that fills up on closing.
 
     Args:
@@ -183,24 +187,47 @@ class RasterWriter:
     def _copy(self, partial: Path) -> None:
         """The rows as a GeoTIFF; GDAL reads them through a description of the plain file."""
         options: dict[str, Any] = {"driver": "GTiff", "bigtiff": "if_safer"}
+        halved: list[tuple[int, Shape]] = []
         if max(self._shape) > COG_SIDE:
-            averaging = "mode" if self.is_mask else "average"
-            options |= {"driver": "COG", "overview_resampling": averaging}
+            options |= {"driver": "COG", "overview_resampling": "average"}
+            halved = self._append_overviews() if self.is_mask else []
         plain = partial.with_suffix(".vrt")
         try:
             with quietly(self.path, writing=True):
-                plain.write_text(self._description(), encoding="utf-8")
+                plain.write_text(self._description(halved), encoding="utf-8")
                 rasterio.shutil.copy(plain, partial, compress="deflate", **options)
         finally:
             for left in partial.parent.glob(f"{partial.stem}.*"):  # also overviews on their way
                 if left != partial:
                     left.unlink(missing_ok=True)
 
-    def _description(self) -> str:
-        """The file of rows as a GDAL virtual dataset (gdal.org/drivers/raster/vrt.html)."""
-        height, width = self._shape
-        size = self._dtype.itemsize
-        root = ElementTree.Element("VRTDataset", rasterXSize=str(width), rasterYSize=str(height))
+    def _append_overviews(self) -> list[tuple[int, Shape]]:
+        """Put a mask's overviews below its rows; where each begins in the file, and its shape.
+
+        By mode, as GDAL makes them. It takes as long for a mask that is nearly all unobserved as
+        for another, most of the time that a small area of interest has to itself.
+        """
+        found, begin, shape = list[tuple[int, Shape]](), 0, self._shape
+        while max(shape) > _SMALLEST:
+            half = (shape[0] + 1) // 2, (shape[1] + 1) // 2
+            end = begin + shape[0] * shape[1]
+            for y in range(0, shape[0], 256):
+                rows = min(256, shape[0] - y)
+                offset = begin + y * shape[1]
+                values = np.fromfile(self._path_of_rows, np.uint8, rows * shape[1], offset=offset)
+                self._file.write(_halved(values.reshape(rows, shape[1])).data)
+            self._file.flush()
+            found.append((end, half))
+            begin, shape = end, half
+        return found
+
+    def _description(self, halved: Sequence[tuple[int, Shape]] = ()) -> str:
+        """The file of rows as a GDAL virtual dataset (gdal.org/drivers/raster/vrt.html).
+
+        Args:
+            halved: where overviews begin in it, and their shapes.
+        """
+        root = _dataset(self._shape)
         if self._place.crs is not None:
             ElementTree.SubElement(root, "SRS").text = self._place.crs.to_wkt()
         if self._place.transform is not None:
@@ -209,15 +236,8 @@ class RasterWriter:
         tags = ElementTree.SubElement(root, "Metadata")
         for key, value in self._tags.items():
             ElementTree.SubElement(tags, "MDI", key=key).text = value
-        kind = {"dataType": _TYPES[self._dtype.name], "subClass": "VRTRawRasterBand"}
-        band = ElementTree.SubElement(root, "VRTRasterBand", kind, band="1")
-        values: dict[str, object] = {
-            "NoDataValue": self._nodata,
-            "ByteOrder": {"little": "LSB", "big": "MSB"}[sys.byteorder],
-            "ImageOffset": 0,
-            "PixelOffset": size,
-            "LineOffset": width * size,
-        }
+        band = self._band(root, 0, self._shape[1])
+        values: dict[str, object] = {"NoDataValue": self._nodata}
         if self._name:
             values["Description"] = self._name
         if self._scale is not None:
@@ -229,9 +249,13 @@ class RasterWriter:
                 ElementTree.SubElement(known, "MDI", key=f"STATISTICS_{key}").text = repr(figure)
         for name, number in values.items():
             ElementTree.SubElement(band, name).text = str(number)
-        # Not relative: GDAL would take a backslash of the folder's name for a separator.
-        source = ElementTree.SubElement(band, "SourceFilename", relativeToVRT="0")
-        source.text = str(self._path_of_rows.absolute())
+        for begin, shape in halved:
+            smaller = _dataset(shape)
+            self._band(smaller, begin, shape[1])
+            overview = ElementTree.SubElement(band, "Overview")
+            source = ElementTree.SubElement(overview, "SourceFilename", relativeToVRT="0")
+            source.text = ElementTree.tostring(smaller, encoding="unicode")
+            ElementTree.SubElement(overview, "SourceBand").text = "1"
         if self.is_mask:
             ElementTree.SubElement(band, "ColorInterp").text = "Palette"
             table = ElementTree.SubElement(band, "ColorTable")
@@ -240,6 +264,23 @@ class RasterWriter:
                 parts = {f"c{i}": str(part) for i, part in enumerate(color, 1)}
                 ElementTree.SubElement(table, "Entry", parts)
         return ElementTree.tostring(root, encoding="unicode")
+
+    def _band(self, root: ElementTree.Element, begin: int, width: int) -> ElementTree.Element:
+        """A band of numbers that lie in the plain file, from a byte on, row after row."""
+        size = self._dtype.itemsize
+        kind = {"dataType": _TYPES[self._dtype.name], "subClass": "VRTRawRasterBand"}
+        band = ElementTree.SubElement(root, "VRTRasterBand", kind, band="1")
+        # Not relative: GDAL would take a backslash of the folder's name for a separator.
+        source = ElementTree.SubElement(band, "SourceFilename", relativeToVRT="0")
+        source.text = str(self._path_of_rows.absolute())
+        for name, value in (
+            ("ByteOrder", {"little": "LSB", "big": "MSB"}[sys.byteorder]),
+            ("ImageOffset", begin),
+            ("PixelOffset", size),
+            ("LineOffset", width * size),
+        ):
+            ElementTree.SubElement(band, name).text = str(value)
+        return band
 
     def _statistics(self) -> dict[str, float]:
         """Of the stored numbers, as GDAL keeps them: else QGIS computes them for every view."""
@@ -285,6 +326,43 @@ class RasterWriter:
             f"{self.path}: cannot be written ({error.strerror or error}); "
             "check the folder's permissions and the free space"
         )
+
+
+def _dataset(shape: Shape) -> ElementTree.Element:
+    """A GDAL virtual dataset without a band."""
+    size = {"rasterXSize": str(shape[1]), "rasterYSize": str(shape[0])}
+    return ElementTree.Element("VRTDataset", size)
+
+
+def _mode(pixels: Sequence[int]) -> int:
+    """What most of the observed pixels hold; of values as frequent that which is first to be so."""
+    best, most = MASK_NODATA, 0
+    for end, value in enumerate(pixels, start=1):
+        count = pixels[:end].count(value)
+        if value != MASK_NODATA and count > most:
+            best, most = value, count
+    return best
+
+
+_MODES: Final = np.array(
+    [_mode(four) for four in product((0, 1, MASK_NODATA), repeat=4)], dtype=np.uint8
+)
+"""Modes of four pixels: a table, as GDAL counts the 256 values of each four anew."""
+
+
+def _halved(mask: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """A mask with each 2 x 2 pixels as their mode, shape `(height, width)` halved, rounded up."""
+    height, width = mask.shape
+    out = np.full(((height + 1) // 2, (width + 1) // 2), MASK_NODATA, dtype=np.uint8)
+    seen = np.flatnonzero(mask.min(axis=0) != MASK_NODATA)
+    if len(seen):  # only between the first and the last observed column
+        left, right = int(seen[0]) // 2 * 2, int(seen[-1]) + 1
+        odd = (0, height % 2), (0, (right - left) % 2)
+        codes = np.minimum(np.pad(mask[:, left:right], odd, constant_values=MASK_NODATA), 2)
+        upper, lower = codes[::2], codes[1::2]
+        four = ((upper[:, ::2] * 3 + upper[:, 1::2]) * 3 + lower[:, ::2]) * 3 + lower[:, 1::2]
+        out[:, left // 2 : (right + 1) // 2] = _MODES[four]
+    return out
 
 
 def write_mask(

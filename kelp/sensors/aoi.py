@@ -74,13 +74,19 @@ class Polygons:
                 corners = moved[0]
                 box = (*corners.min(axis=0).tolist(), *corners.max(axis=0).tolist())
                 self._shapes.append((_geojson(moved), box))
-        self._reach = [_in_pixels(affine, box) for _, box in self._shapes]
-        self.pixels = sum(int(self.mask(tile).sum()) for tile in _rows(shape))
+        reach = [_in_pixels(affine, box) for _, box in self._shapes]
+        self._reach = np.array(reach, dtype=np.int64).reshape(-1, 4)
         if touching and not self.pixels:
             raise InputError(
                 f"{option} {path}: does not touch the scene ({self._where(crs)}); check the CRS of "
                 "the polygons, or leave the scene out"
             )
+
+    @cached_property
+    def pixels(self) -> int:
+        """How many of the scene lie inside."""
+        _, reached = self._near(Tile(0, 0, *self.shape))
+        return sum(int(self.mask(tile).sum()) for tile in _rows(reached))
 
     @property
     def share(self) -> float:
@@ -95,23 +101,29 @@ class Polygons:
     def mask(self, tile: Tile) -> NDArray[np.bool_]:
         """Where a window lies inside the polygons: bool, shape `(height, width)`."""
         inside = np.zeros((tile.height, tile.width), dtype=np.bool_)
-        near = [
-            number
-            for number, (left, top, right, bottom) in enumerate(self._reach)
-            if left < tile.right and right > tile.x and top < tile.bottom and bottom > tile.y
-        ]
+        near, part = self._near(tile)
         if near:  # burnt no farther than they reach: most of a scene is far from a coast
-            reach = np.array(self._reach)[near]
-            left, top = np.maximum(reach[:, :2].min(axis=0), (tile.x, tile.y)).tolist()
-            right, bottom = np.minimum(reach[:, 2:].max(axis=0), (tile.right, tile.bottom)).tolist()
-            inside[top - tile.y : bottom - tile.y, left - tile.x : right - tile.x] = rasterize(
-                [self._shapes[number][0] for number in near],
-                out_shape=(bottom - top, right - left),
-                transform=self._affine @ Affine.translation(left, top),
+            rows = slice(part.y - tile.y, part.bottom - tile.y)
+            inside[rows, part.x - tile.x : part.right - tile.x] = rasterize(
+                near,
+                out_shape=(part.height, part.width),
+                transform=self._affine @ Affine.translation(part.x, part.y),
                 default_value=1,
                 dtype="uint8",
             )
         return inside
+
+    def _near(self, tile: Tile) -> tuple[list[dict[str, Any]], Tile]:
+        """The polygons that may touch a window, and the part of it that they may touch."""
+        left, top, right, bottom = self._reach.T
+        near = (left < tile.right) & (right > tile.x) & (top < tile.bottom) & (bottom > tile.y)
+        if not near.any():
+            return [], Tile(tile.y, tile.x, 0, 0)
+        y, x = max(int(top[near].min()), tile.y), max(int(left[near].min()), tile.x)
+        height = min(int(bottom[near].max()), tile.bottom) - y
+        width = min(int(right[near].max()), tile.right) - x
+        polygons = [self._shapes[number][0] for number in np.flatnonzero(near).tolist()]
+        return polygons, Tile(y, x, height, width)
 
     def _where(self, crs: Any) -> str:
         height, width = self.shape
@@ -148,11 +160,10 @@ def _degrees(crs: Any, box: tuple[float, ...]) -> str:
     return f"{words(south, 'NS')}-{words(north, 'NS')} {words(west, 'EW')}-{words(east, 'EW')}"
 
 
-def _rows(shape: Shape, rows: int = 512) -> Iterator[Tile]:
-    """The scene in bands of rows, so that memory does not grow with its height."""
-    height, width = shape
-    for y in range(0, height, rows):
-        yield Tile(y, 0, min(rows, height - y), width)
+def _rows(tile: Tile, rows: int = 512) -> Iterator[Tile]:
+    """A window in bands of rows, so that memory does not grow with its height."""
+    for y in range(tile.y, tile.bottom, rows):
+        yield Tile(y, tile.x, min(rows, tile.bottom - y), tile.width)
 
 
 def read_polygons(path: Path, option: str = "") -> tuple[list[Polygon], CRS]:

@@ -178,8 +178,8 @@ class _Scene:
             self._hand_over(min(end, self.head))
         if self.merger.top < end:
             top = self.merger.top
-            planes = self.merger.take_planes(end)
-            finish(planes, np.array([self.seen.popleft() for _ in range(planes.shape[1])]))
+            observed = np.array([self.seen.popleft() for _ in range(end - top)])
+            planes = take_final(self.merger, observed)
             for part in pieces(Tile(0, 0, *planes.shape[1:]), (1, planes.shape[2])):
                 piece = planes[:, part.y : part.bottom]
                 self.job.sink.write(top + part.y, piece[0])
@@ -200,12 +200,16 @@ class _Scene:
             self.job.edge(Edge(state, observed))
 
 
-def finish(planes: Pixels, observed: NDArray[np.bool_]) -> None:
-    """Make merged rows `(planes, rows, width)` final, in place, by their observed plane."""
-    for plane in planes:
+def take_final(merger: StripMerger, observed: NDArray[np.bool_]) -> Pixels:
+    """The next rows of a scene, final: `(planes, rows, width)`, of an observed plane's rows."""
+    seen = np.flatnonzero(observed.any(axis=0))
+    columns = slice(int(seen[0]), int(seen[-1]) + 1) if len(seen) else slice(0, 0)
+    planes = merger.take_planes(merger.top + len(observed), columns)
+    for plane in planes[..., columns]:
         # Observed pixels without a vote lie in tiles left out as land: certainly no kelp.
         plane[np.isnan(plane)] = 0.0
-        plane[~observed] = np.nan
+        plane[~observed[:, columns]] = np.nan
+    return planes
 
 
 class _Batch:

@@ -182,36 +182,39 @@ class StripMerger:
         mean: NDArray[np.float32] = self.take_planes(end)[0]
         return mean
 
-    def take_planes(self, end: int) -> NDArray[np.float32]:
-        """As `take`, `(planes, rows, width)`: the mean and, where asked for, the spread."""
+    def take_planes(self, end: int, columns: slice = slice(None)) -> NDArray[np.float32]:
+        """As `take`, `(planes, rows, width)`: the mean and, where asked for, the spread.
+
+        Of some columns only, if they are given; NaN in the others.
+        """
         end = min(end, self.shape[0])
         self._reach(end)
         count, width = end - self.top, self.shape[1]
+        left, right, _ = columns.indices(width)
         planes = np.empty((len(self._sums), count, width), dtype=np.float32)
-        step = max(1, _CHUNK // width)  # rows at a time: what is worked on stays in the cache
-        for first in range(0, count, step):
+        planes[..., :left] = planes[..., max(left, right) :] = np.nan
+        step = max(1, _CHUNK // max(right - left, 1))  # what is worked on stays in the cache
+        for first in range(0, count if left < right else 0, step):
             some = slice(first, min(first + step, count))
-            self._average(some, planes[:, some])
+            self._average((some, slice(left, right)), planes[:, some, left:right])
         self._drop(count)
         return planes
 
-    def _average(self, rows: slice, out: NDArray[np.float32]) -> None:
-        """Mean and spread of rows of the buffers, into `(planes, rows, width)`."""
-        weights = self._weights[rows].astype(np.float64)
+    def _average(self, at: tuple[slice, slice], out: NDArray[np.float32]) -> None:
+        """Mean and spread of rows and columns of the buffers, into `(planes, rows, columns)`."""
+        weights = self._weights[at].astype(np.float64)
         unvoted = weights == 0
         if unvoted.any():
-            holes = unvoted & ~self._left_out[rows]
+            holes = unvoted & ~self._left_out[at]
             if holes.any():
-                y, x = np.argwhere(holes)[0]
-                raise CoverageError(
-                    f"no tile covers the pixel at row {self.top + rows.start + y}, column {x}"
-                )
+                y, x = np.argwhere(holes)[0] + (at[0].start, at[1].start)
+                raise CoverageError(f"no tile covers the pixel at row {self.top + y}, column {x}")
             weights[unvoted] = np.nan  # where all tiles were left out
         weights *= _VALUE_UNIT
-        mean = self._sums[0, rows] / weights
+        mean = self._sums[(0, *at)] / weights
         out[0] = mean
         if len(out) > 1:
-            variance = self._sums[1, rows] / weights
+            variance = self._sums[(1, *at)] / weights
             mean *= mean
             variance -= mean
             variance[variance < _LEAST_VARIANCE] = 0

@@ -243,8 +243,11 @@ class Strip:
 def _touching(grid: TileGrid, area: Area, y: int) -> NDArray[np.bool_]:
     """Which tiles of the row that begins at `y` touch an area."""
     height, width = grid.shape
-    before = _running(area.mask(Tile(y, 0, min(grid.tile[0], height - y), width)))
     columns = np.array(grid.columns)
+    inside = area.mask(Tile(y, 0, min(grid.tile[0], height - y), width))
+    if not inside.any():  # most rows, where an area is small
+        return np.zeros(len(columns), dtype=np.bool_)
+    before = _running(inside)
     right = np.minimum(columns + grid.tile[1], width)
     touching: NDArray[np.bool_] = before[right] > before[columns]
     return touching

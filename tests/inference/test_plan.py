@@ -102,8 +102,8 @@ def test_a_plan_by_hand():
     assert (plan.scenes, plan.batch_size, plan.memory) == (2, 16, None)
     area = 350 * 350 + 100 * 400
     assert plan.multiplier == pytest.approx(31 * 2 * 320 * 320 / area)
-    # All files with overviews (a third more), and the plain rows of the one being made.
-    assert plan.disk == int((area * 4 / 3 + 350 * 350) * 5)
+    # All files, and the plain rows of the one being made, with overviews (a third more).
+    assert plan.disk == int((area + 350 * 350) * 4 / 3 * 5)
     # Of single rows none is needed again; of blocks those of two rows and a quarter.
     assert plan.cache == 16 << 20
     large = [SceneSize((9000, 9000), (500, 512), 14)]

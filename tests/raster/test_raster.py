@@ -12,6 +12,7 @@ from affine import Affine
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rasterio.crs import CRS
+from rasterio.enums import Resampling
 from world import opened
 
 from kelp.errors import ConfigError, InputError
@@ -222,6 +223,26 @@ def test_a_large_raster_is_a_valid_cog(tmp_path, dtype, nodata):
             assert dataset.colormap(1)[1] == (255, 190, 30, 255)
     assert georeference_of(path) == UTM
     assert [p.name for p in tmp_path.iterdir()] == ["big.tif"]
+
+
+@pytest.mark.parametrize("shape", [(1040, 1088), (1029, 1027)])
+def test_overviews_of_a_mask_are_those_of_gdal_by_mode(tmp_path, shape):
+    mask = np.random.default_rng(1).choice(np.uint8([0, 1, 255]), shape, p=[0.4, 0.4, 0.2])
+    mask[:300] = mask[:, :101] = mask[:, -30:] = 255  # as outside an area of interest
+    write_mask(tmp_path / "ours.tif", mask, UTM)
+    # An odd last row is one of pixels half unobserved; GDAL would shift all the others for it.
+    even = np.pad(mask, [(0, -side % 4) for side in shape], constant_values=255)
+    theirs = write(tmp_path / "theirs.tif", even[np.newaxis], nodata=255, **UTM.profile)
+    with rasterio.open(theirs, "r+") as dataset:
+        dataset.build_overviews([2, 4], Resampling.mode)
+    for level in (0, 1):
+        ours, expected = (
+            rasterio.open(tmp_path / name, overview_level=level) for name in ("ours.tif", theirs)
+        )
+        with ours, expected:
+            height, width = ours.shape
+            assert (height, width) == tuple(-(-side // 2 ** (level + 1)) for side in shape)
+            np.testing.assert_array_equal(ours.read(1), expected.read(1)[:height, :width])
 
 
 @pytest.mark.parametrize("side", [40, 1100])

@@ -235,6 +235,20 @@ def test_order_and_stops_change_no_bit_of_the_spread(scene, blend, data):
     assert np.concatenate(parts, axis=1).tobytes() == expected.tobytes()
 
 
+@given(scene=scenes(), blend=blends, ends=st.tuples(st.integers(0, 30), st.integers(0, 30)))
+def test_some_columns_are_those_of_all(scene, blend, ends):
+    grid = scene[0]
+    found = []
+    for columns in (slice(None), slice(*ends)):
+        merger = StripMerger(grid.shape, blend, spread=True)
+        for tile, votes in zip(grid, votes_of(grid, 1, agree=False), strict=True):
+            merger.add(tile, votes, 0.37)
+        found.append(merger.take_planes(grid.shape[0], columns))
+    expected = np.full_like(found[0], np.nan)
+    expected[..., slice(*ends)] = found[0][..., slice(*ends)]
+    assert found[1].tobytes() == expected.tobytes()
+
+
 @pytest.mark.parametrize("difference", [1, 0.5, 1e-2, 1e-3, 1e-4])
 @pytest.mark.parametrize("level", [0, 0.3, 0.999])
 def test_small_spreads_are_told(level, difference):
