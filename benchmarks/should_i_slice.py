@@ -1,7 +1,7 @@
 """Whole images against slices at equal training compute, on simulated coasts, with `kelp compare`.
 
     python benchmarks/should_i_slice.py [--pixels 3e8] [--worlds calibrated specks murky]
-        [--seeds 0] [--real_dir DIR] [--work_dir DIR] [--screen] [--quick]
+        [--seeds 0] [--real_dir DIR] [--work_dir DIR] [--screen [--run_dir NETWORK]] [--quick]
 
 For each world and seed a U-Net with the packaged EfficientNet-Lite0 is trained on whole images
 (350 px padded to 352) and on tiles (`--sahi True`, its defaults), each until it has seen
@@ -14,7 +14,8 @@ With `--real_dir` the networks are also applied to real tiles, `<id>_satellite.t
 
 `--screen` asks something else: does a training of `kelp train --sahi True`, its calibration
 included, ever collapse? Only tiles are learned from, test places are mapped with the threshold
-that the bundle has, and the table has a row for each seed.
+that the bundle has, and the table has a row for each seed. With `--run_dir NETWORK` nothing is
+trained: that network maps the test places.
 
 What is finished in `--work_dir` is not done again. 3e8 pixels take about a quarter of an hour of
 training a network on two cores. `--quick` runs the same program small, in a few minutes; its
@@ -143,47 +144,57 @@ def judge(runs: list[Path], images: Path, truth: Path, out: Path) -> measuring.R
 
 
 def screened(root: Path, seed: int, options: argparse.Namespace) -> measuring.Row:
-    """What a training as users get it makes of the test places."""
+    """What a training as users get it makes of the test places; or a network that is there."""
     out = root / f"{options.pixels:.3g}-{seed}"
     kept = out / "screened.json"
+    if options.run_dir:
+        return {"network": str(options.run_dir), **mapped(root, options.run_dir, root / "maps")}
     if not kept.is_file():
         try:
             run = train(root, "screened", seed, options)
         except KelpError as error:
             return {"seed": seed, "pooled Dice": 0.0, "refused": str(error)}
-        maps, raw = out / "maps", root / "raw"
-        kelp.predict_scenes(
-            config.PredictConfig(
-                data_dir=raw / "test" / "images", run_dir=(run,), output_dir=maps, overwrite=True
-            )
-        )
-        scores = kelp.evaluate(config.EvaluateConfig(gt_dir=raw / "test_truth", preds_dir=maps))
-        false = [int(image["fp"]) for image in scores.by_image]
-        water = [
-            float(image["open_false_km2"] / image["open_km2"])
-            for image in scores.by_image
-            if image["open_km2"] > 1  # of less, one pixel would be a large share
-        ]
-        confusion = scores.all_pixels.confusion
-        figures = {
-            "seed": seed,
-            "pooled Dice": confusion.dice,
-            "precision": confusion.precision,
-            "recall": confusion.recall,
-            "most false pixels": max(false),
-            "of scene": scores.tile_ids[int(np.argmax(false))],
-            "largest false share of open water": max(water),
-        }
-        kept.write_text(json.dumps(figures, indent=1), encoding="utf-8")
+        found = {"seed": seed, **mapped(root, run, out / "maps")}
+        kept.write_text(json.dumps(found, indent=1), encoding="utf-8")
     row: measuring.Row = json.loads(kept.read_text(encoding="utf-8"))
     return row
+
+
+def mapped(root: Path, run: Path, maps: Path) -> measuring.Row:
+    """Figures of a network's maps of the test places, against clean truth."""
+    raw = root / "raw"
+    kelp.predict_scenes(
+        config.PredictConfig(
+            data_dir=raw / "test" / "images", run_dir=(run,), output_dir=maps, overwrite=True
+        )
+    )
+    scores = kelp.evaluate(config.EvaluateConfig(gt_dir=raw / "test_truth", preds_dir=maps))
+    false = [int(image["fp"]) for image in scores.by_image]
+    shares, bare = list[float](), list[float]()
+    for image in scores.by_image:
+        if image["open_km2"] > 1:  # of less, one pixel would be a large share
+            shares.append(float(image["open_false_km2"] / image["open_km2"]))
+            if not image["tp"] + image["fn"]:
+                bare.append(1e6 * shares[-1])
+    confusion = scores.all_pixels.confusion
+    return {
+        "pooled Dice": confusion.dice,
+        "precision": confusion.precision,
+        "recall": confusion.recall,
+        "most false pixels": max(false),
+        "of scene": scores.tile_ids[int(np.argmax(false))],
+        "largest false share of open water": max(shares),
+        "scenes without kelp": len(bare),
+        "false kelp there, m²/km², 95 %": float(np.percentile(bare, 95)) if bare else None,
+    }
 
 
 def screen(work: Path, options: argparse.Namespace) -> None:
     """Trainings of many seeds, and how far the worst lies below the median."""
     for world in options.worlds:
         prepare(work / world, world, options)
-        rows = [screened(work / world, seed, options) for seed in options.seeds]
+        seeds = options.seeds[:1] if options.run_dir else options.seeds
+        rows = [screened(work / world, seed, options) for seed in seeds]
         dice = [row["pooled Dice"] for row in rows]
         median = statistics.median(dice)
         notes = [
@@ -191,7 +202,8 @@ def screen(work: Path, options: argparse.Namespace) -> None:
             f"refused: {sum('refused' in row for row in rows)} of {len(rows)}",
             f"data, runs and maps: {work}",
         ]
-        title = f"Trainings of {options.pixels:.3g} network pixels, {world}"
+        made = options.run_dir or f"Trainings of {options.pixels:.3g} network pixels"
+        title = f"{made}, {world}"
         measuring.report(title, rows, notes, options.json)
 
 
@@ -232,6 +244,7 @@ def main() -> None:
     parser.add_argument("--real_dir", type=Path, help="<id>_satellite.tif with <id>_kelp.tif")
     parser.add_argument("--work_dir", type=Path, help="keep what is made, go on with it")
     parser.add_argument("--screen", action="store_true", help="only whether trainings collapse")
+    parser.add_argument("--run_dir", type=Path, help="with --screen: a network that is there")
     parser.add_argument("--quick", action="store_true", help="small, to try the program")
     options = parser.parse_args()
     if options.quick:
