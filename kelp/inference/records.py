@@ -128,8 +128,11 @@ def rules_of(config: PredictConfig, scene: SensorScene, threshold: float) -> Rul
         )
     if config.land == "zero":
         check_elevation(scene)
-        # Opened once more: rules work in another thread than the one that reads the scene.
-        elevation = stack.enter_context(open_scene(scene.path, config)).read_elevation
+        if (warped := scene.share_elevation()) is not None:
+            stack.callback(warped.close)
+            elevation = warped.read
+        else:  # opened once more: rules work in another thread than the one that reads the scene
+            elevation = stack.enter_context(open_scene(scene.path, config)).read_elevation
     if excluded is None and elevation is None:
         return None
     return Rules(scene.shape, threshold, excluded, elevation, config.land_tolerance, stack.close)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import re
 import tempfile
+import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from io import FileIO
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import numpy as np
 import rasterio
@@ -42,6 +43,8 @@ the corners of what it warps, and a pixel must not depend on which window was as
 less than a block of this size."""
 _MOST: Final = 1 << 28
 """Bytes of warped cells in a temporary file; of larger scenes the rest is warped again."""
+_GRID: Final = 5
+"""Points a side at which the place of a cell in a file is looked at."""
 _SAMPLES: Final = 64
 """Points a side at which the scene's cover is looked at."""
 
@@ -51,7 +54,11 @@ class _Tile:
     """A file of elevations on the scene's grid."""
 
     path: Path
+    source: Any
+    void: float
     warped: Any
+    whole: Any
+    """The same for where no pixel of it is void, which is a third faster; None = never."""
     box: tuple[float, float, float, float]
     """Rows and columns of the scene that it may reach: top, left, bottom, right."""
     outline: dict[str, Any]
@@ -64,7 +71,8 @@ class Elevation:
     Between the pixels of the source it is interpolated (bilinear); where a source is void it is
     unknown. Of tiles that overlap the first by name counts. Warping takes longer than all other
     reading, and a prediction reads a scene twice: of what is out of memory a temporary file keeps
-    what was warped, where there is room for one. A context of open files: `close` it.
+    what was warped, where there is room for one. Threads may share it. A context of open files:
+    `close` it, once for itself and once for each `shared`.
 
     Args:
         path: the raster or the folder.
@@ -94,6 +102,8 @@ class Elevation:
         self._crs, self._affine = CRS.from_user_input(crs), affine
         self.sea_where_absent = sea_where_absent
         self._stack = ExitStack()
+        self._lock = threading.Lock()
+        self._users = 1
         self._cells: dict[Tile, NDArray[np.float32]] = {}
         self._file: FileIO | None = None
         self._stored: dict[Tile, int] = {}
@@ -111,12 +121,25 @@ class Elevation:
                 f"--dem {path}: does not cover the scene; fetch the tiles of its place"
             )
 
+    def shared(self) -> Self:
+        """The same for one more user: what was warped for one is not warped for the other."""
+        with self._lock:
+            self._users += 1
+        return self
+
     def close(self) -> None:
-        """Close all files."""
-        self._stack.close()
+        """Close all files, if no one else uses them."""
+        with self._lock:
+            self._users -= 1
+            if not self._users:
+                self._stack.close()
 
     def read(self, tile: Tile) -> NDArray[np.float32]:
         """A window inside the scene: metres, NaN = unknown, shape `(height, width)`."""
+        with self._lock:
+            return self._read(tile)
+
+    def _read(self, tile: Tile) -> NDArray[np.float32]:
         out = np.empty((tile.height, tile.width), dtype=np.float32)
         rows, columns = _CELL
         for y in range(tile.y // rows * rows, tile.bottom, rows):
@@ -176,7 +199,8 @@ class Elevation:
         near = [one for one in self._tiles if _meets(one.box, tile)]
         for one in near:
             with quietly(one.path):
-                values = one.warped.read(1, window=window)
+                dataset = one.whole if self._is_whole(one, tile) else one.warped
+                values = dataset.read(1, window=window)
             known = (values != NODATA) & np.isfinite(values)
             np.copyto(out, values, where=known & np.isnan(out))
         if self.sea_where_absent:
@@ -185,6 +209,31 @@ class Elevation:
         # sea and land is not land for a few centimetres.
         out += np.float32(0.5)
         return np.floor(out, out=out)
+
+    def _is_whole(self, one: _Tile, tile: Tile) -> bool:
+        """Whether a file has all pixels that a window is interpolated from, none of them void."""
+        if one.whole is None:
+            return False
+        ys, xs = np.linspace(tile.y, tile.bottom, _GRID), np.linspace(tile.x, tile.right, _GRID)
+        places: Any = [axis.ravel() for axis in np.meshgrid(xs, ys)]
+        x, y = self._affine @ places
+        x, y = transform(self._crs, one.source.crs, x.tolist(), y.tolist())
+        there = np.array(~one.source.transform @ (np.array(x), np.array(y)))
+        if not np.isfinite(there).all():
+            return False
+        there = there.reshape(2, _GRID, _GRID)  # columns and rows of the file
+        # Two of the larger of a pixel of the scene and of the file, and by how much lines bend.
+        margin = 3.0
+        for axis, pixels in ((1, tile.height), (2, tile.width)):
+            steps = np.diff(there, axis=axis)
+            margin += 2 * np.abs(steps).max() * (_GRID - 1) / pixels
+            margin += np.abs(np.diff(steps, axis=axis)).max()
+        left, top = np.floor(there.min(axis=(1, 2)) - margin).astype(int).tolist()
+        right, bottom = np.ceil(there.max(axis=(1, 2)) + margin).astype(int).tolist()
+        if min(left, top) < 0 or right > one.source.width or bottom > one.source.height:
+            return False
+        values = one.source.read(1, window=Window(left, top, right - left, bottom - top))
+        return bool(((values != one.void) & np.isfinite(values)).all())
 
     @cached_property
     def sources(self) -> tuple[Source, ...]:
@@ -270,21 +319,18 @@ class Elevation:
         if (masked := masked_as(source, void)) is not None:
             with quietly(file):
                 source = self._stack.enter_context(rasterio.open(masked))
-        warped = self._stack.enter_context(
-            WarpedVRT(
-                source,
-                crs=self._crs,
-                transform=self._affine,
-                height=self.shape[0],
-                width=self.shape[1],
-                resampling=Resampling.bilinear,
-                src_nodata=void,
-                nodata=NODATA,
-                dtype="float32",
-            )
-        )
+        grid: dict[str, Any] = {"height": self.shape[0], "width": self.shape[1]}
+        grid |= {"crs": self._crs, "transform": self._affine, "dtype": "float32"}
+        grid["resampling"] = Resampling.bilinear
+
+        def opened(**voids: float | None) -> Any:
+            return self._stack.enter_context(WarpedVRT(source, **grid, **voids))
+
+        warped = opened(src_nodata=void, nodata=NODATA)
+        whole = opened(src_nodata=None, nodata=None) if masked is None else None
         ring = [[float(a), float(b)] for a, b in zip(x, y, strict=True)]
-        return _Tile(file, warped, box, {"type": "Polygon", "coordinates": [[*ring, ring[0]]]})
+        outline = {"type": "Polygon", "coordinates": [[*ring, ring[0]]]}
+        return _Tile(file, source, void, warped, whole, box, outline)
 
     def _cover(self) -> float:
         """Share of the scene that the tiles cover, seen at points spread over it."""

@@ -40,15 +40,20 @@ class Rules:
 
     def apply(self, y: int, rows: NDArray[np.float32]) -> NDArray[np.float32]:
         """Rows `(n, width)` of probabilities from row `y` on, with 0 where there is no kelp."""
-        tile = Tile(y, 0, len(rows), self.shape[1])
-        out = rows
+        observed = np.isfinite(rows)
+        seen = np.flatnonzero(observed.any(axis=0))
+        if not len(seen):  # most rows, where an area of interest is small
+            return rows
+        columns = slice(int(seen[0]), int(seen[-1]) + 1)
+        out, part = rows.copy(), rows[:, columns]
+        tile = Tile(y, columns.start, *part.shape)
         for name, covered in self._covered(tile):
-            covered &= np.isfinite(rows)
-            kelp = covered & (rows >= self.threshold)
+            covered &= observed[:, columns]
+            kelp = covered & (part >= self.threshold)
             for kind, where in (("pixels", covered), ("kelp_pixels", kelp)):
                 key = f"{name}_{kind}"
                 self.counts[key] = self.counts.get(key, 0) + int(np.count_nonzero(where))
-            out = np.where(covered, np.float32(0), out)
+            out[:, columns][covered] = 0
         return out
 
     def removed(self, name: str) -> Removed | None:
@@ -72,9 +77,11 @@ class Rules:
         """Land with no water within the tolerance."""
         from scipy.ndimage import maximum_filter
 
-        top = max(0, tile.y - self.tolerance)
+        top, left = max(0, tile.y - self.tolerance), max(0, tile.x - self.tolerance)
         bottom = min(self.shape[0], tile.bottom + self.tolerance)
-        water = ~(elevation(Tile(top, 0, bottom - top, tile.width)) > 0)
+        right = min(self.shape[1], tile.right + self.tolerance)
+        water = ~(elevation(Tile(top, left, bottom - top, right - left)) > 0)
         near = maximum_filter(water, size=2 * self.tolerance + 1, mode="constant", cval=0)
-        inland: NDArray[np.bool_] = ~near[tile.y - top : tile.bottom - top]
+        rows, columns = Tile(tile.y - top, tile.x - left, tile.height, tile.width).slices
+        inland: NDArray[np.bool_] = ~near[rows, columns]
         return inland

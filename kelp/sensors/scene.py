@@ -174,6 +174,10 @@ class SensorScene(Scene):
             return self._elevation.read(tile)
         return super().read_elevation(tile)
 
+    def share_elevation(self) -> Elevation | None:
+        """The elevation from elsewhere, for another thread, also once this scene is closed."""
+        return self._elevation.shared() if self._elevation else None
+
     def read_stored(self) -> Stored:
         """The whole scene as stored and as a canonical array; of a product both are the latter."""
         if self._files is None and self._elevation is None and self._cloud_mask is None:

@@ -21,6 +21,7 @@ from satellites import (
 )
 
 from kelp.cli import main
+from kelp.sensors.elevation import Elevation
 from kelp.sensors.record import read_record
 
 SHAPE = (100, 90)
@@ -240,6 +241,18 @@ def test_excluded_polygons_and_land_are_no_kelp_and_counted(bundle, tmp_path):
     assert record.land.pixels == inland.sum()
     assert [source.href for source in record.dem.sources] == ["dem.tif"]
     assert record.kelp_pixels == (after == 1).sum()
+
+
+def test_a_rule_of_land_warps_no_elevation_again(bundle, tmp_path, monkeypatch):
+    folder = make_landsat(tmp_path, 8, SHAPE)
+    dem = write_layer(tmp_path / "dem.tif", np.full(SHAPE, 8, np.float32))
+    warped, counted = [], Elevation._warped
+    monkeypatch.setattr(
+        Elevation, "_warped", lambda self, cell: warped.append(cell) or counted(self, cell)
+    )
+    assert predict(folder, bundle, tmp_path / "out", "--dem", dem, "--land", "zero") == 0
+    assert (read(tmp_path / "out" / f"{PRODUCTS[8]}_kelp.tif") == 0).all()
+    assert len(warped) == 1
 
 
 def test_one_bad_scene_is_named_and_the_others_are_done(bundle, tmp_path, capfd):

@@ -1,5 +1,8 @@
 """Elevation from elsewhere: warped by windows, mosaicked, void as unknown."""
 
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+
 import numpy as np
 import pytest
 import rasterio
@@ -135,6 +138,51 @@ def test_what_was_warped_is_kept_where_there_is_room(tmp_path, monkeypatch, spoi
     assert first.tobytes() == second.tobytes()
     assert len(set(warped)) == 5
     assert (len(warped) == 5) == (spoilt is None)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int16"])
+@pytest.mark.parametrize("crs", [CRS, "EPSG:3031"])
+def test_without_voids_near_it_a_cell_is_the_same(tmp_path, monkeypatch, dtype, crs):
+    """GDAL is faster where no pixel may be void: a hole, and the file's border, are found."""
+    shape = (500, 1100)
+    x, y = transform("EPSG:4326", crs, [-57.1], [-51.6])
+    affine = Affine(30, 0, round(x[0]), 0, -30, round(y[0]))
+    longitude, latitude = centres(shape, affine, crs)
+    hole = longitude[200, 300], latitude[200, 300]
+
+    def holed(longitude, latitude):
+        near = np.hypot(longitude - hole[0], latitude - hole[1]) < 3 * SECOND
+        return np.where(near, -999, plane(longitude, latitude) * np.sin(3e4 * longitude) / 5)
+
+    dem = write_dem(
+        tmp_path / "dem.tif", longitude.min() - 0.01, latitude.min() - 0.01,
+        longitude.max() - 0.01, latitude.max() + 0.01, holed, nodata=-999, dtype=dtype,
+    )  # fmt: skip
+    chosen, decide = [], Elevation._is_whole
+    monkeypatch.setattr(
+        Elevation, "_is_whole", lambda *given: chosen.append(decide(*given)) or chosen[-1]
+    )
+    with closing(Elevation(dem, shape, crs, affine)) as elevation:
+        found = elevation.read(Tile(0, 0, *shape))
+    assert {*chosen} == {True, False}
+    monkeypatch.setattr(Elevation, "_is_whole", lambda *_: False)
+    with closing(Elevation(dem, shape, crs, affine)) as elevation:
+        wanted = elevation.read(Tile(0, 0, *shape))
+    np.testing.assert_array_equal(found, wanted)
+    assert 10 < np.isnan(wanted).sum() < wanted.size / 4
+
+
+def test_what_threads_share_is_open_until_the_last_has_closed_it(tmp_path, folder):
+    west, south, east, north = box()
+    dem = write_dem(tmp_path / "dem.tif", west - 0.01, south - 0.01, east + 0.01, north + 0.01)
+    with open_scene(folder, SceneOptions(dem=dem)) as scene:
+        expected = scene.read()[6]
+        shared = scene.share_elevation()
+    with ThreadPoolExecutor(2) as threads:
+        rows = [Tile(y, 0, 1, SHAPE[1]) for y in range(SHAPE[0])]
+        found = np.concatenate(list(threads.map(shared.read, rows)))
+    np.testing.assert_array_equal(found, expected)
+    shared.close()
 
 
 def test_a_sample_of_a_scene_warps_nothing(tmp_path, monkeypatch, folder):

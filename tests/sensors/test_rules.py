@@ -52,6 +52,29 @@ def test_land_far_from_water_is_no_kelp(rows, tolerance):
     assert rules.removed("excluded") is None
 
 
+def test_elevation_is_read_no_farther_than_something_is_observed():
+    """Of a small area of interest; its land is that of the whole scene."""
+    rng = np.random.default_rng(1)
+    elevation = np.where(rng.random(SHAPE) < 0.02, 0, 4).astype(np.float32)
+    p, part = np.full((2, *SHAPE), 0.7, np.float32)
+    outside = np.ones(SHAPE, bool)
+    outside[20:29, 11:17] = False
+    part[outside] = np.nan
+    read = np.zeros(SHAPE, bool)
+
+    def watched(tile):
+        read[tile.slices] = True
+        return elevation[tile.slices]
+
+    whole = by_rows(Rules(SHAPE, 0.5, elevation=lambda t: elevation[t.slices]), p, 4)
+    found = by_rows(Rules(SHAPE, 0.5, elevation=watched), part, 4)
+    np.testing.assert_array_equal(found, np.where(outside, np.nan, whole))
+    assert {0, np.float32(0.7)} == {*whole[~outside].tolist()}
+    wanted = np.zeros(SHAPE, bool)
+    wanted[17:35, 8:20] = True  # four rows at a time, and three px around
+    np.testing.assert_array_equal(read, wanted)
+
+
 @pytest.mark.parametrize("rows", [1, 7, 48])
 def test_excluded_polygons_are_no_kelp_and_not_observed_stays(tmp_path, rows):
     path = tmp_path / "ports.geojson"
