@@ -290,7 +290,8 @@ class _Cells:
         """Find the water of those cells that were not read yet."""
         new = chosen & ~self._read
         self._read |= chosen
-        for row in np.flatnonzero(new.any(axis=1)).tolist():
+        # From the bottom up: what decoded blocks are kept is of the top, which is read next.
+        for row in np.flatnonzero(new.any(axis=1))[::-1].tolist():
             changes = np.flatnonzero(np.diff(new[row], prepend=False, append=False)).tolist()
             for first, end in zip(changes[::2], changes[1::2], strict=True):
                 self._look_at(row, first, end)

@@ -85,8 +85,12 @@ class Polygons:
     @cached_property
     def pixels(self) -> int:
         """How many of the scene lie inside."""
-        _, reached = self._near(Tile(0, 0, *self.shape))
-        return sum(int(self.mask(tile).sum()) for tile in _rows(reached))
+        return sum(int(self.mask(tile).sum()) for tile in _rows(self.reached))
+
+    @cached_property
+    def reached(self) -> Tile:
+        """The window of the scene that they may touch; of 0 rows where there is none."""
+        return self._near(Tile(0, 0, *self.shape))[1]
 
     @property
     def share(self) -> float:

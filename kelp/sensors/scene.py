@@ -301,7 +301,7 @@ class SensorScene(Scene):
 
     def _wanted(self) -> Iterator[tuple[Tile, Any]]:
         """The scene, or its area of interest, in windows, with the pixels that count in each."""
-        for window in windows_of(self.shape):
+        for window in windows_of(self.area.reached if self.area else Tile(0, 0, *self.shape)):
             if self.area is None:
                 yield window, ...
                 continue
@@ -346,12 +346,11 @@ def _only(sources: Sequence[Source]) -> str:
     return source.sha256 or hashlib.sha256((source.etag or "").encode()).hexdigest()
 
 
-def windows_of(shape: tuple[int, int]) -> Iterator[Tile]:
-    """A scene in windows, row by row from the top: few of its rows are in memory at once."""
-    height, width = shape
-    for y in range(0, height, _ROWS):
-        for x in range(0, width, _COLUMNS):
-            yield Tile(y, x, min(_ROWS, height - y), min(_COLUMNS, width - x))
+def windows_of(tile: Tile) -> Iterator[Tile]:
+    """A window in smaller ones, row by row from the top: few of its rows are in memory at once."""
+    for y in range(tile.y, tile.bottom, _ROWS):
+        for x in range(tile.x, tile.right, _COLUMNS):
+            yield Tile(y, x, min(_ROWS, tile.bottom - y), min(_COLUMNS, tile.right - x))
 
 
 def open_product(files: SceneFiles, choose: Callable[[SceneFiles], Policy]) -> SensorScene:
