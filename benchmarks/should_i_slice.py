@@ -56,7 +56,6 @@ SHARED: dict[str, Any] = {
     "dem_nan_pixels_pct_importance_factor": 0.25,
     "dem_zero_pixels_pct_importance_factor": -1,
     "encoder": "tu-tf_efficientnet_lite0",
-    "lr": 1e-3,
     "lr_scheduler": "onecycle",
     "loss": "combo",
     "limit_val_batches": 8,
@@ -113,6 +112,7 @@ def train(root: Path, kind: str, seed: int, options: argparse.Namespace) -> Path
             seed=seed,
             epochs=options.epochs,
             early_stopping_patience=options.epochs,
+            lr=options.lr,
             **asked,
         )
         samples = options.pixels / base.image_size**2 / options.epochs / base.batch_size
@@ -241,6 +241,7 @@ def main() -> None:
     parser.add_argument("--test", type=int, default=100, help="test places")
     parser.add_argument("--size", type=int, default=350, help="side of an image, px")
     parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--real_dir", type=Path, help="<id>_satellite.tif with <id>_kelp.tif")
     parser.add_argument("--work_dir", type=Path, help="keep what is made, go on with it")
     parser.add_argument("--screen", action="store_true", help="only whether trainings collapse")
