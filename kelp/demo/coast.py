@@ -97,31 +97,9 @@ def make_coast(
         size: side of its scenes.
         progress: gets each step.
     """
-    from kelp.inference.predict import predict_scenes
-    from kelp.nn.comparison.tune import tune
-
     scenes, truth = _simulate(folder, seed, size)
-    tuning = TuneConfig(
-        data_dir=labelled[0],
-        gt_dir=labelled[1],
-        run_dir=(run_dir,),
-        output_dir=folder / "tuning",
-    )
-    try:
-        tune(tuning, progress)
-    except InputError as error:  # a handful of images may be without kelp
-        log.info("demo: no calibration: %s", error)
-    maps = folder / "maps"
-    predict_scenes(
-        PredictConfig(
-            data_dir=scenes,
-            output_dir=maps,
-            run_dir=(run_dir,),
-            save_probabilities=True,
-            overwrite=True,
-        ),
-        progress,
-    )
+    _tune(folder / "tuning", run_dir, labelled, progress)
+    maps = _map(scenes, folder / "maps", run_dir, progress)
     aoi = _regions(folder, size)
     beds(BedsConfig(predictions_dir=maps, output=folder / "beds.gpkg", min_pixels=2), progress)
     areas(
@@ -150,6 +128,36 @@ def make_coast(
         progress,
     )
     return Coast(folder, found.quarters, truth, page.path)
+
+
+def _tune(output: Path, run_dir: Path, labelled: tuple[Path, Path], progress: Progress) -> None:
+    """Threshold and calibration, kept in the bundle."""
+    from kelp.nn.comparison.tune import tune
+
+    scenes, truth = labelled
+    try:
+        tune(
+            TuneConfig(data_dir=scenes, gt_dir=truth, run_dir=(run_dir,), output_dir=output),
+            progress,
+        )
+    except InputError as error:  # a handful of images may be without kelp
+        log.info("demo: no calibration: %s", error)
+
+
+def _map(scenes: Path, output: Path, run_dir: Path, progress: Progress) -> Path:
+    from kelp.inference.predict import predict_scenes
+
+    predict_scenes(
+        PredictConfig(
+            data_dir=scenes,
+            output_dir=output,
+            run_dir=(run_dir,),
+            save_probabilities=True,
+            overwrite=True,
+        ),
+        progress,
+    )
+    return output
 
 
 def _simulate(folder: Path, seed: int, size: int) -> tuple[Path, dict[date, float]]:

@@ -26,15 +26,17 @@ from kelp.config import (
 from kelp.data_prep.metadata import build_metadata
 from kelp.data_prep.slicing import slice_dataset
 from kelp.data_prep.stats import compute_stats
-from kelp.demo.coast import can_make_products, make_coast
+from kelp.demo.coast import Coast, can_make_products, make_coast
 from kelp.demo.page import Outcome, real_scene, write_report
-from kelp.evaluation.scoring import evaluate
+from kelp.evaluation.scoring import Scores, evaluate
 from kelp.io.files import output_folder, write_json
 from kelp.products.submission import ARCHIVE, SIDE
 from kelp.progress import Progress, silent
 from kelp.simulation.layout import simulate
 
 if TYPE_CHECKING:
+    from kelp.inference.predict import PredictResult
+    from kelp.nn.comparison.compare import CompareResult
     from kelp.nn.training.result import TrainResult
 
 log = logging.getLogger("kelp")
@@ -90,94 +92,28 @@ def demo(config: DemoConfig, progress: Progress = silent) -> DemoResult:
     Leaves `report.html`, `scores.json`, `submission.tar`, `mlruns/`, `networks/`, `data/`,
     `predictions/`, `comparison/` and `coast/`.
     """
-    # Known in kelp by its commands only: the demo does what a user would do.
-    from kelp.inference.predict import predict_scenes
-    from kelp.nn.comparison.compare import compare
-    from kelp.nn.training.fit import train
-
-    root = output_folder(config.output_dir)
-    raw, predictions = root / "data" / "raw", root / "predictions"
-    clock = _Clock()
-    with (
-        clock.step("map a real scene with the network that comes with kelp"),
-        resources.as_file(real_scene()) as scene,
-    ):
-        real = predict_scenes(
-            PredictConfig(
-                data_dir=scene,
-                output_dir=predictions / "real",
-                save_probabilities=True,
-                overwrite=True,
-            ),
-            progress,
-        )
-    log.info("demo: the first map after %.1f s: %s", clock.total, real.masks[0])
-    tables, stats = _prepare(config, raw, clock, progress)
-    with clock.step("train on slices"):
-        training = train(_sliced(config, tables.tiles, stats), progress)
-    with clock.step("train a rival on whole images, with as many network pixels"):
-        rival = train(_whole(config, tables.images, raw), progress)
-    with clock.step("predict the test images in slices"):
-        predict_scenes(
-            _prediction(raw / "test" / "images", predictions / "test", training, config), progress
-        )
-    with clock.step("predict them with the network that comes with kelp"):
-        predict_scenes(
-            PredictConfig(
-                data_dir=raw / "test" / "images",
-                output_dir=predictions / "packaged",
-                overwrite=True,
-            ),
-            progress,
-        )
-    with clock.step("score"):
-        scores, packaged = (
-            evaluate(
-                EvaluateConfig(
-                    gt_dir=raw / "test_truth",
-                    preds_dir=predictions / name,
-                    output_dir=predictions / name,
-                ),
-                progress,
-            )
-            for name in ("test", "packaged")
-        )
-    with clock.step("compare whole images with slices"):
-        comparison = compare(
-            CompareConfig(
-                data_dir=raw / "test" / "images",
-                gt_dir=raw / "test_truth",
-                run_dir=_named(root / "networks", sliced=training, whole=rival),
-                output_dir=root / "comparison",
-                overlaps=(),
-            ),
-            progress,
-        )
-    coast = None
-    if can_make_products():
-        with clock.step("map a coast over three years: beds, areas, series, page"):
-            coast = make_coast(
-                root / "coast",
-                training.run_dir,
-                (raw / "test" / "images", raw / "test_truth"),
-                config.seed,
-                min(config.size, 256),
-                progress,
-            )
-    else:
-        log.info('demo: no coast; it needs pip install "kelp-slicer[geo,series]"')
+    steps = _Steps(config, progress)
+    real = steps.map_real_scene()
+    tables, stats = steps.prepare()
+    training, rival = steps.train(tables, stats)
+    scores, packaged = steps.predict_and_score(training)
+    comparison = steps.compare(training, rival)
+    coast = steps.make_coast(training)
+    root = steps.root
     if config.size == SIDE:
-        (predictions / "test" / ARCHIVE).replace(root / ARCHIVE)
-    outcome = Outcome(config, training, scores, packaged, comparison, real, coast, clock.seconds)
+        (steps.predictions / "test" / ARCHIVE).replace(root / ARCHIVE)
+    outcome = Outcome(
+        config, training, scores, packaged, comparison, real, coast, steps.clock.seconds
+    )
     figures = _write_scores(root / "scores.json", outcome)
-    report = write_report(root / "report.html", outcome, raw, predictions)
+    report = write_report(root / "report.html", outcome, steps.raw, steps.predictions)
     config.record(root)
     return DemoResult(
         report,
         root / "scores.json",
         figures["pooled_dice"],
         figures["packaged_pooled_dice"],
-        clock.total,
+        steps.clock.total,
     )
 
 
@@ -186,40 +122,122 @@ class _Tables(NamedTuple):
     tiles: Path
 
 
-def _prepare(
-    config: DemoConfig, raw: Path, clock: _Clock, progress: Progress
-) -> tuple[_Tables, Path]:
-    """Simulated images and tiles; returns their tables and the statistics of the bands."""
-    processed, sahi = raw.parent / "processed", raw.parent / "sahi"
-    with clock.step("simulate coasts"):
-        simulate(
-            SimulateConfig(
-                output_dir=raw,
-                places=config.places,
-                dates=config.dates,
-                test=config.test,
-                size=config.size,
-                seed=config.seed,
-            ),
-            progress,
-        )
-    with clock.step("describe images, group places, make folds"):
-        images = build_metadata(MetadataConfig(data_dir=raw, output_dir=processed), progress)
-    with clock.step("band statistics"):
-        stats = compute_stats(
-            StatsConfig(
-                data_dir=raw / "train", output_dir=processed, metadata_fp=images.table, cv_split=0
-            ),
-            progress,
-        )
-    with clock.step("slice"):
-        tiles = slice_dataset(
-            SliceConfig(
-                data_dir=raw / "train", metadata_fp=images.table, output_dir=sahi, image_size=_TILE
-            ),
-            progress,
-        )
-    return _Tables(images.table, tiles.table), stats.path
+class _Steps:
+    """The commands of the demo, in the order in which a user would give them."""
+
+    def __init__(self, config: DemoConfig, progress: Progress) -> None:
+        self._config, self._progress = config, progress
+        self.root = output_folder(config.output_dir)
+        self.raw, self.predictions = self.root / "data" / "raw", self.root / "predictions"
+        self._test, self._truth = self.raw / "test" / "images", self.raw / "test_truth"
+        self.clock = _Clock()
+
+    def _predict(self, scenes: Path, name: str, **options: Any) -> PredictResult:
+        # Known in kelp by its commands only: the demo does what a user would do.
+        from kelp.inference.predict import predict_scenes
+
+        output = self.predictions / name
+        prediction = PredictConfig(data_dir=scenes, output_dir=output, overwrite=True, **options)
+        return predict_scenes(prediction, self._progress)
+
+    def map_real_scene(self) -> PredictResult:
+        """The first map, by the network that comes with kelp."""
+        words = "map a real scene with the network that comes with kelp"
+        with self.clock.step(words), resources.as_file(real_scene()) as scene:
+            real = self._predict(scene, "real", save_probabilities=True)
+        log.info("demo: the first map after %.1f s: %s", self.clock.total, real.masks[0])
+        return real
+
+    def prepare(self) -> tuple[_Tables, Path]:
+        """Simulated images and tiles; returns their tables and the statistics of the bands."""
+        config, raw, clock, progress = self._config, self.raw, self.clock, self._progress
+        processed, sahi = raw.parent / "processed", raw.parent / "sahi"
+        with clock.step("simulate coasts"):
+            simulate(
+                SimulateConfig(
+                    output_dir=raw,
+                    places=config.places,
+                    dates=config.dates,
+                    test=config.test,
+                    size=config.size,
+                    seed=config.seed,
+                ),
+                progress,
+            )
+        with clock.step("describe images, group places, make folds"):
+            images = build_metadata(MetadataConfig(data_dir=raw, output_dir=processed), progress)
+        train, table = raw / "train", images.table
+        with clock.step("band statistics"):
+            stats = compute_stats(
+                StatsConfig(data_dir=train, metadata_fp=table, output_dir=processed, cv_split=0),
+                progress,
+            )
+        with clock.step("slice"):
+            tiles = slice_dataset(
+                SliceConfig(data_dir=train, metadata_fp=table, output_dir=sahi, image_size=_TILE),
+                progress,
+            )
+        return _Tables(table, tiles.table), stats.path
+
+    def train(self, tables: _Tables, stats: Path) -> tuple[TrainResult, TrainResult]:
+        """A network on slices, and its rival on whole images."""
+        from kelp.nn.training.fit import train
+
+        with self.clock.step("train on slices"):
+            training = train(_sliced(self._config, tables.tiles, stats), self._progress)
+        with self.clock.step("train a rival on whole images, with as many network pixels"):
+            rival = train(_whole(self._config, tables.images, self.raw), self._progress)
+        return training, rival
+
+    def predict_and_score(self, training: TrainResult) -> tuple[Scores, Scores]:
+        """The test images by the demo's network and by the one that comes with kelp."""
+        with self.clock.step("predict the test images in slices"):
+            self._predict(
+                self._test,
+                "test",
+                run_dir=(training.run_dir,),
+                preview_submission=self._config.size == SIDE,
+            )
+        with self.clock.step("predict them with the network that comes with kelp"):
+            self._predict(self._test, "packaged")
+        with self.clock.step("score"):
+            return self._score("test"), self._score("packaged")
+
+    def _score(self, name: str) -> Scores:
+        maps = self.predictions / name
+        evaluation = EvaluateConfig(gt_dir=self._truth, preds_dir=maps, output_dir=maps)
+        return evaluate(evaluation, self._progress)
+
+    def compare(self, training: TrainResult, rival: TrainResult) -> CompareResult:
+        """Whether slicing pays."""
+        from kelp.nn.comparison.compare import compare
+
+        with self.clock.step("compare whole images with slices"):
+            return compare(
+                CompareConfig(
+                    data_dir=self._test,
+                    gt_dir=self._truth,
+                    run_dir=_named(self.root / "networks", sliced=training, whole=rival),
+                    output_dir=self.root / "comparison",
+                    overlaps=(),
+                ),
+                self._progress,
+            )
+
+    def make_coast(self, training: TrainResult) -> Coast | None:
+        """Maps of a coast and what is made of them; None without the extras that it takes."""
+        if not can_make_products():
+            log.info('demo: no coast; it needs pip install "kelp-slicer[geo,series]"')
+            return None
+        with self.clock.step("map a coast over three years: beds, areas, series, page"):
+            return make_coast(
+                self.root / "coast",
+                training.run_dir,
+                (self._test, self._truth),
+                self._config.seed,
+                min(self._config.size, 256),
+                self._progress,
+            )
 
 
 def _sliced(config: DemoConfig, table: Path, stats: Path) -> TrainConfig:
@@ -274,18 +292,6 @@ def _training(config: DemoConfig, **data: Any) -> TrainConfig:
         early_stopping_patience=config.epochs,
         min_dice=config.min_dice,
         seed=config.seed,
-    )
-
-
-def _prediction(
-    scenes: Path, output: Path, training: TrainResult, config: DemoConfig
-) -> PredictConfig:
-    return PredictConfig(
-        data_dir=scenes,
-        output_dir=output,
-        run_dir=(training.run_dir,),
-        preview_submission=config.size == SIDE,
-        overwrite=True,
     )
 
 

@@ -18,7 +18,8 @@ from kelp import __version__
 from kelp.errors import InputError
 from kelp.io.files import atomic, atomic_folder
 from kelp.products.maps import require
-from kelp.products.stack import GROUPS, SENSOR_GROUPS, STRIP_ROWS, Stack, Strips
+from kelp.products.stack import GROUPS, SENSOR_GROUPS, STRIP_ROWS, Stack, Strip, Strips
+from kelp.raster.window import Tile
 
 _EPOCH: Final = date(1970, 1, 1)
 _UNITS: Final = "days since 1970-01-01"
@@ -28,22 +29,26 @@ _QUARTERS: Final = 4
 """Quarters of a chunk of Zarr: a file each would be many files."""
 _CACHE: Final = 4_000_000
 """Bytes of written chunks that HDF5 keeps for a variable; its own default is far larger."""
+_COMPRESSED: Final[dict[str, Any]] = {"zlib": True, "complevel": 1, "chunk_cache": _CACHE}
 _MIDDLE: Final = {1: (2, 15), 2: (5, 15), 3: (8, 15), 4: (11, 15)}
 """Month and day that stand for a quarter."""
 
 
-def area_words(expected: bool) -> dict[str, str]:
-    """What `area` means, as attributes."""
-    if expected:
-        return {
-            "long_name": "expected kelp canopy area of the pixel",
-            "comment": "mean over the looks of the quarter of calibrated probability x ground area "
-            "of the pixel; not the fractional cover of SBC LTER's area",
-        }
+def _area_attributes(stack: Stack, **more: str) -> dict[str, str]:
+    """What `area` means."""
+    if stack.expected:
+        name = "expected kelp canopy area of the pixel"
+        what = "calibrated probability x ground area of the pixel"
+    else:
+        name = "kelp presence area of the pixel, an upper bound"
+        what = "presence (0 or 1) x ground area of the pixel"
     return {
-        "long_name": "kelp presence area of the pixel, an upper bound",
-        "comment": "mean over the looks of the quarter of presence (0 or 1) x ground area of the "
-        "pixel; not the fractional cover of SBC LTER's area",
+        "long_name": name,
+        "comment": f"mean over the looks of the quarter of {what}; not the fractional cover of SBC "
+        "LTER's area",
+        "units": "m2",
+        "cell_methods": "time: mean",
+        **more,
     }
 
 
@@ -56,48 +61,7 @@ def write_stations(path: Path, strips: Strips, counts: NDArray[np.int64], source
     stack = strips.stack
     total = int(counts.sum())
     with _dataset(path) as file:
-        file.createDimension("time", stack.quarters)
-        file.createDimension("station", total)
-        _time(file, stack, bounds=False)
-        along = {"chunksizes": (min(_STATIONS, total),)} if total else {}
-        both: dict[str, Any] = {"zlib": True, "complevel": 1, "chunk_cache": _CACHE}
-        if total:
-            both["chunksizes"] = (stack.quarters, min(_STATIONS, total))
-        for name, axis, unit in (
-            ("latitude", "latitude", "degrees_north"),
-            ("longitude", "longitude", "degrees_east"),
-        ):
-            variable = file.createVariable(name, "f8", ("station",), zlib=True, **along)
-            variable.setncatts(
-                {
-                    "standard_name": axis,
-                    "units": unit,
-                    "long_name": f"{axis} of the pixel's centre, WGS 84",
-                }
-            )
-        names = [stack.name_of(q) for q in range(stack.quarters)]
-        for k, (name, words) in enumerate(
-            (("year", "year"), ("quarter", "quarter of the year, 1-4"))
-        ):
-            variable = file.createVariable(name, "i4", ("time",))
-            variable.setncatts({"long_name": words, "units": "1"})
-            variable[:] = [pair[k] for pair in names]
-        places = {"coordinates": "latitude longitude"}
-        area = file.createVariable("area", "f4", ("time", "station"), fill_value=-1, **both)
-        area.setncatts(
-            {
-                **area_words(stack.expected),
-                "units": "m2",
-                "cell_methods": "time: mean",
-                **places,
-            }
-        )
-        passes = {}
-        for name in ("passes", *GROUPS):
-            passes[name] = file.createVariable(name, "i2", ("time", "station"), **both)
-            sensors = ", ".join(SENSOR_GROUPS.get(name, ()))
-            of = f" of {sensors}" if sensors else "" if name == "passes" else " of other sensors"
-            passes[name].setncatts({"long_name": f"looks averaged{of}", "units": "1", **places})
+        _station_variables(file, stack, total)
         file.setncatts(_about(stack, "Kelp canopy by quarter, stations", source))
         start = 0
         for count, (_, strip) in zip(counts, strips, strict=True):
@@ -106,13 +70,41 @@ def write_stations(path: Path, strips: Strips, counts: NDArray[np.int64], source
             here = slice(start, start + int(count))
             lat, lon = _degrees(stack, strip.rows, strip.columns)
             file["latitude"][here], file["longitude"][here] = lat, lon
-            area[:, here] = np.where(np.isnan(strip.area), -1, strip.area)
-            passes["passes"][:, here] = strip.passes.sum(axis=0, dtype=np.int16)
+            file["area"][:, here] = np.where(np.isnan(strip.area), -1, strip.area)
+            file["passes"][:, here] = strip.passes.sum(axis=0, dtype=np.int16)
             for k, name in enumerate(GROUPS):
-                passes[name][:, here] = strip.passes[k]
+                file[name][:, here] = strip.passes[k]
             file.sync()  # else written chunks pile up in memory
             start += int(count)
             del strip
+
+
+def _station_variables(file: Any, stack: Stack, total: int) -> None:
+    """Dimensions and variables of the stations' file, in its order."""
+    file.createDimension("time", stack.quarters)
+    file.createDimension("station", total)
+    _time(file, stack, bounds=False)
+    along = {"chunksizes": (min(_STATIONS, total),)} if total else {}
+    both = dict(_COMPRESSED)
+    if total:
+        both["chunksizes"] = (stack.quarters, min(_STATIONS, total))
+    for name, unit in (("latitude", "degrees_north"), ("longitude", "degrees_east")):
+        variable = file.createVariable(name, "f8", ("station",), zlib=True, **along)
+        words = f"{name} of the pixel's centre, WGS 84"
+        variable.setncatts({"standard_name": name, "units": unit, "long_name": words})
+    names = [stack.name_of(q) for q in range(stack.quarters)]
+    for k, (name, words) in enumerate((("year", "year"), ("quarter", "quarter of the year, 1-4"))):
+        variable = file.createVariable(name, "i4", ("time",))
+        variable.setncatts({"long_name": words, "units": "1"})
+        variable[:] = [pair[k] for pair in names]
+    places = {"coordinates": "latitude longitude"}
+    area = file.createVariable("area", "f4", ("time", "station"), fill_value=-1, **both)
+    area.setncatts(_area_attributes(stack, **places))
+    for name in ("passes", *GROUPS):
+        passes = file.createVariable(name, "i2", ("time", "station"), **both)
+        sensors = ", ".join(SENSOR_GROUPS.get(name, ()))
+        of = f" of {sensors}" if sensors else "" if name == "passes" else " of other sensors"
+        passes.setncatts({"long_name": f"looks averaged{of}", "units": "1", **places})
 
 
 def write_grid(path: Path, strips: Strips, box: tuple[int, ...], source: str) -> None:
@@ -122,91 +114,89 @@ def write_grid(path: Path, strips: Strips, box: tuple[int, ...], source: str) ->
     """
     stack = strips.stack
     # Whole chunks from a strip's border on, so that none is written twice.
-    top = box[0] // STRIP_ROWS * STRIP_ROWS
-    left = box[1] // _CHUNK * _CHUNK
-    height, width = (
-        box[2] + 1 - top,
-        min(stack.shape[1], -(-(box[3] + 1) // _CHUNK) * _CHUNK) - left,
-    )
+    top, left = box[0] // STRIP_ROWS * STRIP_ROWS, box[1] // _CHUNK * _CHUNK
+    right = min(stack.shape[1], -(-(box[3] + 1) // _CHUNK) * _CHUNK)
+    window = Tile(top, left, box[2] + 1 - top, right - left)
     transform = stack.georeference.transform
     assert transform is not None
     if transform.b or transform.d:
         raise InputError(f"{path}: a turned grid cannot be written as NetCDF; warp the maps first")
     with _dataset(path) as file:
-        for name, size in (("time", stack.quarters), ("nv", 2), ("y", height), ("x", width)):
+        sizes = {"time": stack.quarters, "nv": 2, "y": window.height, "x": window.width}
+        for name, size in sizes.items():
             file.createDimension(name, size)
         _time(file, stack, bounds=True)
-        crs = CRS.from_user_input(stack.georeference.crs)
-        degrees = bool(crs.is_geographic)
-        metres = "m" if degrees or crs.linear_units_factor[1] == 1 else str(crs.linear_units)
-        x = transform.c + transform.a * (left + np.arange(width) + 0.5)
-        y = transform.f + transform.e * (top + np.arange(height) + 0.5)
-        for name, values in (("y", y), ("x", x)):
-            variable = file.createVariable(name, "f8", (name,))
-            axis = {"y": "latitude", "x": "longitude"}[name]
-            kind = axis if degrees else f"projection_{name}_coordinate"
-            unit = {"y": "degrees_north", "x": "degrees_east"}[name] if degrees else metres
-            variable.setncatts({"standard_name": kind, "units": unit, "axis": name.upper()})
-            variable[:] = values
-        _grid_mapping(
-            file,
-            crs,
-            (
-                transform.c + transform.a * left,
-                transform.a,
-                0.0,
-                transform.f + transform.e * top,
-                0.0,
-                transform.e,
-            ),
-        )
-        chunks = (1, min(STRIP_ROWS, height), min(_CHUNK, width))
-        options: dict[str, Any] = {"zlib": True, "complevel": 1, "chunk_cache": _CACHE}
-        options["chunksizes"] = chunks
-        area = file.createVariable("area", "f4", ("time", "y", "x"), fill_value=np.nan, **options)
-        area.setncatts(
-            {
-                **area_words(stack.expected),
-                "units": "m2",
-                "cell_methods": "time: mean",
-                "grid_mapping": "crs",
-            }
-        )
-        passes = file.createVariable("passes", "i2", ("time", "y", "x"), fill_value=-1, **options)
-        passes.setncatts({"long_name": "looks averaged", "units": "1", "grid_mapping": "crs"})
-        footprint = file.createVariable(
-            "footprint", "i1", ("y", "x"), zlib=True, complevel=1, chunksizes=chunks[1:]
-        )
-        footprint.setncatts(
-            {
-                "long_name": "pixels that had kelp in at least one map",
-                "flag_values": np.array([0, 1], np.int8),
-                "flag_meanings": "outside inside",
-                "grid_mapping": "crs",
-            }
-        )
+        _axes(file, stack, window)
+        _grid_variables(file, stack, window)
         file.setncatts(_about(stack, "Kelp canopy by quarter, grid", source))
         for tile, strip in strips:
-            rows, columns = strip.rows - top, strip.columns - left
-            y0 = tile.y - top
-            counts = strip.passes.sum(axis=0, dtype=np.int16)
-            for chunk in np.unique(columns // _CHUNK):
-                chosen = columns // _CHUNK == chunk
-                x0 = int(chunk) * _CHUNK
-                x1, y1 = min(x0 + _CHUNK, width), min(y0 + STRIP_ROWS, height)
-                at = rows[chosen] - y0, columns[chosen] - x0
-                marks = np.zeros((y1 - y0, x1 - x0), np.int8)
-                marks[at] = 1
-                footprint[y0:y1, x0:x1] = marks
-                for quarter in range(stack.quarters):
-                    figures = strip.area[quarter, chosen]
-                    values = np.full(marks.shape, np.nan, np.float32)
-                    values[at] = figures
-                    times = np.full(marks.shape, -1, np.int16)
-                    times[at] = counts[quarter, chosen]
-                    area[quarter, y0:y1, x0:x1] = values
-                    passes[quarter, y0:y1, x0:x1] = times
+            _write_strip(file, tile.y, strip, window)
             del strip
+
+
+def _axes(file: Any, stack: Stack, window: Tile) -> None:
+    """Centres of rows and columns, and the CRS they are in."""
+    transform = stack.georeference.transform
+    assert transform is not None
+    crs = CRS.from_user_input(stack.georeference.crs)
+    degrees = bool(crs.is_geographic)
+    metres = "m" if degrees or crs.linear_units_factor[1] == 1 else str(crs.linear_units)
+    x = transform.c + transform.a * (window.x + np.arange(window.width) + 0.5)
+    y = transform.f + transform.e * (window.y + np.arange(window.height) + 0.5)
+    for name, values in (("y", y), ("x", x)):
+        variable = file.createVariable(name, "f8", (name,))
+        axis = {"y": "latitude", "x": "longitude"}[name]
+        kind = axis if degrees else f"projection_{name}_coordinate"
+        unit = {"y": "degrees_north", "x": "degrees_east"}[name] if degrees else metres
+        variable.setncatts({"standard_name": kind, "units": unit, "axis": name.upper()})
+        variable[:] = values
+    west = transform.c + transform.a * window.x
+    north = transform.f + transform.e * window.y
+    _grid_mapping(file, crs, (west, transform.a, 0.0, north, 0.0, transform.e))
+
+
+def _grid_variables(file: Any, stack: Stack, window: Tile) -> None:
+    """Variables of the pixels, empty."""
+    chunks = (1, min(STRIP_ROWS, window.height), min(_CHUNK, window.width))
+    options = _COMPRESSED | {"chunksizes": chunks}
+    mapping = {"grid_mapping": "crs"}
+    area = file.createVariable("area", "f4", ("time", "y", "x"), fill_value=np.nan, **options)
+    area.setncatts(_area_attributes(stack, **mapping))
+    passes = file.createVariable("passes", "i2", ("time", "y", "x"), fill_value=-1, **options)
+    passes.setncatts({"long_name": "looks averaged", "units": "1", **mapping})
+    footprint = file.createVariable(
+        "footprint", "i1", ("y", "x"), zlib=True, complevel=1, chunksizes=chunks[1:]
+    )
+    footprint.setncatts(
+        {
+            "long_name": "pixels that had kelp in at least one map",
+            "flag_values": np.array([0, 1], np.int8),
+            "flag_meanings": "outside inside",
+            **mapping,
+        }
+    )
+
+
+def _write_strip(file: Any, row: int, strip: Strip, window: Tile) -> None:
+    """Write the stations of a strip that begins at this row; chunks that hold none are left out."""
+    rows, columns = strip.rows - window.y, strip.columns - window.x
+    y0 = row - window.y
+    counts = strip.passes.sum(axis=0, dtype=np.int16)
+    for chunk in np.unique(columns // _CHUNK):
+        chosen = columns // _CHUNK == chunk
+        x0 = int(chunk) * _CHUNK
+        x1, y1 = min(x0 + _CHUNK, window.width), min(y0 + STRIP_ROWS, window.height)
+        at = rows[chosen] - y0, columns[chosen] - x0
+        marks = np.zeros((y1 - y0, x1 - x0), np.int8)
+        marks[at] = 1
+        file["footprint"][y0:y1, x0:x1] = marks
+        for quarter in range(len(strip.area)):
+            values = np.full(marks.shape, np.nan, np.float32)
+            values[at] = strip.area[quarter, chosen]
+            times = np.full(marks.shape, -1, np.int16)
+            times[at] = counts[quarter, chosen]
+            file["area"][quarter, y0:y1, x0:x1] = values
+            file["passes"][quarter, y0:y1, x0:x1] = times
 
 
 def write_zarr(path: Path, grid: Path) -> None:

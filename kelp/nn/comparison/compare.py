@@ -87,18 +87,7 @@ def compare(config: CompareConfig, progress: Progress = silent) -> CompareResult
         config, bundles, config.data_dir, config.gt_dir, config.labels_dir, failures
     )
     total = len(scenes.images) + len(failures)
-    variants: list[Variant] = []
-    left_out: list[Variant] = []
-    for variant in _variants(config, bundles):
-        fits = max(variant.side(image.shape) for image in scenes.images) <= config.largest_pass
-        (variants if fits else left_out).append(variant)
-    for variant in left_out:
-        log.info("%s: left out, larger than --largest_pass %d", variant.name, config.largest_pass)
-    if not variants:
-        raise ConfigError(
-            f"--largest_pass {config.largest_pass}: no variant shows a network so little at once; "
-            "give a larger number, or a smaller --sahi_tile_size"
-        )
+    variants, left_out = _variants(config, bundles, scenes)
     device = resolve_device(config.device)
     precision = resolve_precision(config.precision, device)
     runtime = Runtime(device, precision, config.batch_size)
@@ -107,18 +96,9 @@ def compare(config: CompareConfig, progress: Progress = silent) -> CompareResult
     with scratch_folder(folder) as scratch:
         run = _Run(config, scenes, variants, runtime, scratch)
         failures |= run.predict(progress)
-        scenes = run.scenes
-        if not scenes.images:
+        if not run.scenes.images:
             raise_failures(failures, total, "scenes", folder)
-        comparison = Comparison(
-            tuple(run.evaluate(variant, run.thresholds(variant)) for variant in variants),
-            len(scenes.images),
-            scenes.sites,
-            source_words([image.area(config.pixel_size).words for image in scenes.images]),
-        )
-        advice = advise(comparison)
-        if advice.whole:
-            comparison = replace(comparison, equal=run.as_precise_as(advice.whole))
+        comparison, advice = run.compare()
         text = to_text(comparison, advice)
         report = write_report(
             folder / "report.html",
@@ -127,7 +107,7 @@ def compare(config: CompareConfig, progress: Progress = silent) -> CompareResult
             config,
             scenes.words,
             run.pictures(advice),
-            [variant.name for variant in left_out],
+            left_out,
         )
     figures: dict[str, Any] = {
         "advice": advice.to_json(),
@@ -137,7 +117,7 @@ def compare(config: CompareConfig, progress: Progress = silent) -> CompareResult
         "draws": config.draws,
         "precision": precision,
         "pixel_size": comparison.area,
-        "left_out": [variant.name for variant in left_out],
+        "left_out": left_out,
         "ways": comparison.to_json(advice.whole),
         "fields": FIELDS,
     }
@@ -150,11 +130,14 @@ def compare(config: CompareConfig, progress: Progress = silent) -> CompareResult
     return result
 
 
-def _variants(config: CompareConfig, bundles: Sequence[Bundle]) -> list[Variant]:
-    variants: list[Variant] = []
+def _variants(
+    config: CompareConfig, bundles: Sequence[Bundle], scenes: Scenes
+) -> tuple[list[Variant], list[str]]:
+    """Variants to compare, and the names of those that would show a network too much at once."""
+    every: list[Variant] = []
     for bundle, path in zip(bundles, config.run_dir, strict=True):
         name = path.name if len(bundles) > 1 else ""
-        variants += variants_of(
+        every += variants_of(
             bundle,
             name,
             config.sahi_tile_size,
@@ -163,10 +146,25 @@ def _variants(config: CompareConfig, bundles: Sequence[Bundle]) -> list[Variant]
             config.interpolations,
             config.tta,
         )
-    names = [variant.name for variant in variants]
+    names = [variant.name for variant in every]
     if len(set(names)) < len(names):
         raise ConfigError("--run_dir: two of these folders have one name; rename one")
-    return variants
+    variants: list[Variant] = []
+    left_out: list[str] = []
+    for variant in every:
+        if max(variant.side(image.shape) for image in scenes.images) <= config.largest_pass:
+            variants.append(variant)
+        else:
+            left_out.append(variant.name)
+            log.info(
+                "%s: left out, larger than --largest_pass %d", variant.name, config.largest_pass
+            )
+    if not variants:
+        raise ConfigError(
+            f"--largest_pass {config.largest_pass}: no variant shows a network so little at once; "
+            "give a larger number, or a smaller --sahi_tile_size"
+        )
+    return variants, left_out
 
 
 class _Codes:
@@ -274,6 +272,20 @@ class _Run:
 
     def _file(self, variant: Variant, number: int) -> Path:
         return self._folder / f"{self._number[variant.name]}-{number}.npy"
+
+    def compare(self) -> tuple[Comparison, Advice]:
+        """Every variant at its own thresholds, and at equal precision, and what follows."""
+        images = self._images
+        comparison = Comparison(
+            tuple(self.evaluate(one, self.thresholds(one)) for one in self._variants),
+            len(images),
+            self.scenes.sites,
+            source_words([image.area(self._config.pixel_size).words for image in images]),
+        )
+        advice = advise(comparison)
+        if advice.whole:
+            comparison = replace(comparison, equal=self.as_precise_as(advice.whole))
+        return comparison, advice
 
     def evaluate(self, variant: Variant, thresholds: Sequence[int]) -> Evaluation:
         """Figures of one variant at these thresholds, in codes, one for each part of the sites."""

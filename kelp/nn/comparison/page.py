@@ -91,19 +91,44 @@ def write_report(
 ) -> Path:
     """One self-contained HTML file: question and answer first."""
     report = Report("Should I slice?").text(f"**{advice.text}**")
+    report.text(_set_up(comparison, config, scenes))
+    _dice_section(report, comparison, advice)
+    _patches_section(report, comparison, advice)
+    _area_section(report, comparison, advice)
+    if pictures:
+        report.text("## Where it matters most")
+    for caption, png in pictures:
+        report.figure(png, caption)
+    if left_out:
+        report.text(
+            "## Left out\n\nShown more than `--largest_pass` "
+            f"{config.largest_pass} pixels at once: {', '.join(left_out)}."
+        )
+    runs = ",".join(map(str, config.run_dir))
     report.text(
+        "## Again\n\n```\nkelp compare --config "
+        f"{config.output_dir / 'kelp-compare.yaml'}\n```\n\nNetworks: `{runs}`."
+    )
+    return report.write(path)
+
+
+def _set_up(comparison: Comparison, config: CompareConfig, scenes: str) -> str:
+    """What was compared, and how."""
+    threshold = (
+        "Each part of the sites is evaluated at the threshold that is best on the others; the "
+        "tiles of the seed's merge vote at it."
+        if config.decision_threshold is None
+        else f"Kelp is where the probability is at least {config.decision_threshold:g}."
+    )
+    return (
         f"{comparison.images} labelled scenes of {comparison.sites} sites, "
         f"{len(comparison.evaluations)} variants of applying the same networks. Intervals "
         f"hold the middle 95 % of {config.draws:,} bootstrap draws of sites, the same draws for "
-        "every variant. "
-        f"Scenes: {scenes}. "
-        + (
-            "Each part of the sites is evaluated at the threshold that is best on the others; the "
-            "tiles of the seed's merge vote at it."
-            if config.decision_threshold is None
-            else f"Kelp is where the probability is at least {config.decision_threshold:g}."
-        )
+        f"every variant. Scenes: {scenes}. {threshold}"
     )
+
+
+def _dice_section(report: Report, comparison: Comparison, advice: Advice) -> None:
     dice = {one.name: one.figure("pooled_dice") for one in comparison.evaluations}
     report.figure(
         intervals({name: (e.value, e.low, e.high) for name, e in dice.items()}, "pooled Dice"),
@@ -111,6 +136,9 @@ def write_report(
         "the variants saw the same sites, so look at the differences below.",
     )
     report.table(dice_table(comparison, advice.whole), "Dice and cost; differences are paired")
+
+
+def _patches_section(report: Report, comparison: Comparison, advice: Advice) -> None:
     report.text("## What is found, and what is not there")
     report.table(
         _figures_table(comparison, _SCORES, ("false kelp, m² per km²", OPEN_WATER)),
@@ -134,6 +162,9 @@ def write_report(
             _equal_table(comparison, advice.whole),
             f"At the precision of: {advice.whole.name}. {_EQUAL}",
         )
+
+
+def _area_section(report: Report, comparison: Comparison, advice: Advice) -> None:
     report.text("## Probabilities and area")
     report.table(
         _area_table(comparison),
@@ -151,21 +182,6 @@ def write_report(
         ),
         "Reliability: of the pixels with such a probability, the share that is kelp.",
     )
-    if pictures:
-        report.text("## Where it matters most")
-    for caption, png in pictures:
-        report.figure(png, caption)
-    if left_out:
-        report.text(
-            "## Left out\n\nShown more than `--largest_pass` "
-            f"{config.largest_pass} pixels at once: {', '.join(left_out)}."
-        )
-    runs = ",".join(map(str, config.run_dir))
-    report.text(
-        "## Again\n\n```\nkelp compare --config "
-        f"{config.output_dir / 'kelp-compare.yaml'}\n```\n\nNetworks: `{runs}`."
-    )
-    return report.write(path)
 
 
 def _leaders(comparison: Comparison, advice: Advice) -> list[Evaluation]:
