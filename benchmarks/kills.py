@@ -45,8 +45,8 @@ from safetensors import safe_open
 
 from kelp.config import TrainConfig
 from kelp.data_prep.stats import channel_statistics
-from kelp.inference.bundle import file_sha256
 from kelp.inference.spec import BundleSpec
+from kelp.io.files import file_sha256
 from kelp.nn.bundle import save_bundle
 from kelp.nn.model import KelpNet
 from kelp.nn.training.plan import network_spec

@@ -41,10 +41,10 @@ from torch import Tensor, nn
 from kelp.config import ExportConfig, TrainConfig
 from kelp.evaluation.calibration import EDGES, logit_classes, probabilities
 from kelp.evaluation.intervals import HeldOutSite
-from kelp.inference.bundle import file_sha256, read_spec
+from kelp.inference.bundle import read_spec
 from kelp.inference.guard import FEW_PIXELS, GuardLimits
 from kelp.inference.spec import BundleSpec, NetworkSpec
-from kelp.io.files import atomic, write_json
+from kelp.io.files import atomic, file_sha256, write_json
 from kelp.nn import symmetry
 from kelp.nn.bundle import describe_bundle, save_bundle
 from kelp.nn.device import Float32Depthwise

@@ -128,12 +128,26 @@ class HeldOut:
     pairs: tuple[HeldOutSite, ...]
 
 
-def find_description(path: Path) -> Path:
-    """`bundle.json` of a bundle, a run folder or its `artifacts/`."""
+def read_description(path: Path) -> tuple[Path, dict[str, Any]]:
+    """Find and read `bundle.json`.
+
+    Args:
+        path: a bundle, a run folder or its `artifacts/`.
+
+    Raises:
+        BundleError: there is no `bundle.json`, or it is damaged.
+    """
     for place in _PLACES:
         file = path / place / "bundle.json"
-        if file.is_file():
-            return file
+        if not file.is_file():
+            continue
+        try:
+            found = parse_json(file.read_text(encoding="utf-8"))
+            if not isinstance(found, dict):
+                raise ValueError("no JSON object")
+        except (OSError, ValueError) as error:
+            raise BundleError(f"{file}: not a readable bundle ({error}); fetch it again") from error
+        return file, found
     raise BundleError(f"{path}: holds no bundle.json; name a run folder or a bundle")
 
 
@@ -146,11 +160,10 @@ def read_held_out(path: Path) -> HeldOut:
     Raises:
         BundleError: there is no `bundle.json`, or it is damaged.
     """
-    file = find_description(path)
+    file, spec = read_description(path)
     try:
-        spec: Any = parse_json(file.read_text(encoding="utf-8"))
         pairs = TypeAdapter(tuple[HeldOutSite, ...]).validate_python(spec.get(FIELD) or ())
-    except (OSError, ValueError, AttributeError) as error:
-        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"]
         raise BundleError(f"{file}: not a readable bundle ({reason}); fetch it again") from error
     return HeldOut(spec.get("weights_sha256"), pairs)

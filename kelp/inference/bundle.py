@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import logging
 from collections.abc import Sequence
@@ -24,7 +23,7 @@ from kelp.inference.backends.trees import MODEL_FILE, PixelTrees
 from kelp.inference.foldruns import FoldRuns, runs_of
 from kelp.inference.spec import SCHEMA_VERSION, BundleSpec
 from kelp.io import imported
-from kelp.io.files import parse_json, recover_folder
+from kelp.io.files import file_sha256, parse_json, recover_folder
 from kelp.io.location import packaged
 
 log = logging.getLogger("kelp")
@@ -166,12 +165,6 @@ def checked_weights(folder: Path, spec: BundleSpec) -> Path:
             "copy the bundle again"
         )
     return weights
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _has_torch() -> bool:

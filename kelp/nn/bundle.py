@@ -18,11 +18,10 @@ from kelp.inference.bundle import (
     CARD_FILE,
     SPEC_FILE,
     checked_weights,
-    file_sha256,
     weights_path,
 )
 from kelp.inference.spec import BundleSpec
-from kelp.io.files import atomic_folder, write_json, write_text
+from kelp.io.files import atomic_folder, file_sha256, write_json, write_text
 from kelp.nn.card import model_card
 from kelp.nn.model import KelpNet
 

@@ -5,8 +5,6 @@ Plain JSON with relative links, so that the folder can be moved or served as it 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,14 +20,14 @@ from rasterio.warp import transform as reproject
 from kelp import __version__
 from kelp.config.products import StacConfig
 from kelp.errors import BundleError, InputError
-from kelp.evaluation.intervals import find_description
+from kelp.evaluation.intervals import read_description
 from kelp.io.files import output_folder, write_json
 from kelp.io.location import packaged
 from kelp.plotting.style import KELP, NO_KELP
 from kelp.products.maps import Map, find_maps
 from kelp.progress import Progress, silent
 from kelp.raster.masks import open_dataset
-from kelp.sensors.record import record_path
+from kelp.sensors.record import MapRecord, Source, record_path
 
 STAC_VERSION: Final = "1.1.0"
 
@@ -72,6 +70,22 @@ _CLASSES: Final = [
 ]
 """The mlm extension wants descriptions, the classification extension names."""
 
+_COLLECTION_LINKS: Final = tuple(
+    {"rel": rel, "href": "./collection.json", "type": "application/json"}
+    for rel in ("root", "parent", "collection")
+)
+_HYPERPARAMETERS: Final = (
+    "threshold",
+    "temperature",
+    "tile_size",
+    "image_size",
+    "resize_strategy",
+    "interpolation",
+    "normalization_strategy",
+    "spectral_indices",
+    "index_input",
+)
+
 
 @dataclass(frozen=True)
 class Catalogue:
@@ -102,19 +116,16 @@ def stac(config: StacConfig, progress: Progress = silent) -> Catalogue:
             f"{config.predictions_dir}: {undated[0]} has no date, which a STAC item needs; it "
             "comes from the map's record or name (…_2023-01-15_kelp.tif)"
         )
-    description = find_description(packaged(config.run_dir)) if config.run_dir else None
+    network = _read_spec(config.run_dir) if config.run_dir else None
     folder = output_folder(config.output_dir)
     names = {m.scene_id: f"{m.scene_id}.json" for m in maps}
-    model_name = None
-    if description:
-        spec = _read_spec(description)
-        model_name = f"model-{str(spec.get('weights_sha256'))[:12]}.json"
+    model = folder / f"{_model_id(network[1])}.json" if network else None
     items = []
     for done, entry in enumerate(maps):
         progress("describing maps", done, len(maps))
         item = _item(entry, folder, config.collection_id)
-        if model_name:
-            link = {"rel": "related", "href": f"./{model_name}", "type": _GEOJSON}
+        if model:
+            link = {"rel": "related", "href": f"./{model.name}", "type": _GEOJSON}
             item["links"].append({**link, "title": "the network"})
         items.append(item)
     progress("describing maps", len(maps), len(maps))
@@ -124,11 +135,9 @@ def stac(config: StacConfig, progress: Progress = silent) -> Catalogue:
     for entry, item in zip(maps, items, strict=True):
         paths.append(folder / names[entry.scene_id])
         write_json(paths[-1], item)
-    model = None
-    if description and model_name:
-        model = folder / model_name
-        write_json(model, _model(description, folder, config.collection_id, extent))
-    listed = [*names.values(), *([model_name] if model_name else [])]
+    if network and model:
+        write_json(model, _model(*network, folder, config.collection_id, extent))
+    listed = [*names.values(), *([model.name] if model else [])]
     collection = folder / "collection.json"
     write_json(collection, _collection(config, items, listed, extent))
     config.record(folder)
@@ -138,71 +147,24 @@ def stac(config: StacConfig, progress: Progress = silent) -> Catalogue:
 def _item(entry: Map, folder: Path, collection: str) -> dict[str, Any]:
     geometry, bbox = footprint(entry)
     record = entry.record
-    place = entry.georeference
-    properties: dict[str, Any] = _moment(entry)
-    if entry.sensor:
-        family, _, number = entry.sensor.partition("-")
-        platform = _PLATFORMS.get(family, "").format(number)
-        properties |= {"platform": platform} if platform else {}
-    properties["proj:code"] = _code(place.crs)
-    if place.crs is not None and properties["proj:code"] is None:
-        properties["proj:wkt2"] = place.crs.to_wkt()
-    properties["proj:shape"] = list(entry.shape)
-    if place.transform is not None:
-        properties["proj:transform"] = list(place.transform)[:6]
-    extensions = [PROJECTION, RASTER, FILE, CLASSIFICATION, VERSION]
-    mask = _asset(
-        entry.mask,
-        folder,
-        "Kelp mask",
-        ["data"],
-        [
-            {
-                "name": "kelp",
-                "description": "0 = no kelp, 1 = kelp, 255 = not observed",
-                "data_type": "uint8",
-                "nodata": 255,
-                "raster:sampling": "area",
-            },
-        ],
-    )
-    mask["classification:classes"] = _CLASSES
-    properties["version"] = mask["file:checksum"][4:16]
+    assets = _map_assets(entry, folder)
+    properties = {**_moment(entry), **_platform(entry), **_projection(entry)}
+    properties["version"] = assets["mask"]["file:checksum"][4:16]
+    links = list(_COLLECTION_LINKS)
     if record:
-        extensions.append(PROCESSING)
-        software = {k: v for k, v in record.versions.items() if isinstance(v, str)}
-        properties["processing:software"] = software or {"kelp": __version__}
-        properties["processing:lineage"] = (
-            f"Probabilities of {entry.network or 'a network'}, kelp where at least "
-            f"{entry.threshold}; the record has the settings."
-        )
-        if not record.scene.network_validated:
-            properties["kelp:network_validated"] = False
-        for name in ("observed_share", "kelp_pixels", "presence_area_m2", "expected_area_m2"):
-            if (value := getattr(record, name)) is not None:
-                properties[f"kelp:{name}"] = value
-    assets = {"mask": mask}
-    for name, path, words in (
-        ("probability", entry.probability, "Probability of kelp"),
-        ("spread", entry.spread, "Standard deviation of overlapping tiles' probabilities"),
-    ):
-        if path:
-            assets[name] = _asset(path, folder, words, ["data"], [_band(path, name)])
-    if record:
-        path = record_path(entry.mask)
-        assets["record"] = _file(path, folder, "How the map was made", ["metadata"])
-        assets["record"]["type"] = "application/json"
-    links = [
-        {"rel": rel, "href": "./collection.json", "type": "application/json"}
-        for rel in ("root", "parent", "collection")
-    ]
-    for source in record.scene.sources if record else ():
-        if source.href.startswith(("http://", "https://", "s3://")):
-            links.append({"rel": "derived_from", "href": source.href, "title": source.role})
+        properties |= _processing(entry, record)
+        links += [
+            {"rel": "derived_from", "href": source.href, "title": source.role}
+            for source in record.scene.sources
+            if source.href.startswith(("http://", "https://", "s3://"))
+        ]
     return {
         "type": "Feature",
         "stac_version": STAC_VERSION,
-        "stac_extensions": extensions,
+        "stac_extensions": [
+            *(PROJECTION, RASTER, FILE, CLASSIFICATION, VERSION),
+            *([PROCESSING] if record else []),
+        ],
         "id": entry.scene_id,
         "collection": collection,
         "geometry": geometry,
@@ -211,6 +173,65 @@ def _item(entry: Map, folder: Path, collection: str) -> dict[str, Any]:
         "links": links,
         "assets": assets,
     }
+
+
+def _platform(entry: Map) -> dict[str, Any]:
+    family, _, number = (entry.sensor or "").partition("-")
+    platform = _PLATFORMS.get(family, "").format(number)
+    return {"platform": platform} if platform else {}
+
+
+def _projection(entry: Map) -> dict[str, Any]:
+    crs, transform = entry.georeference.crs, entry.georeference.transform
+    epsg = None if crs is None else crs.to_epsg()
+    found: dict[str, Any] = {"proj:code": f"EPSG:{epsg}" if epsg else None}
+    if crs is not None and not epsg:
+        found["proj:wkt2"] = crs.to_wkt()
+    found["proj:shape"] = list(entry.shape)
+    if transform is not None:
+        found["proj:transform"] = list(transform)[:6]
+    return found
+
+
+def _processing(entry: Map, record: MapRecord) -> dict[str, Any]:
+    """How the map was made, and what it shows."""
+    software = {k: v for k, v in record.versions.items() if isinstance(v, str)}
+    found: dict[str, Any] = {
+        "processing:software": software or {"kelp": __version__},
+        "processing:lineage": (
+            f"Probabilities of {entry.network or 'a network'}, kelp where at least "
+            f"{entry.threshold}; the record has the settings."
+        ),
+    }
+    if not record.scene.network_validated:
+        found["kelp:network_validated"] = False
+    for name in ("observed_share", "kelp_pixels", "presence_area_m2", "expected_area_m2"):
+        if (value := getattr(record, name)) is not None:
+            found[f"kelp:{name}"] = value
+    return found
+
+
+def _map_assets(entry: Map, folder: Path) -> dict[str, Any]:
+    """The files of a map."""
+    band = {
+        "name": "kelp",
+        "description": "0 = no kelp, 1 = kelp, 255 = not observed",
+        "data_type": "uint8",
+        "nodata": 255,
+        "raster:sampling": "area",
+    }
+    mask = _asset(entry.mask, folder, "Kelp mask", band)
+    assets = {"mask": {**mask, "classification:classes": _CLASSES}}
+    for name, path, words in (
+        ("probability", entry.probability, "Probability of kelp"),
+        ("spread", entry.spread, "Standard deviation of overlapping tiles' probabilities"),
+    ):
+        if path:
+            assets[name] = _asset(path, folder, words, _band(path, name))
+    if entry.record:
+        record = _file(record_path(entry.mask), folder, "How the map was made", ["metadata"])
+        assets["record"] = {**record, "type": "application/json"}
+    return assets
 
 
 def footprint(entry: Map) -> tuple[dict[str, Any] | None, list[float] | None]:
@@ -288,11 +309,6 @@ def _span(properties: Mapping[str, Any]) -> tuple[str, str]:
     )
 
 
-def _code(crs: Any) -> str | None:
-    epsg = None if crs is None else crs.to_epsg()
-    return f"EPSG:{epsg}" if epsg else None
-
-
 def _band(path: Path, name: str) -> dict[str, Any]:
     with open_dataset(path) as dataset:
         kind, nodata, scale = dataset.dtypes[0], dataset.nodata, dataset.scales[0]
@@ -305,26 +321,21 @@ def _band(path: Path, name: str) -> dict[str, Any]:
 
 
 def _file(path: Path, folder: Path, title: str, roles: Sequence[str]) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
+    source = Source.of_file("", path)
     return {
         "href": Path(os.path.relpath(path, folder)).as_posix(),
         "title": title,
         "roles": list(roles),
-        "file:size": path.stat().st_size,
-        "file:checksum": "1220" + digest.hexdigest(),  # a multihash: SHA-256, 32 bytes
+        "file:size": source.size,
+        "file:checksum": f"1220{source.sha256}",  # a multihash: SHA-256, 32 bytes
     }
 
 
-def _asset(
-    path: Path, folder: Path, title: str, roles: Sequence[str], bands: Sequence[dict[str, Any]]
-) -> dict[str, Any]:
+def _asset(path: Path, folder: Path, title: str, band: dict[str, Any]) -> dict[str, Any]:
     with open_dataset(path) as dataset:
         is_cog = dataset.tags(ns="IMAGE_STRUCTURE").get("LAYOUT") == "COG"
-    found = _file(path, folder, title, roles)
-    return {**found, "type": _COG if is_cog else _GEOTIFF, "bands": list(bands)}
+    found = _file(path, folder, title, ["data"])
+    return {**found, "type": _COG if is_cog else _GEOTIFF, "bands": [band]}
 
 
 def _collection(
@@ -362,14 +373,11 @@ def _collection(
     }
 
 
-def _read_spec(path: Path) -> dict[str, Any]:
-    try:
-        spec = json.loads(path.read_text(encoding="utf-8"))
-        spec["architecture"], spec["encoder"], spec["bands"], spec["image_size"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BundleError(f"{path}: not a readable bundle; fetch it again") from error
-    found: dict[str, Any] = spec
-    return found
+def _read_spec(run_dir: Path) -> tuple[Path, dict[str, Any]]:
+    file, spec = read_description(packaged(run_dir))
+    if missing := {"architecture", "encoder", "bands", "image_size"} - spec.keys():
+        raise BundleError(f"{file}: lacks {', '.join(sorted(missing))}; fetch the bundle again")
+    return file.parent, spec
 
 
 def _eo_band(name: str) -> dict[str, str]:
@@ -377,47 +385,19 @@ def _eo_band(name: str) -> dict[str, str]:
     return {"name": name, **({"common_name": common} if common else {})}
 
 
-def _model(path: Path, folder: Path, collection: str, extent: tuple[str, str]) -> dict[str, Any]:
+def _model(
+    bundle: Path,
+    spec: Mapping[str, Any],
+    folder: Path,
+    collection: str,
+    extent: tuple[str, str],
+) -> dict[str, Any]:
     """A bundle as an item of the mlm extension. Its time is that of the maps."""
-    spec = _read_spec(path)
-    side, bands = spec["image_size"], list(spec["bands"])
-    order = ["batch", "bands", "height", "width"]
-    kept = (
-        "threshold",
-        "temperature",
-        "tile_size",
-        "image_size",
-        "resize_strategy",
-        "interpolation",
-        "normalization_strategy",
-        "spectral_indices",
-        "index_input",
-    )
-    assets = {}
-    for name, file, kind in (
-        ("weights", "weights.safetensors", "safetensors"),
-        ("onnx", "network.onnx", "onnx"),
-    ):
-        if (path.parent / file).is_file():
-            asset = _file(path.parent / file, folder, f"Weights ({kind})", ["mlm:model"])
-            asset |= {"type": "application/octet-stream", "mlm:artifact_type": kind}
-            # mlm 1.4 looks for the bands here, or where STAC 1.1 itself forbids them.
-            assets[name] = {**asset, "eo:bands": [_eo_band(band) for band in bands]}
-    if not assets:
-        raise BundleError(f"{path.parent}: holds no weights; fetch the bundle again")
-    card = path.parent / "README.md"
-    if card.is_file():
-        assets["card"] = _file(card, folder, "Model card", ["metadata"])
-        assets["card"]["type"] = "text/markdown"
-    links = [
-        {"rel": rel, "href": "./collection.json", "type": "application/json"}
-        for rel in ("root", "parent", "collection")
-    ]
     return {
         "type": "Feature",
         "stac_version": STAC_VERSION,
         "stac_extensions": [MLM, EO, FILE, CLASSIFICATION],
-        "id": f"model-{str(spec.get('weights_sha256'))[:12]}",
+        "id": _model_id(spec),
         "collection": collection,
         "geometry": None,
         "properties": {
@@ -425,37 +405,71 @@ def _model(path: Path, folder: Path, collection: str, extent: tuple[str, str]) -
             "start_datetime": extent[0],
             "end_datetime": extent[1],
             "description": "The network that made the maps; start and end are those of the maps.",
-            "mlm:name": f"kelp-{spec['architecture']}-{spec['encoder']}".replace("+", "plus"),
-            "mlm:architecture": spec["architecture"],
-            "mlm:framework": "PyTorch",
-            "mlm:tasks": ["semantic-segmentation"],
-            "mlm:input": [
-                {
-                    "name": "scene",
-                    "bands": bands,
-                    "input": {
-                        "shape": [-1, len(bands), side, side],
-                        "dim_order": order,
-                        "data_type": "float32",
-                    },
-                    "description": "Raw numbers of the sensor; normalising is part of the network.",
-                }
-            ],
-            "mlm:output": [
-                {
-                    "name": "kelp",
-                    "tasks": ["semantic-segmentation"],
-                    "result": {
-                        "shape": [-1, side, side],
-                        "dim_order": ["batch", "height", "width"],
-                        "data_type": "float32",
-                    },
-                    "description": "Probability of kelp.",
-                    "classification:classes": _CLASSES[:2],
-                }
-            ],
-            "mlm:hyperparameters": {name: spec[name] for name in kept if name in spec},
+            **_network_properties(spec),
         },
-        "links": links,
-        "assets": assets,
+        "links": list(_COLLECTION_LINKS),
+        "assets": _model_assets(bundle, folder, spec["bands"]),
     }
+
+
+def _model_id(spec: Mapping[str, Any]) -> str:
+    return f"model-{str(spec.get('weights_sha256'))[:12]}"
+
+
+def _network_properties(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """What goes in and out of a network, and its settings."""
+    side, bands = spec["image_size"], list(spec["bands"])
+    task, number = "semantic-segmentation", "float32"
+    return {
+        "mlm:name": f"kelp-{spec['architecture']}-{spec['encoder']}".replace("+", "plus"),
+        "mlm:architecture": spec["architecture"],
+        "mlm:framework": "PyTorch",
+        "mlm:tasks": [task],
+        "mlm:input": [
+            {
+                "name": "scene",
+                "bands": bands,
+                "input": {
+                    "shape": [-1, len(bands), side, side],
+                    "dim_order": ["batch", "bands", "height", "width"],
+                    "data_type": number,
+                },
+                "description": "Raw numbers of the sensor; normalising is part of the network.",
+            }
+        ],
+        "mlm:output": [
+            {
+                "name": "kelp",
+                "tasks": [task],
+                "result": {
+                    "shape": [-1, side, side],
+                    "dim_order": ["batch", "height", "width"],
+                    "data_type": number,
+                },
+                "description": "Probability of kelp.",
+                "classification:classes": _CLASSES[:2],
+            }
+        ],
+        "mlm:hyperparameters": {name: spec[name] for name in _HYPERPARAMETERS if name in spec},
+    }
+
+
+def _model_assets(bundle: Path, folder: Path, bands: Sequence[str]) -> dict[str, Any]:
+    """Weights and card of a bundle."""
+    assets = {}
+    for name, file, kind in (
+        ("weights", "weights.safetensors", "safetensors"),
+        ("onnx", "network.onnx", "onnx"),
+    ):
+        if (bundle / file).is_file():
+            asset = _file(bundle / file, folder, f"Weights ({kind})", ["mlm:model"])
+            asset |= {"type": "application/octet-stream", "mlm:artifact_type": kind}
+            # mlm 1.4 looks for the bands here, or where STAC 1.1 itself forbids them.
+            assets[name] = {**asset, "eo:bands": [_eo_band(band) for band in bands]}
+    if not assets:
+        raise BundleError(f"{bundle}: holds no weights; fetch the bundle again")
+    card = bundle / "README.md"
+    if card.is_file():
+        assets["card"] = _file(card, folder, "Model card", ["metadata"])
+        assets["card"]["type"] = "text/markdown"
+    return assets

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import re
@@ -26,7 +25,7 @@ from rasterio.io import MemoryFile
 
 from kelp.errors import InputError
 from kelp.io import remote
-from kelp.io.files import is_file
+from kelp.io.files import file_sha256, is_file
 from kelp.io.location import Url
 from kelp.raster.bands import MASK_NODATA
 from kelp.raster.validity import MaskBands, missing_values
@@ -260,10 +259,7 @@ def sources_of(dataset: Any, path: Path) -> dict[str, str]:
         seen.add(file.resolve())
         if not file.is_file():
             continue
-        with file.open("rb") as content:
-            found[os.path.relpath(file, path.parent)] = hashlib.file_digest(
-                content, "sha256"
-            ).hexdigest()
+        found[os.path.relpath(file, path.parent)] = file_sha256(file)
         if file.suffix.lower() == ".vrt":
             with open_dataset(file) as source:
                 waiting += source.files

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from kelp.config import EvaluateConfig, ReportConfig
-from kelp.errors import InputError
 from kelp.evaluation.bootstrap import SiteBootstrap, site_numbers
+from kelp.evaluation.intervals import read_description
 from kelp.evaluation.metrics import SiteTotals
 from kelp.evaluation.pairs import Pair, find_pairs, sites_of
 from kelp.evaluation.scoring import PairOptions, Scores, score_folder, score_pairs
@@ -18,8 +17,6 @@ from kelp.io.files import output_folder, write_json
 from kelp.io.location import packaged
 from kelp.products.reports.page import Evaluated, figures_json, history_of, write_page
 from kelp.progress import Progress, silent
-
-_SPEC = "bundle.json"
 
 
 @dataclass(frozen=True)
@@ -44,12 +41,12 @@ def make_report(config: ReportConfig, progress: Progress = silent) -> ReportResu
     Scenes that fail are left out, and named when the page is written.
 
     Raises:
-        InputError: a prediction is missing (named), files are unreadable, grids differ, or the
-            run has no bundle.
+        InputError: a prediction is missing (named), files are unreadable, or grids differ.
+        BundleError: `run_dir` holds no bundle.
         BugError: a bug ended some scenes; the page is of the others.
         TableError: the metadata table has no row for a scene.
     """
-    bundle = _bundle(config.run_dir)
+    bundle = read_description(packaged(config.run_dir))[1] if config.run_dir else None
     pairs = find_pairs(config.gt_dir, config.preds_dir, config, config.data_dir)
     options = PairOptions.of(config, config.band_order)
     scores = score_pairs(pairs, options, progress=progress)
@@ -100,20 +97,3 @@ def evaluate_and_report(config: EvaluateConfig, progress: Progress = silent) -> 
     scores = replace(scores, files=(*scores.files, page))
     scores.require_all(config.output_dir)
     return scores
-
-
-def _bundle(run_dir: Path | None) -> dict[str, Any] | None:
-    """What the bundle of a run says of itself; the weights are not needed here."""
-    if run_dir is None:
-        return None
-    run_dir = packaged(run_dir)
-    for folder in (run_dir, run_dir / "bundle", run_dir / "artifacts" / "bundle"):
-        if (folder / _SPEC).is_file():
-            try:
-                found: dict[str, Any] = json.loads((folder / _SPEC).read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise InputError(
-                    f"{folder / _SPEC}: not readable as JSON; copy it again"
-                ) from error
-            return found
-    raise InputError(f"--run_dir {run_dir}: holds no bundle; name a run folder or a bundle")
