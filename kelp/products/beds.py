@@ -256,9 +256,8 @@ def _write_labels(entry: Map, ids: NDArray[np.int32], connectivity: int, path: P
     ):
         for tile, labels, _ in _labelled(entry, connectivity):
             numbers = ids[labels]
-            window = Window(tile.x, tile.y, tile.width, tile.height)
-            out.write(numbers, 1, window=window)
-            where.write((numbers > 0).astype(np.uint8), 1, window=window)
+            out.write(numbers, 1, window=tile.window)
+            where.write((numbers > 0).astype(np.uint8), 1, window=tile.window)
 
 
 def _where(labels: Path) -> Path:

@@ -23,7 +23,6 @@ from rasterio.enums import Resampling
 from rasterio.features import rasterize
 from rasterio.vrt import WarpedVRT
 from rasterio.warp import transform
-from rasterio.windows import Window
 
 from kelp.errors import InputError
 from kelp.raster.bands import NODATA
@@ -195,12 +194,11 @@ class Elevation:
 
     def _warped(self, tile: Tile) -> NDArray[np.float32]:
         out = np.full((tile.height, tile.width), np.nan, dtype=np.float32)
-        window = Window(tile.x, tile.y, tile.width, tile.height)
         near = [one for one in self._tiles if _meets(one.box, tile)]
         for one in near:
             with quietly(one.path):
                 dataset = one.whole if self._is_whole(one, tile) else one.warped
-                values = dataset.read(1, window=window)
+                values = dataset.read(1, window=tile.window)
             known = (values != NODATA) & np.isfinite(values)
             np.copyto(out, values, where=known & np.isnan(out))
         if self.sea_where_absent:

@@ -19,7 +19,6 @@ from affine import Affine
 from numpy.typing import NDArray
 from rasterio.enums import Resampling
 from rasterio.vrt import WarpedVRT
-from rasterio.windows import Window
 
 from kelp.errors import ConfigError, InputError
 from kelp.raster.georeference import crs_words
@@ -281,9 +280,8 @@ class CloudMask:
     def read(self, tile: Tile) -> NDArray[np.bool_]:
         """Where a window is bad: bool, shape `(height, width)`."""
         with quietly(self.path):
-            window = Window(tile.x, tile.y, tile.width, tile.height)
-            bad: NDArray[np.bool_] = self._dataset.read(1, window=window) != 0
-            hidden = self._hidden.missing(window) if self._hidden is not None else None
+            bad: NDArray[np.bool_] = self._dataset.read(1, window=tile.window) != 0
+            hidden = self._hidden.missing(tile.window) if self._hidden is not None else None
         return bad if hidden is None else bad | hidden[0]
 
     @cached_property

@@ -208,9 +208,8 @@ class SensorScene(Scene):
     def _read_layers(self, window: Tile, names: Sequence[str]) -> Layers:
         known = list(self._files.layers) if self._files else []
         indexes = [known.index(name) + 1 for name in names]
-        area = Window(window.x, window.y, window.width, window.height)
         with quietly(self.path):
-            values = self._layers.read(indexes, window=area)
+            values = self._layers.read(indexes, window=window.window)
         return dict(zip(names, values, strict=True))
 
     def _named(self, window: Tile, error: InputError) -> InputError:
