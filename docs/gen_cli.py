@@ -19,7 +19,7 @@ from pydantic.fields import FieldInfo
 from kelp.cli import COMMANDS, config_class
 from kelp.config.base import choices
 from kelp.data_prep.catalogue import formula
-from kelp.nn.comparison.fields import FIELDS
+from kelp.nn.comparison.result import FIELDS
 from kelp.raster.indices import INDICES
 
 if TYPE_CHECKING:

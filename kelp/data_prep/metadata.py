@@ -26,7 +26,8 @@ import numpy as np
 import pandas as pd
 
 from kelp import tables
-from kelp.data_prep import folds, sites, survey
+from kelp.data_prep import folds, sites
+from kelp.data_prep.facts import Fact, facts
 from kelp.errors import InputError, TableError
 from kelp.io.executors import gather, spread
 from kelp.io.failures import Failure, attempt, raise_failures
@@ -104,7 +105,7 @@ class _Source(NamedTuple):
 class _Surveyed(NamedTuple):
     """What is known of one image after it was read."""
 
-    facts: dict[str, survey.Fact]
+    facts: dict[str, Fact]
     terrain: sites.Terrain
 
 
@@ -229,7 +230,7 @@ def _survey(config: MetadataConfig, source: _Source) -> _Surveyed:
     if source.mask is not None:
         require_same_grid(source.image, source.mask, config.ignore_georeference)
         mask = read_mask(source.mask, kelp_value=config.kelp_value)
-    return _Surveyed(survey.facts(pixels, mask), sites.embed(pixels[DEM]))
+    return _Surveyed(facts(pixels, mask), sites.embed(pixels[DEM]))
 
 
 def _image_table(

@@ -9,9 +9,10 @@ from typing import Any, Final, Literal
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from kelp.config.choices import Precision
+from kelp.config.choices import CompileMode, Precision
 from kelp.errors import ConfigError
 from kelp.inference.backends import cpu_has_bf16
 
@@ -106,3 +107,23 @@ def compute_dtype(precision: Precision) -> torch.dtype:
 def weights_dtype(precision: Precision) -> torch.dtype:
     """Type in which the network's weights are kept."""
     return _DTYPES[precision.partition("-")[0]] if precision.endswith("-true") else torch.float32
+
+
+def compile_network(body: nn.Module, mode: CompileMode, device: torch.device) -> bool:
+    """Compile a network in place, names of its weights included; whether that could be done.
+
+    What a machine lacks (a C++ compiler, Triton) shows only when something is compiled: so that
+    is tried on a single operation first, and where it fails one line says so.
+    """
+    try:
+        torch.compile(_probe)(torch.zeros(2, device=device))
+    except (RuntimeError, OSError, ImportError) as error:
+        reason = " ".join(str(error).split())[:120]
+        log.info("--compile True: torch cannot compile here (%s); going on without", reason)
+        return False
+    body.compile(mode=mode)
+    return True
+
+
+def _probe(x: torch.Tensor) -> torch.Tensor:
+    return x.sin() + 1

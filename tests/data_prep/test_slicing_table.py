@@ -13,9 +13,8 @@ from world import make_world
 
 from kelp import tables
 from kelp.config import SliceConfig
-from kelp.data_prep.facts import tile_facts
+from kelp.data_prep.facts import facts, tile_facts
 from kelp.data_prep.slicing import slice_dataset
-from kelp.data_prep.survey import facts
 from kelp.errors import InputError
 from kelp.raster.masks import read_mask
 from kelp.raster.scene import read_scene

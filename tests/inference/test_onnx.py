@@ -23,8 +23,7 @@ from kelp.config import ExportConfig, PredictConfig, VerifyConfig
 from kelp.errors import BundleError, ConfigError, KelpError
 from kelp.inference import backends
 from kelp.inference.backends import Processor
-from kelp.inference.backends.onnx import SPEC_KEY, WEIGHTS_KEY, OnnxFile, tensors
-from kelp.inference.backends.onnxproto import model_class
+from kelp.inference.backends.onnx import SPEC_KEY, WEIGHTS_KEY, OnnxFile, model_class, tensors
 from kelp.inference.bundle import read_spec
 from kelp.nn import export as module
 from kelp.nn import resize

@@ -25,9 +25,8 @@ from kelp.inference.bundle import Bundle, load_bundle
 from kelp.io.failures import Failure, attempt, raise_failures
 from kelp.io.files import discard_partials, output_folder, scratch_folder, write_json, write_text
 from kelp.nn.comparison.advice import Advice, advise
-from kelp.nn.comparison.fields import FIELDS
 from kelp.nn.comparison.page import to_text, write_report
-from kelp.nn.comparison.result import Comparison, Evaluation
+from kelp.nn.comparison.result import FIELDS, Comparison, Evaluation
 from kelp.nn.comparison.scenes import Labelled, Scenes, labelled_scenes
 from kelp.nn.comparison.variants import (
     WHOLE_IMAGE_TILE,

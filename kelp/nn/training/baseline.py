@@ -17,15 +17,16 @@ from kelp.errors import TableError
 from kelp.evaluation.confusion import Confusion
 from kelp.inference.backends.trees import PixelTrees, lightgbm
 from kelp.inference.spec import TREES, BundleSpec, NetworkSpec
+from kelp.io.files import atomic, write_json
 from kelp.nn.bundle import save_bundle
 from kelp.nn.metrics import KelpScores, monitored
 from kelp.nn.preprocess import Preprocess
 from kelp.nn.training.boosting import grow
-from kelp.nn.training.importances import IMPORTANCES, draw_importances
 from kelp.nn.training.pictures import MATRIX, draw_confusion, write_confusion
 from kelp.nn.training.pixels import PixelSample, sample_pixels, samples_of
 from kelp.nn.training.plan import STATS_FOLDER, Statistics, run_statistics
 from kelp.nn.training.tracking import Tracking, quiet_libraries, start_run
+from kelp.plotting.charts import bars
 from kelp.progress import Progress, silent
 from kelp.raster.indices import channel_names, parse_indices
 from kelp.raster.statistics import StatsFile
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("kelp")
 
 BUNDLE: Final = "bundle"
+IMPORTANCES: Final = "feature_importances"
 _TRAIN, _VAL = 0, 1  # streams of random numbers
 _TOLD_OF: Final = 10  # trees between points of the curves
 
@@ -235,3 +237,21 @@ def score(
         pixels += len(right)
         progress("scoring", number, len(fold.val_sources))
     return scores.confusion(), total / max(pixels, 1)
+
+
+def draw_importances(folder: Path, gains: Mapping[str, float]) -> dict[str, float]:
+    """Write `feature_importances.json` and `.png`; give the shares, the largest first.
+
+    Args:
+        folder: where to.
+        gains: of each channel: by how much its splits lowered the training loss.
+    """
+    total = sum(gains.values()) or 1.0
+    ordered = dict(sorted(gains.items(), key=lambda item: -item[1]))
+    rows = {name: {"gain": gain, "share": gain / total} for name, gain in ordered.items()}
+    write_json(folder / f"{IMPORTANCES}.json", rows)
+    shares = {name: row["share"] for name, row in rows.items()}
+    png = bars(shares, "Importance of the channels", "share of the gain of all splits")
+    with atomic(folder / f"{IMPORTANCES}.png") as partial:
+        partial.write_bytes(png)
+    return shares

@@ -23,11 +23,10 @@ from kelp.inference.guard import GuardLimits
 from kelp.inference.spec import BundleSpec, NetworkSpec
 from kelp.io.files import write_text
 from kelp.nn.bundle import save_bundle
-from kelp.nn.device import resolve_device, resolve_precision, weights_dtype
+from kelp.nn.device import compile_network, resolve_device, resolve_precision, weights_dtype
 from kelp.nn.model import KelpNet, start_from_share
 from kelp.nn.preprocess import Preprocess
 from kelp.nn.pretrained import load_pretrained
-from kelp.nn.training.compiling import compile_network
 from kelp.nn.training.plan import (
     CONFIG_FILE,
     STATS_FOLDER,

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import islice
-from typing import Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import numpy as np
 import torch
 from lightning import LightningModule
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
-from torch.optim.swa_utils import SWALR
+from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn, update_bn
 
 from kelp.config import TrainConfig
 from kelp.inference.spec import NetworkSpec
@@ -22,14 +22,21 @@ from kelp.nn.device import Float32Depthwise
 from kelp.nn.losses import LossSettings, build_loss
 from kelp.nn.metrics import KelpScores, monitored
 from kelp.nn.model import KelpNet
-from kelp.nn.training.averaging import NORM_BATCHES, build_average, renew_norms, share_norms
 from kelp.nn.training.rates import build_optimizer, build_schedulers
 from kelp.raster.bands import OPTICAL
 from kelp.raster.indices import needed_bands
 
+if TYPE_CHECKING:
+    from lightning.pytorch.strategies import Strategy
+
 TRAIN_LOSS: Final = "train/loss"
 VAL_LOSS: Final = "val/loss"
 LEARNING_RATE: Final = "lr"
+
+NORM_BATCHES: Final = 100
+"""Batches, at most, that the statistics of batch normalisation are computed again from."""
+
+_Tensors = tuple[Tensor, ...] | list[Tensor]
 
 
 class KelpTask(LightningModule):
@@ -192,3 +199,52 @@ def _seed(*parts: int, rank: tuple[int, ...]) -> int:
     """One seed out of several numbers, without the collisions of adding them."""
     sequence = np.random.SeedSequence(parts, spawn_key=rank)
     return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def build_average(net: KelpNet, config: TrainConfig) -> AveragedModel | None:
+    """A copy of the network that will hold the average of its weights, if one is asked for.
+
+    `--ema_decay` averages the running statistics of batch normalisation as the weights; for
+    `--swa`, whose weights lie far apart, they must be computed again (`renew_norms`).
+    """
+    if config.ema_decay:
+        average = AveragedModel(net, multi_avg_fn=_Ema(config.ema_decay), use_buffers=True)
+    elif config.swa:
+        average = AveragedModel(net)
+    else:
+        return None
+    return average.requires_grad_(False)
+
+
+class _Ema:
+    """Exponential moving average whose decay grows with the steps: the start is soon forgotten."""
+
+    def __init__(self, decay: float) -> None:
+        self.decay = decay
+
+    def __call__(self, average: _Tensors, current: _Tensors, steps: Tensor | int) -> None:
+        done = float(steps)
+        decay = min(self.decay, (1 + done) / (10 + done))
+        get_ema_multi_avg_fn(decay)(average, current, steps)  # type: ignore[no-untyped-call]
+
+
+@torch.no_grad()
+def renew_norms(net: nn.Module, batches: Iterable[Sample], device: torch.device) -> None:
+    """Compute the running statistics of batch normalisation again, from batches as they come."""
+    update_bn((batch.raw for batch in batches), net, device)
+
+
+@torch.no_grad()
+def share_norms(net: nn.Module, strategy: Strategy) -> None:
+    """Give all processes the mean of their running statistics of batch normalisation.
+
+    Each has seen other batches. Alone, the network stays as it is.
+    """
+    names = ("running_mean", "running_var")
+    own = [b for name, b in net.named_buffers() if name.rpartition(".")[2] in names]
+    if not own or not torch.distributed.is_initialized():
+        return
+    flat = torch.cat([buffer.float().flatten() for buffer in own])
+    mean = strategy.reduce(flat, reduce_op="mean")
+    for buffer, values in zip(own, mean.split([b.numel() for b in own]), strict=True):
+        buffer.copy_(values.view_as(buffer))

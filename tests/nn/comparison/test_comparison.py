@@ -23,7 +23,7 @@ from kelp.evaluation.confusion import Figures
 from kelp.evaluation.metrics import FIGURES
 from kelp.evaluation.thresholds import Histogram
 from kelp.inference.bundle import load_bundle
-from kelp.nn.comparison.fields import FIELDS
+from kelp.nn.comparison.result import FIELDS
 from kelp.nn.comparison.scenes import labelled_scenes
 from kelp.nn.comparison.variants import Runtime, Variant, majority, variants_of
 from kelp.nn.model import ARCHITECTURES

@@ -30,8 +30,7 @@ from kelp.config import (
 )
 from kelp.data_prep.slicing import slice_dataset
 from kelp.errors import BundleError, ConfigError, InputError, KelpError, TableError
-from kelp.inference.backends.trees import PixelTrees, features
-from kelp.inference.backends.treetext import checked_model
+from kelp.inference.backends.trees import PixelTrees, checked_model, features
 from kelp.nn.data.dataset import Source
 from kelp.nn.preprocess import Preprocess
 from kelp.nn.training import pixels

@@ -23,11 +23,10 @@ from kelp.data_prep.slicing import slice_dataset
 from kelp.inference.bundle import load_bundle
 from kelp.nn.card import model_card
 from kelp.nn.metrics import from_matrix
-from kelp.nn.training import checkpoint, chosen
+from kelp.nn.training import checkpoint
 from kelp.nn.training.checkpoint import SPEED, WAITING
-from kelp.nn.training.chosen import choose
 from kelp.nn.training.fit import train
-from kelp.nn.training.pictures import Album
+from kelp.nn.training.pictures import SET_SIZE, Album, choose
 from kelp.nn.training.tracking import quiet_libraries
 from kelp.plotting import charts
 
@@ -153,7 +152,7 @@ def test_choosing_is_quick_where_there_are_many():
     rng = np.random.default_rng(0)
     rows = rows_of(rng.integers(0, 2, 60_000).tolist(), [f"i{k // 9}" for k in range(60_000)])
     assert len(choose(rows, None, 2)) == 12
-    assert chosen.SET_SIZE == 6
+    assert SET_SIZE == 6
 
 
 # --- a run

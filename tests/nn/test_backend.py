@@ -5,7 +5,7 @@ import segmentation_models_pytorch as smp
 import torch
 from torch import nn
 
-from kelp.nn.fusion import folded
+from kelp.nn.backend import folded
 
 
 def norms(net):

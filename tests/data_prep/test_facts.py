@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kelp.data_prep.survey import KELP_FACTS, facts
+from kelp.data_prep.facts import KELP_FACTS, facts
 from kelp.raster.bands import DEM, QA
 from kelp.tables import FACTS
 
