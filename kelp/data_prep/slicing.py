@@ -102,8 +102,7 @@ class _Held:
 
     @property
     def shape(self) -> Shape:
-        height, width = self.pixels.shape[1:]
-        return height, width
+        return Shape.of(self.pixels)
 
     def read(self, tile: Tile, /) -> NDArray[np.float32]:
         return self.pixels[:, *tile.slices]

@@ -16,7 +16,7 @@ from kelp.io.files import atomic
 from kelp.raster.bands import MASK_NODATA, NODATA, OPTICAL
 from kelp.raster.masks import Georeference, suppress_georef_warnings
 from kelp.raster.scene import Scene
-from kelp.raster.window import Tile
+from kelp.raster.window import Shape, Tile
 
 # DEFLATE is in every GDAL build. Tiles are written once and read in every epoch: band by band in
 # one strip they are smallest and read as fast as any, a predictor gains nothing, and level 3 is
@@ -82,7 +82,7 @@ def cut(
 
     Where values are `hidden` (masks, alpha and fillers of the source), the tile has nodata.
     """
-    part = tile.clipped((stored.shape[1], stored.shape[2]))
+    part = tile.clipped(Shape.of(stored))
     window = stored[:, *part.slices]
     out = np.full((len(stored), tile.height, tile.width), form.nodata, dtype=form.dtype)
     out[:, : part.height, : part.width] = window

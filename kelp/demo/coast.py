@@ -32,6 +32,7 @@ from kelp.products.view import view
 from kelp.progress import Progress, silent
 from kelp.raster.bands import BANDS, NODATA
 from kelp.raster.masks import Georeference
+from kelp.raster.window import Shape
 from kelp.raster.writer import write_mask
 from kelp.simulation.scene import make_place, take_picture
 
@@ -165,9 +166,10 @@ def _simulate(folder: Path, seed: int, size: int) -> tuple[Path, dict[date, floa
     rng = np.random.default_rng([seed, 17])
     scenes, truths = (output_folder(folder / name) for name in ("scenes", "truth"))
     # A place with something to see: of six, the one that shows most kelp in three looks.
-    places = [make_place(rng, (size, size)) for _ in range(6)]
+    shape = Shape(size, size)
+    places = [make_place(rng, shape) for _ in range(6)]
     shown = [
-        sum(int(take_picture(rng, place, (0, 0), (size, size)).truth.sum()) for _ in range(3))
+        sum(int(take_picture(rng, place, (0, 0), shape).truth.sum()) for _ in range(3))
         for place in places
     ]
     place = places[int(np.argmax(shown))]
@@ -175,7 +177,7 @@ def _simulate(folder: Path, seed: int, size: int) -> tuple[Path, dict[date, floa
     profile |= {"height": size, "width": size, "compress": "deflate", **_PLACE.profile}
     true_m2 = {}
     for day in DATES:
-        scene = take_picture(rng, place, (0, 0), (size, size))
+        scene = take_picture(rng, place, (0, 0), shape)
         with (
             atomic(scenes / f"coast_{day}_satellite.tif") as partial,
             rasterio.open(partial, "w", **profile) as out,

@@ -156,9 +156,9 @@ def look_at(location: Path | Url, config: InfoConfig) -> SceneInfo:
 
 def _values(scene: SensorScene) -> dict[str, dict[str, float | None]]:
     """Medians of observed pixels of windows spread over the scene."""
-    height, width = min(_SIDE, scene.shape[0]), min(_SIDE, scene.shape[1])
-    rows = np.linspace(0, scene.shape[0] - height, _WINDOWS).astype(int).tolist()
-    columns = np.linspace(0, scene.shape[1] - width, _WINDOWS).astype(int).tolist()
+    height, width = min(_SIDE, scene.shape.height), min(_SIDE, scene.shape.width)
+    rows = np.linspace(0, scene.shape.height - height, _WINDOWS).astype(int).tolist()
+    columns = np.linspace(0, scene.shape.width - width, _WINDOWS).astype(int).tolist()
     parts = []
     for y in dict.fromkeys(rows):
         for x in dict.fromkeys(columns):
@@ -183,21 +183,21 @@ def _values(scene: SensorScene) -> dict[str, dict[str, float | None]]:
 def _tiles(scene: SensorScene, grid: TileGrid) -> int:
     """Tiles with an observed pixel, by strips: the scene is read once."""
     count, top = 0, 0
-    held: NDArray[np.bool_] = np.zeros((0, scene.shape[1]), dtype=np.bool_)
+    held: NDArray[np.bool_] = np.zeros((0, scene.shape.width), dtype=np.bool_)
     for y in grid.rows:
-        bottom = min(y + grid.tile[0], scene.shape[0])
+        bottom = min(y + grid.tile.height, scene.shape.height)
         held, top = held[y - top :], y
         while top + len(held) < bottom:
             first = top + len(held)
             held = np.concatenate([held, _seen(scene, first, min(_ROWS, bottom - first))])
         columns = np.any(held[: bottom - y], axis=0)
-        ends = [(x, x + grid.tile[1]) for x in grid.columns]
+        ends = [(x, x + grid.tile.width) for x in grid.columns]
         count += sum(bool(np.any(columns[left:right])) for left, right in ends)
     return count
 
 
 def _seen(scene: SensorScene, y: int, rows: int) -> NDArray[np.bool_]:
-    window = Tile(y, 0, rows, scene.shape[1])
+    window = Tile(y, 0, rows, scene.shape.width)
     if scene.area is None:
         return observed(scene.read(window))
     inside = scene.area.mask(window)

@@ -192,7 +192,9 @@ def _scene_bytes(scene: SceneSize, slicing: Slicing, spread: bool) -> int:
     strip = min(strip_rows(slicing), height) * (_CANONICAL + 1)
     reading = at_once * (scene.stored + 2 * _CANONICAL)
     # Rows of tiles that are read but not yet merged: batches under way, and one to be filled.
-    columns = len(TileGrid((1, width), (1, slicing.tile[1]), (0, slicing.overlap[1])))
+    columns = len(
+        TileGrid(Shape(1, width), Shape(1, slicing.tile[1]), Shape(0, slicing.overlap[1]))
+    )
     ahead = -(-(2 * AHEAD + 2) * slicing.batch_size // columns) + 1
     sums = _MERGING + spread * _MERGING_SPREAD
     overlap = min(slicing.overlap[0], height)  # a journal's copy

@@ -326,7 +326,7 @@ class Predictor:
         if isinstance(source, Scene):
             self.check_bands(source)
         self.check_scale(source, name)
-        size = source.size if isinstance(source, Scene) else SceneSize(source.shape, (1, 1), 0)
+        size = source.size if isinstance(source, Scene) else SceneSize(source.shape, Shape(1, 1), 0)
         # Batches have one shape: filled up, the last of few tiles would cost as much as a full one.
         tiles = len(self.slicing.grid(source.shape))
         even = replace(self.slicing, batch_size=even_batch(tiles, self.slicing.batch_size))
@@ -441,7 +441,7 @@ class _Array:
 
     def __init__(self, pixels: NDArray[np.float32]) -> None:
         self._pixels = pixels
-        self.shape: Shape = (pixels.shape[1], pixels.shape[2])
+        self.shape = Shape.of(pixels)
         self.probabilities = np.full(self.shape, np.nan, dtype=np.float32)
 
     def read(self, tile: Tile, /) -> NDArray[np.float32]:
@@ -481,7 +481,7 @@ def sliced(
     those of the bundle's recipe, at the training's scale.
     """
     if tile is not None:
-        return list(bundles), *_shapes((tile, tile), tile // 2 if overlap is None else overlap)
+        return list(bundles), *_shapes(Shape(tile, tile), tile // 2 if overlap is None else overlap)
     shown = [
         bundle.described(bundle.spec.at_scale(bundle.spec.prediction_tile))
         if bundle.spec.prediction_tile
@@ -494,8 +494,10 @@ def sliced(
     if len(recipes) > 1:
         raise ConfigError("the bundles were trained on different tiles; give --sahi_tile_size")
     shape, shared = next(iter(recipes))
-    return shown, *_shapes(shape, shared if overlap is None else overlap)
+    return shown, *_shapes(Shape(*shape), shared if overlap is None else overlap)
 
 
 def _shapes(tile: Shape, overlap: int | None) -> tuple[Shape, Shape]:
-    return tile, (tile[0] // 2, tile[1] // 2) if overlap is None else (overlap, overlap)
+    if overlap is None:
+        return tile, Shape(tile.height // 2, tile.width // 2)
+    return tile, Shape(overlap, overlap)

@@ -109,10 +109,9 @@ class NetworkSpec(BaseModel):
         if self.is_pixelwise:
             return tile
         if self.resize_strategy == "resize":
-            return self.image_size, self.image_size
+            return Shape(self.image_size, self.image_size)
         side = self.image_size if tile == self.tile_size else 0
-        height, width = (max(side, -(-size // STRIDE) * STRIDE) for size in tile)
-        return height, width
+        return Shape(*(max(side, -(-size // STRIDE) * STRIDE) for size in tile))
 
     @property
     def is_pixelwise(self) -> bool:

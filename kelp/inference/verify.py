@@ -177,7 +177,7 @@ class _Verifier:
         if wrong := list(_networks(record.network, bundles)):
             yield from wrong
             return  # their tiles would say nothing of the map
-        config, predictor = self._predictor(config, bundles, tuple(record.settings["tile"]))
+        config, predictor = self._predictor(config, bundles, Shape(*record.settings["tile"]))
         config = self._with_quality(config, record, scene)
         task = survey_one(config, [b.spec for b in predictor.bundles], (scene, entry.mask))
         if isinstance(task, Failure):
@@ -264,7 +264,7 @@ class _Verifier:
         """The predictor of these tiles: the networks' own, or brought to their size."""
         predictor = self._of(config, bundles)
         if predictor.slicing.tile != tile:
-            config = config.model_copy(update={"sahi_tile_size": tile[0]})
+            config = config.model_copy(update={"sahi_tile_size": tile.height})
             predictor = self._of(config, bundles)
         return config, predictor
 
@@ -285,7 +285,8 @@ class _Verifier:
     ) -> Iterator[str]:
         """Predict some tiles again; what differs in them."""
         if task.size.shape != entry.shape:
-            yield f"the scene has {task.size.shape[0]} x {task.size.shape[1]} pixels, the map not"
+            height, width = task.size.shape
+            yield f"the scene has {height} x {width} pixels, the map not"
             return
         tiles = _drawn(entry, predictor, self._config.tiles, self._config.seed)
         agreement.tiles = len(tiles)

@@ -23,6 +23,7 @@ from kelp.nn import symmetry
 from kelp.nn.bundle import load_network
 from kelp.nn.device import autocast, resolve_device, resolve_precision
 from kelp.nn.model import KelpNet
+from kelp.raster.window import Shape
 
 log = logging.getLogger("kelp")
 
@@ -114,7 +115,7 @@ def load(folder: Path, spec: BundleSpec) -> TorchNet:
     example = torch.randn(
         1,
         len(spec.channels),
-        *(min(side, _EXAMPLE) for side in spec.network_shape(spec.tile_size)),
+        *(min(side, _EXAMPLE) for side in spec.network_shape(Shape(*spec.tile_size))),
         generator=torch.Generator().manual_seed(0),
     )
     net.body = folded(net.body, example.to(memory_format=torch.channels_last))

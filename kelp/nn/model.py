@@ -49,7 +49,7 @@ class KelpNet(nn.Module):
     def forward(self, raw: Tensor) -> Tensor:
         """Raw DN `(n, 7, h, w)` to float32 logits `(n, H, W)` at network resolution."""
         if self.spec.resize_strategy == "pad":
-            x = self.preprocess(F.pad(raw, self._padding(raw.shape[-2:]), value=torch.nan))
+            x = self.preprocess(F.pad(raw, self._padding(Shape.of(raw)), value=torch.nan))
         else:
             side, interpolation = self.spec.image_size, self.spec.interpolation
             x = to_network(self.preprocess(raw), side, interpolation)
@@ -63,7 +63,7 @@ class KelpNet(nn.Module):
         logits = self(raw)
         if self.spec.temperature != 1:
             logits = logits / self.spec.temperature
-        return self.to_input(torch.sigmoid(logits), raw.shape[-2:])
+        return self.to_input(torch.sigmoid(logits), Shape.of(raw))
 
     def on(self, device: torch.device, precision: Precision) -> Self:
         """The network on `device`, its weights in that precision; the caller's keeps its type."""
@@ -85,28 +85,27 @@ class KelpNet(nn.Module):
         net.spec = spec
         return net
 
-    def to_input(self, p: Tensor, shape: Shape | torch.Size) -> Tensor:
+    def to_input(self, p: Tensor, shape: Shape) -> Tensor:
         """Probabilities `(n, H, W)` at network resolution back at that of an input of `shape`.
 
         They are averaged down, not picked: the network saw finer pixels (see `resize`).
         """
-        height, width = shape
         if self.spec.resize_strategy == "pad":
-            left, _, top, _ = self._padding((height, width))
+            height, width = shape
+            left, _, top, _ = self._padding(shape)
             return p[:, top : top + height, left : left + width]
-        return to_scene(p, (height, width), self.spec.interpolation)
+        return to_scene(p, shape, self.spec.interpolation)
 
     def resize_target(self, target: Tensor) -> Tensor:
         """A mask `(n, h, w)` uint8 at network resolution; padding is 255 (ignored)."""
         if self.spec.resize_strategy == "pad":
-            return F.pad(target, self._padding(target.shape[-2:]), value=MASK_NODATA)
+            return F.pad(target, self._padding(Shape.of(target)), value=MASK_NODATA)
         return pick(target, self.spec.image_size, self.spec.interpolation)
 
-    def _padding(self, shape: Shape | torch.Size) -> tuple[int, int, int, int]:
+    def _padding(self, shape: Shape) -> tuple[int, int, int, int]:
         """Left, right, top and bottom padding of an input of `shape`."""
-        height, width = shape
-        padded = self.spec.network_shape((height, width))
-        extra_y, extra_x = padded[0] - height, padded[1] - width
+        padded = self.spec.network_shape(shape)
+        extra_y, extra_x = (network - own for network, own in zip(padded, shape, strict=True))
         return extra_x // 2, extra_x - extra_x // 2, extra_y // 2, extra_y - extra_y // 2
 
 

@@ -124,8 +124,8 @@ def _window(entry: Map, offset: tuple[int, int], tile: Tile, name: str) -> NDArr
     """A window of the lattice, NaN where the map does not reach or saw nothing."""
     out = np.full((tile.height, tile.width), np.nan, np.float32)
     row, column = offset
-    top, bottom = max(tile.y, row), min(tile.bottom, row + entry.shape[0])
-    left, right = max(tile.x, column), min(tile.right, column + entry.shape[1])
+    top, bottom = max(tile.y, row), min(tile.bottom, row + entry.shape.height)
+    left, right = max(tile.x, column), min(tile.right, column + entry.shape.width)
     if top >= bottom or left >= right:
         return out
     part = Tile(top - row, left - column, bottom - top, right - left)

@@ -264,7 +264,7 @@ def require(module: str, extra: str, purpose: str) -> Any:
 
 def _grid_of(path: Path) -> tuple[Shape, Georeference]:
     with open_dataset(path) as dataset:
-        return (dataset.height, dataset.width), georeference_from(dataset)
+        return Shape(dataset.height, dataset.width), georeference_from(dataset)
 
 
 def _beside(mask: Path, suffix: str) -> Path | None:

@@ -151,8 +151,8 @@ class Stack:
         values = np.full(mask.shape, np.nan, np.float32) if probabilities else None
         reached = False
         for entry, (row, column) in zip(look.maps, look.offsets, strict=True):
-            top, bottom = max(tile.y, row), min(tile.bottom, row + entry.shape[0])
-            left, right = max(tile.x, column), min(tile.right, column + entry.shape[1])
+            top, bottom = max(tile.y, row), min(tile.bottom, row + entry.shape.height)
+            left, right = max(tile.x, column), min(tile.right, column + entry.shape.width)
             if top >= bottom or left >= right:
                 continue
             reached = True
@@ -190,7 +190,7 @@ def lattice_of(
     assert origin.transform is not None
     moved = Georeference(origin.crs, origin.transform @ Affine.translation(left, top))
     offsets = [(row - top, column - left) for row, column in places]
-    return moved, (bottom - top, right - left), offsets
+    return moved, Shape(bottom - top, right - left), offsets
 
 
 def _places(maps: Sequence[Map]) -> list[tuple[int, int]]:

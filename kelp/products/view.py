@@ -293,7 +293,7 @@ def _draw(entry: Map, frame: _Frame, side: int, beside: Beside) -> dict[str, Any
         pictures["scene"] = _photo(rendering.composite(pixels, ("R", "G", "B")))
     # Blocks of the last row and column may reach over the map's edge: so does the picture.
     west, south, east, north = _corners(entry)
-    across, down = (east - west) / entry.shape[1], (north - south) / entry.shape[0]
+    across, down = (east - west) / entry.shape.width, (north - south) / entry.shape.height
     left, bottom = frame.place(west, north - down * step * mask.shape[0])
     right, top = frame.place(west + across * step * mask.shape[1], north)
     return {

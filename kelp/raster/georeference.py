@@ -102,7 +102,7 @@ class Grid:
 def grid_of(path: Path | Url) -> Grid:
     """The grid of a raster file. Raises `InputError` where it cannot be read."""
     with open_dataset(path) as dataset:
-        return Grid((dataset.height, dataset.width), georeference_from(dataset))
+        return Grid(Shape(dataset.height, dataset.width), georeference_from(dataset))
 
 
 def require_same_grid(

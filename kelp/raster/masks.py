@@ -269,7 +269,7 @@ def sources_of(dataset: Any, path: Path) -> dict[str, str]:
 def raster_shape(path: Path) -> Shape:
     """Height and width of a raster, in pixels, without reading its pixels."""
     with open_dataset(path) as dataset:
-        return dataset.height, dataset.width
+        return Shape(dataset.height, dataset.width)
 
 
 def read_tags(path: Path | Url) -> dict[str, str]:

@@ -50,8 +50,9 @@ class SceneSize:
     @property
     def row_of_blocks(self) -> int:
         """Bytes of the blocks side by side that a row of pixels lies in."""
-        across = -(-self.shape[1] // self.block[1]) * self.block[1]
-        return self.block[0] * across * self.stored
+        height, width = self.block
+        across = -(-self.shape[1] // width) * width
+        return height * across * self.stored
 
 
 class Stored(NamedTuple):
@@ -98,7 +99,7 @@ class Scene:
         except (InputError, ConfigError):
             self._dataset.close()
             raise
-        self.shape: Shape = (self._dataset.height, self._dataset.width)
+        self.shape = Shape(self._dataset.height, self._dataset.width)
         self.georeference = georeference_from(self._dataset)
         self._quiet = quiet
         self._reported_dem = False
@@ -151,8 +152,7 @@ class Scene:
     @property
     def block(self) -> Shape:
         """Height and width of the blocks in which it is stored."""
-        height, width = self._dataset.block_shapes[0]
-        return height, width
+        return Shape(*self._dataset.block_shapes[0])
 
     @property
     def reading(self) -> dict[str, object]:

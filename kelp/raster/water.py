@@ -104,7 +104,7 @@ class WaterReference:
         cells = _Cells(source, CELL if anchoring == "local" else max(source.shape))
         levels = cells.levels[:0]
         if anchoring != "none":
-            levels = cells.fill(_between_which(windows, source.shape, cells.clear.shape))
+            levels = cells.fill(_between_which(windows, source.shape, Shape.of(cells.clear)))
         return cls(
             source.shape,
             levels,
@@ -211,7 +211,7 @@ class Anchored:
     @property
     def block(self) -> Shape:
         """Height and width of the blocks in which the scene is stored."""
-        block: Shape = getattr(self.source, "block", (1, self.shape[1]))
+        block: Shape = getattr(self.source, "block", Shape(1, self.shape[1]))
         return block
 
     def read(self, tile: Tile | None = None) -> NDArray[np.float32]:

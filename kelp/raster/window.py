@@ -6,16 +6,27 @@ Positions are `(y, x)`, shapes `(height, width)`, always in pixels, never the ot
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
     from rasterio.windows import Window
 
-Shape = tuple[int, int]
 Blend = Literal["mean", "hann"]
 """Window function of a tile's vote where tiles overlap: uniform, or Hann."""
+
+
+class Shape(NamedTuple):
+    """Height and width in pixels; equal to the plain tuple."""
+
+    height: int
+    width: int
+
+    @classmethod
+    def of(cls, array: Any) -> Shape:
+        """Of the last two axes of an array or tensor."""
+        return cls(*array.shape[-2:])
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +47,11 @@ class Tile:
     def right(self) -> int:
         """First column right of the tile."""
         return self.x + self.width
+
+    @property
+    def shape(self) -> Shape:
+        """Height and width."""
+        return Shape(self.height, self.width)
 
     @property
     def slices(self) -> tuple[slice, slice]:

@@ -372,7 +372,7 @@ def write_mask(
     tags: Mapping[str, str] | None = None,
 ) -> None:
     """Write a mask of shape `(height, width)` with colour table and nodata 255."""
-    with RasterWriter(path, mask.shape, "uint8", georeference, MASK_NODATA, tags or {}) as out:
+    with RasterWriter(path, Shape.of(mask), "uint8", georeference, MASK_NODATA, tags or {}) as out:
         out.write(0, mask)
 
 

@@ -25,7 +25,7 @@ from kelp.raster.bands import OPTICAL
 from kelp.raster.masks import quietly
 from kelp.raster.scene import Scene, SceneSize, Stored
 from kelp.raster.validity import MaskBands
-from kelp.raster.window import Tile
+from kelp.raster.window import Shape, Tile
 from kelp.sensors.aoi import Polygons
 from kelp.sensors.elevation import Elevation
 from kelp.sensors.parts import SceneFiles, digest_of, open_headers, vrt_of, without_secrets
@@ -108,7 +108,7 @@ class SensorScene(Scene):
         if self._layers is None:
             return size
         blocks = [size.block, *self._layers.block_shapes]
-        block = max(rows for rows, _ in blocks), max(columns for _, columns in blocks)
+        block = Shape(*(max(sides) for sides in zip(*blocks, strict=True)))
         stored = sum(np.dtype(kind).itemsize for kind in self._layers.dtypes)
         return SceneSize(size.shape, block, size.stored + stored)
 

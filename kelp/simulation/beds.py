@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage, stats
 
+from kelp.raster.window import Shape
 from kelp.simulation.terrain import Field, Mask, Terrain, fractal, tiles_in
 from kelp.simulation.world import CALIBRATED, World
 
@@ -199,7 +200,7 @@ def density(
     height, width = patches.shape
     mean = np.exp(rng.normal(np.log(world.cover), world.cover_spread))
     mean = float(np.clip(mean, world.faintest, 0.35))
-    texture = fractal(rng, (height, width), 1.5, 6)
+    texture = fractal(rng, Shape(height, width), 1.5, 6)
     of_patch = np.exp(rng.normal(0, 0.25, patches.max() + 1)).astype(np.float32)
     cover = np.clip(mean * of_patch[patches] + 0.05 * texture, 0.01, 0.6)
     cover = np.where(patches > 0, cover, 0).astype(np.float32)

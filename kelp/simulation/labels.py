@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from kelp.raster.window import Shape
 from kelp.simulation.terrain import Mask, fractal, quantile_of
 from kelp.simulation.world import CALIBRATED, World
 
@@ -34,7 +35,7 @@ def draw_labels(
     height, width = patches.shape
     absurd, field = rng.random() < _ABSURD, None
     if absurd:
-        field = fractal(rng, (height, width), 1.5, 60)
+        field = fractal(rng, Shape(height, width), 1.5, 60)
         return (field > quantile_of(field, rng.uniform(0.4, 0.93))).astype(np.uint8)
     count = int(patches.max())
     kept = rng.random(count + 1) >= world.lost

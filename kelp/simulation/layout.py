@@ -21,6 +21,7 @@ from kelp.io.executors import spread
 from kelp.io.files import discard_partials, output_folder, write_text
 from kelp.progress import Progress, silent
 from kelp.raster.masks import suppress_georef_warnings
+from kelp.raster.window import Shape
 from kelp.simulation.scene import SimulatedScene, make_place, take_picture
 from kelp.simulation.world import WORLDS
 from kelp.tables import IMAGE_SUFFIX, MASK_SUFFIX, TEST, TRAIN
@@ -183,12 +184,12 @@ def _simulate_place(config: SimulateConfig, job: _Job) -> list[_Picture]:
     """Make and write all pictures of a place."""
     size = config.size
     room = round(_OFFSET * size) if len(job.tile_ids) > 1 else 0
-    place = make_place(_rng(config, job), (size + room, size + room), WORLDS[config.world])
+    place = make_place(_rng(config, job), Shape(size + room, size + room), WORLDS[config.world])
     rows = []
     for date, tile_id in enumerate(job.tile_ids):
         rng = _rng(config, job, date)
         dy, dx = (int(offset) for offset in rng.integers(0, room + 1, 2))
-        scene = take_picture(rng, place, (dy, dx), (size, size))
+        scene = take_picture(rng, place, (dy, dx), Shape(size, size))
         _write(config.output_dir, job.split, tile_id, scene)
         has_kelp = bool(scene.truth.any())
         rows.append(_Picture(tile_id, job.split, job.place, date, dy, dx, has_kelp))

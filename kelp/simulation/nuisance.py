@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from kelp.raster.window import Shape
 from kelp.simulation.terrain import Field, Terrain, fractal, quantile_of
 from kelp.simulation.world import World
 
@@ -46,7 +47,7 @@ def thin_canopy(
     and along shores, where the drawn beds themselves are raised by 700 to 1400: volunteers draw
     what stands out in the scene.
     """
-    shape = patches.shape
+    shape = Shape.of(patches)
     thin = np.zeros(shape, dtype=np.float32)
     around, ashore = rng.random(2) < world.sparse
     water = (seen.offshore > 0) & ~seen.land
@@ -101,7 +102,7 @@ def disturb_water(rng: np.random.Generator, water: Field, seen: Terrain, world: 
 
 def shade(rng: np.random.Generator, ground: Field) -> None:
     """Slopes that turn from the sun: dark land; in place."""
-    slope = fractal(rng, ground.shape[1:], 1.8, 60)
+    slope = fractal(rng, Shape.of(ground), 1.8, 60)
     light = np.clip(1 + np.float32(rng.uniform(0.02, 0.3)) * slope, 0.15, 1.4)
     ground -= _ZERO
     ground *= light
@@ -135,7 +136,7 @@ def scatter(rng: np.random.Generator, surface: Field, seen: Terrain, world: Worl
 
 def thin_clouds(rng: np.random.Generator, optical: Field, world: World) -> None:
     """Veils and small clouds, with their shadows, that QA says nothing of; in place."""
-    shape = (optical.shape[1], optical.shape[2])
+    shape = Shape.of(optical)
     veiled, dotted = rng.random(2) < world.veils
     cloud = _column(_CLOUD)
     if veiled:

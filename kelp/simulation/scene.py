@@ -63,13 +63,13 @@ def simulate_scene(
 ) -> SimulatedScene:
     """A scene of a new place, of any size; the same seed gives the same scene."""
     rng = np.random.default_rng(seed_or_rng)
-    place = make_place(rng, (height, width))
-    return take_picture(rng, place, (0, 0), (height, width))
+    shape = Shape(height, width)
+    return take_picture(rng, make_place(rng, shape), (0, 0), shape)
 
 
 def make_place(rng: np.random.Generator, shape: Shape, world: World = CALIBRATED) -> Place:
     """A new place, large enough for pictures at every `(y, x)` up to `shape`."""
-    terrain = make_terrain(rng, (shape[0] + 2 * MARGIN, shape[1] + 2 * MARGIN))
+    terrain = make_terrain(rng, Shape(*(side + 2 * MARGIN for side in shape)))
     return Place(terrain, make_sites(rng, terrain), world)
 
 

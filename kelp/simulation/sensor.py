@@ -32,7 +32,7 @@ def add_clouds(
     rng: np.random.Generator, optical: Field, world: World = CALIBRATED
 ) -> tuple[Mask, Field]:
     """Draw clouds and their shadows into `(5, h, w)` bands; gives QA and the opacity."""
-    shape = (optical.shape[1], optical.shape[2])
+    shape = Shape.of(optical)
     share = cloud_share(rng, shape, world)
     field = fractal(rng, shape, 1.5, 120)
     angle, far = rng.uniform(0, 2 * np.pi), rng.uniform(5, 25)
@@ -76,7 +76,7 @@ def _edge(rng: np.random.Generator, shape: Shape) -> list[Mask]:
 
 def missing(rng: np.random.Generator, optical: Field) -> tuple[list[Mask], Mask]:
     """Missing pixels of each band, and where QA tells of them."""
-    shape = (optical.shape[1], optical.shape[2])
+    shape = Shape.of(optical)
     none = np.zeros(shape, dtype=bool)
     if rng.random() < 0.15:
         kind = rng.random()

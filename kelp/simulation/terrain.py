@@ -49,8 +49,7 @@ class Terrain:
     @property
     def shape(self) -> Shape:
         """Height and width in px."""
-        height, width = self.land.shape
-        return height, width
+        return Shape.of(self.land)
 
 
 @lru_cache(maxsize=32)
@@ -142,7 +141,7 @@ def _land_share(rng: np.random.Generator) -> float:
 
 
 def _land(rng: np.random.Generator, height: Field, at_sea: bool) -> Mask:
-    count = max(1, min(24, round(tiles_in((height.shape[0], height.shape[1])))))
+    count = max(1, min(24, round(tiles_in(Shape.of(height)))))
     share = float(np.mean([_land_share(rng) for _ in range(count)]))
     if at_sea:  # elevation models leave out what is nearly all sea
         share = 0.1 * share - 0.02
@@ -154,7 +153,7 @@ def _land(rng: np.random.Generator, height: Field, at_sea: bool) -> Mask:
 
 def _cover(rng: np.random.Generator, land: Mask, offshore: Field) -> tuple[Field, Field]:
     """Shares of rock or peat, and of sand, on the ground."""
-    shape = (land.shape[0], land.shape[1])
+    shape = Shape.of(land)
     rock = np.clip(fractal(rng, shape, 1.5, 50) - 0.9, 0, 1)
     beach = land & (ndimage.distance_transform_edt(land) < 4) if land.any() else land
     sand = np.clip(3 * fractal(rng, shape, 2.0, 60) - 3, 0, 1) * beach
@@ -162,7 +161,7 @@ def _cover(rng: np.random.Generator, land: Mask, offshore: Field) -> tuple[Field
 
 
 def _dem(rng: np.random.Generator, land: Mask, offshore: Field, void: float) -> NDArray[np.int32]:
-    shape = (land.shape[0], land.shape[1])
+    shape = Shape.of(land)
     dem = np.zeros(shape, dtype=np.int32)
     if land.any():
         inland = ndimage.distance_transform_edt(land).astype(np.float32)

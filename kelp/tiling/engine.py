@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kelp.raster.bands import BANDS
-from kelp.raster.window import RasterSource, Tile
+from kelp.raster.window import RasterSource, Shape, Tile
 from kelp.tiling.grid import TileGrid
 from kelp.tiling.merge import MergerState, StripMerger
 from kelp.tiling.strip import Pixels, Slicing, Strip, pieces
@@ -180,7 +180,7 @@ class _Scene:
             top = self.merger.top
             observed = np.array([self.seen.popleft() for _ in range(end - top)])
             planes = take_final(self.merger, observed)
-            for part in pieces(Tile(0, 0, *planes.shape[1:]), (1, planes.shape[2])):
+            for part in pieces(Tile(0, 0, *planes.shape[1:]), Shape(1, planes.shape[2])):
                 piece = planes[:, part.y : part.bottom]
                 self.job.sink.write(top + part.y, piece[0])
                 if self.job.spread:

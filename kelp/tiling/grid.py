@@ -71,9 +71,11 @@ class TileGrid(Sequence[Tile]):
     ) -> None:
         if min(shape) < 1:
             raise ConfigError(f"a scene of {shape[0]} x {shape[1]} pixels has no pixel to tile")
-        self.shape = shape
-        self.tile = (tile, tile) if isinstance(tile, int) else tile
-        self.overlap = (overlap, overlap) if isinstance(overlap, int) else overlap
+        self.shape = Shape(*shape)
+        self.tile, self.overlap = (
+            Shape(sides, sides) if isinstance(sides, int) else Shape(*sides)
+            for sides in (tile, overlap)
+        )
         for side, shared in zip(self.tile, self.overlap, strict=True):
             if side < 1:
                 raise ConfigError(f"the tile size must be at least 1 pixel, not {side}")
@@ -83,8 +85,8 @@ class TileGrid(Sequence[Tile]):
                     f"not {shared}"
                 )
         strides = tuple(side - shared for side, shared in zip(self.tile, self.overlap, strict=True))
-        self.rows = origins(shape[0], self.tile[0], strides[0], edge)
-        self.columns = origins(shape[1], self.tile[1], strides[1], edge)
+        self.rows = origins(self.shape.height, self.tile.height, strides[0], edge)
+        self.columns = origins(self.shape.width, self.tile.width, strides[1], edge)
         axes = zip((self.rows, self.columns), self.tile, strict=True)
         most = math.prod(_most_on_a_pixel(starts, side) for starts, side in axes)
         if most > MOST_TILES:

@@ -66,7 +66,7 @@ class Slicing:
     @property
     def stride(self) -> Shape:
         """From tile to tile, down and across, px."""
-        return self.tile[0] - self.overlap[0], self.tile[1] - self.overlap[1]
+        return Shape(self.tile[0] - self.overlap[0], self.tile[1] - self.overlap[1])
 
     def grid(self, shape: Shape) -> TileGrid:
         """The tiles of a scene."""
@@ -118,7 +118,7 @@ class Strip:
 
     def __init__(self, source: RasterSource, slicing: Slicing, top: int = 0) -> None:
         self._source = source
-        self._block: Shape = getattr(source, "block", (1, source.shape[1]))
+        self._block: Shape = getattr(source, "block", Shape(1, source.shape[1]))
         self._tile = slicing.tile
         self._stride = slicing.stride[0]
         self._qa_as_nodata = slicing.qa_as_nodata

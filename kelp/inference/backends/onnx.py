@@ -108,7 +108,7 @@ class OnnxNet:
             BundleError: it is another.
         """
         if spec.tile_size != self.tile:
-            raise BundleError(self._other_tile(spec.tile_size))
+            raise BundleError(self._other_tile(Shape(*spec.tile_size)))
         return self
 
     def allocate(self, shape: tuple[int, ...]) -> Pixels:
@@ -121,7 +121,7 @@ class OnnxNet:
         Raises:
             BundleError: the tiles have another size than the graph takes.
         """
-        shape = (raw.shape[-2], raw.shape[-1])
+        shape = Shape.of(raw)
         if shape != self.tile:
             raise BundleError(self._other_tile(shape))
         return viewed(self.run, raw, symmetries)
@@ -148,7 +148,7 @@ class OnnxNet:
                     [str(), channels, int(height), int(width)],
                     [str(), 1, int(rows), int(columns)],
                 ) if channels == len(BANDS) and (height, width) == (rows, columns):
-                    return height, width
+                    return Shape(height, width)
         raise BundleError(f"{self._name}: its inputs and outputs are not kelp's; {_AGAIN}")
 
 

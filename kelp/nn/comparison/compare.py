@@ -293,7 +293,7 @@ class _Run:
             for number, image in enumerate(self._images)
         ]
         costs = self._costs[variant.name]
-        pixels = sum(image.shape[0] * image.shape[1] for image in self._images)
+        pixels = sum(image.shape.height * image.shape.width for image in self._images)
         network_pixels = sum(cost.network_pixels for cost in costs)
         return Evaluation(
             variant,
@@ -396,9 +396,9 @@ class _Run:
         return shown
 
     def _write_mask(self, path: Path, codes: Mask, threshold: int) -> None:
-        height, width = codes.shape
-        with RasterWriter(path, (height, width), "uint8", Georeference(), MASK_NODATA, {}) as out:
-            for strip, _ in strips((height, width)):
+        shape = Shape.of(codes)
+        with RasterWriter(path, shape, "uint8", Georeference(), MASK_NODATA, {}) as out:
+            for strip, _ in strips(shape):
                 out.write(strip.y, _mask(codes[strip.slices], threshold))
 
 

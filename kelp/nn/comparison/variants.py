@@ -96,7 +96,7 @@ class Variant:
                 device="cpu" if runtime.device.type == "cpu" else "cuda",
                 qa_as_nodata=qa_as_nodata,
             )
-            rows, columns = bundle.spec.network_shape((tile, tile))
+            rows, columns = bundle.spec.network_shape(Shape(tile, tile))
             crops = len(TileGrid(scene.shape, tile, self.overlap)) * (8 if self.tta else 1)
             network_pixels = crops * rows * columns
         return Cost(time.perf_counter() - started, network_pixels)
@@ -109,7 +109,7 @@ class Variant:
     def side(self, shape: Shape) -> int:
         """Side of the largest picture that the network sees at once, in its own pixels."""
         tile = self.tile or max(shape)
-        return max(self._for(tile).spec.network_shape((tile, tile)))
+        return max(self._for(tile).spec.network_shape(Shape(tile, tile)))
 
     def _for(self, tile: int) -> Bundle:
         """The bundle for tiles of that side, kept: networks are made ready once."""
@@ -218,7 +218,7 @@ def _hard_votes(variant: Variant, scene: Scene, sink: Sink, runtime: Runtime) ->
     assert isinstance(backend, TorchBackend)
     net = backend.module
     height, width = scene.shape
-    rows, columns = bundle.spec.network_shape((tile, tile))
+    rows, columns = bundle.spec.network_shape(Shape(tile, tile))
     grid = TileGrid(scene.shape, tile, variant.overlap, edge="pad")
     stride = tile - variant.overlap
     # Overlaps are half a tile at most: every second tile of an axis meets none of its like, and
@@ -228,7 +228,7 @@ def _hard_votes(variant: Variant, scene: Scene, sink: Sink, runtime: Runtime) ->
         k = number % 2
         layers[2 * k : 2 * k + 2] = np.nan
         for at in grid.row(y):
-            inside = at.clipped((height, width))
+            inside = at.clipped(scene.shape)
             raw = torch.from_numpy(scene.read(inside))[None].to(runtime.device)
             part = net.preprocess(raw)
             part = functional.pad(part, (0, tile - inside.width, 0, tile - inside.height))

@@ -123,9 +123,9 @@ def _check_masks(rows: pd.DataFrame, path: Path) -> None:
 def training_shape(fold: Fold, config: FoldConfig) -> Shape:
     """Height and width of the largest training tile, or image."""
     if config.sahi:
-        return int(fold.train["tile_height"].max()), int(fold.train["tile_width"].max())
+        return Shape(*(int(fold.train[f"tile_{name}"].max()) for name in Shape._fields))
     shapes = [raster_shape(source.image) for source in fold.train_sources]
-    return max(height for height, _ in shapes), max(width for _, width in shapes)
+    return Shape(*map(max, zip(*shapes, strict=True)))
 
 
 def require_bands(fold: Fold, config: FoldConfig) -> None:

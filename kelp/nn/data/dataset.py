@@ -142,7 +142,7 @@ class TileDataset(Dataset[Sample]):
         observed = validity.observed(raw, qa_as_nodata=True) & (target != MASK_NODATA)
         sample = Sample(torch.from_numpy(raw), torch.from_numpy(target), torch.from_numpy(observed))
         if source.tile:
-            return pad(sample, (source.tile.height, source.tile.width))
+            return pad(sample, source.tile.shape)
         return reflect(sample, self.shape) if self.shape else sample
 
 
@@ -178,10 +178,8 @@ def collate(samples: Sequence[Sample]) -> Sample:
 
     Only a validation image that is larger than every training image makes them differ.
     """
-    shape = (
-        max(sample.target.shape[0] for sample in samples),
-        max(sample.target.shape[1] for sample in samples),
-    )
+    sizes = zip(*(sample.target.shape for sample in samples), strict=True)
+    shape = Shape(*map(max, sizes))
     # In a worker it stacks straight into the memory that the processes share.
     batch: Sample = default_collate([pad(sample, shape) for sample in samples])
     return batch

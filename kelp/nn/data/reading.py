@@ -61,8 +61,7 @@ class Place:
     @property
     def shape(self) -> Shape:
         """Height and width."""
-        height, width = self._stored().get_shape()[-2:]
-        return height, width
+        return Shape(*self._stored().get_shape()[-2:])
 
     def read(self, tile: Tile | None = None) -> NDArray[Any]:
         """A window that lies inside (default: all): of an image as a canonical array."""

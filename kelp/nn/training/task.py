@@ -25,6 +25,7 @@ from kelp.nn.model import KelpNet
 from kelp.nn.training.rates import build_optimizer, build_schedulers
 from kelp.raster.bands import OPTICAL
 from kelp.raster.indices import needed_bands
+from kelp.raster.window import Shape
 
 if TYPE_CHECKING:
     from lightning.pytorch.strategies import Strategy
@@ -135,7 +136,7 @@ class KelpTask(LightningModule):
         logits = self.scored(batch.raw)
         loss = self.loss(logits, self.net.resize_target(batch.target))
         self._log_loss(VAL_LOSS, loss, len(batch.raw))
-        probabilities = self.net.to_input(logits.sigmoid(), batch.target.shape[-2:])
+        probabilities = self.net.to_input(logits.sigmoid(), Shape.of(batch.target))
         self.scores.update(probabilities, batch.target, batch.observed)
         return probabilities
 
