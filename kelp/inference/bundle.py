@@ -131,7 +131,7 @@ def find_bundle(path: Path, which: Which = "best") -> Path:
         raise BundleError(f"{path}: the parent of runs of all folds; name one of them: {names}")
     raise BundleError(
         f"{path}: holds no complete {name}; the run may have been killed before its first epoch "
-        "ended (go on with kelp train --resume_from), or this is no run folder"
+        "ended (resume it with kelp train --resume_from), or this is no run folder"
     )
 
 

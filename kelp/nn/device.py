@@ -119,7 +119,9 @@ def compile_network(body: nn.Module, mode: CompileMode, device: torch.device) ->
         torch.compile(_probe)(torch.zeros(2, device=device))
     except (RuntimeError, OSError, ImportError) as error:
         reason = " ".join(str(error).split())[:120]
-        log.info("--compile True: torch cannot compile here (%s); going on without", reason)
+        log.info(
+            "--compile True: torch cannot compile here (%s); training continues without it", reason
+        )
         return False
     body.compile(mode=mode)
     return True

@@ -185,7 +185,7 @@ def _require_crs(maps: list[Map], suffix: str) -> None:
 
 def _no_crs(entry: Map) -> InputError:
     return InputError(
-        f"{entry.mask}: has no CRS, or a local one, so its beds lie nowhere; give it one "
+        f"{entry.mask}: has no CRS, or a local one, so its beds have no position; give it one "
         "(gdal_edit.py -a_srs … -a_ullr …)"
     )
 

@@ -172,7 +172,7 @@ def _strips(
     discard_partials(strips.folder)
     left, total = strips.left(), len(stack.strips())
     if len(left) < total:
-        log.info("%s: going on after %d of %d strips", folder, total - len(left), total)
+        log.info("%s: resumed after %d of %d strips", folder, total - len(left), total)
     with closing(spread(strips.work, left, config.workers)) as results:
         for done, _ in enumerate(results, total - len(left) + 1):
             progress("stacking maps", done, total)

@@ -268,8 +268,8 @@ class CloudMask:
             if not is_gdal_error(error):
                 raise
             raise InputError(
-                f"--cloud_mask {path}: its CRS ({crs_words(self._file.crs)}) has no place in that "
-                f"of the scene ({crs_words(crs)}); give the mask on the scene's grid"
+                f"--cloud_mask {path}: its CRS ({crs_words(self._file.crs)}) cannot be transformed "
+                f"to that of the scene ({crs_words(crs)}); give the mask on the scene's grid"
             ) from error
         self._stack.enter_context(self._dataset)
 

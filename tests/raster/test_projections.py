@@ -158,7 +158,7 @@ def test_nothing_is_laid_on_a_scene_with_a_local_crs(local_map, tmp_path):
         Polygons(tmp_path / "aoi.geojson", shape, LOCAL, affine, "--aoi")
     with pytest.raises(InputError, match="no georeference, or a local one; stack"):
         Elevation(local_map, shape, LOCAL, affine)
-    with pytest.raises(InputError, match=r"its CRS \(a harbour\) has no place in that"):
+    with pytest.raises(InputError, match=r"its CRS \(a harbour\) cannot be transformed to"):
         CloudMask(local_map, shape, UTM, affine)
     with pytest.raises(InputError, match="has no CRS, or a local one; set it"):
         Elevation(local_map, shape, UTM, affine)

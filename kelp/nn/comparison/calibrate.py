@@ -142,7 +142,7 @@ def require_own_format(bundle: Bundle) -> None:
     """Raise `ConfigError` for a file that nothing can be stored in."""
     if isinstance(bundle.net, OnnxNet):
         raise ConfigError(
-            f"{bundle.path}: an ONNX file stays as it is; tune the run and export it again"
+            f"{bundle.path}: an ONNX file cannot be tuned; tune the run and export it again"
         )
 
 
@@ -164,9 +164,9 @@ def fit_calibration(
     require_own_format(bundle)
     before = after = _count(bundle, scenes, options, progress)
     if not before.histogram.pixels[:, 1].any():
-        raise InputError(f"{scenes.words}: no kelp to be seen in any scene; nothing can be fitted")
+        raise InputError(f"{scenes.words}: no scene shows kelp, so nothing can be fitted")
     if scenes.sites == 1:
-        log.info("one site only: nobody can tell whether a threshold gains elsewhere; it stays")
+        log.info("one site only does not show whether a threshold gains elsewhere; it is kept")
     was = bundle.spec.temperature
     temperature = was
     if options.temperature:

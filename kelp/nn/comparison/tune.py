@@ -122,7 +122,7 @@ def _network(report: Report, name: str, one: Fitted) -> None:
     evaluated = (
         "for each site the threshold was fitted on others."
         if found.sites > 1
-        else "with one site nobody can tell what a threshold is worth elsewhere."
+        else "one site alone does not show what a threshold is worth elsewhere."
     )
     report.text(
         f"## {name}\n\n"

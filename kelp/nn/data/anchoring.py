@@ -85,9 +85,9 @@ def anchored(
             references[source.image] = WaterReference.constant(shape, parent.levels)
         else:
             raise ConfigError(
-                f"--anchoring {config.anchoring}: {source.image.name} is too small to tell clear "
-                f"water by, {parent.image} that it was cut from is gone, and the table does not "
-                "know; slice again, or give --anchoring none"
+                f"--anchoring {config.anchoring}: {source.image.name} is too small to find clear "
+                f"water in, {parent.image} that it was cut from is missing, and the table has no "
+                "levels of it; slice again, or give --anchoring none"
             )
     return AnchoredReader(reader, references)
 

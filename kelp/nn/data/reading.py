@@ -76,8 +76,8 @@ class Place:
             return _opened(self.file).get_slice(self.name)
         except (OSError, SafetensorError) as error:
             raise InputError(
-                f"{self.file}: gone or damaged during the training; remove its folder, and go on "
-                "with --resume_from"
+                f"{self.file}: removed or damaged during the training; remove its folder and "
+                "resume with --resume_from"
             ) from error
 
 

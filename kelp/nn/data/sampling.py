@@ -100,8 +100,8 @@ class EvenBatches(Sampler[list[Draw]]):
             )
         if not self.smallest:
             raise ConfigError(
-                f"--batch_size {size}: the {sampler.count} samples of an epoch do not go round "
-                f"{sampler.share.count} processes one by one; give --batch_size 2"
+                f"--batch_size {size}: the {sampler.count} samples of an epoch do not "
+                f"divide evenly among {sampler.share.count} processes; give --batch_size 2"
             )
 
     def __len__(self) -> int:

@@ -155,7 +155,7 @@ def _going_on() -> Iterator[None]:
         yield
     except (MlflowException, OSError) as error:
         reason = " ".join(str(error).split())[:200]
-        log.warning("MLflow's store failed (%s); training goes on", reason)
+        log.warning("MLflow's store failed (%s); training continues", reason)
 
 
 def start_run(config: FoldConfig, part: Part | None = None, name: str | None = None) -> Tracking:

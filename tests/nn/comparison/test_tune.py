@@ -240,7 +240,7 @@ def test_wrong_input(labelled, run, capsys):
     for path in (labelled / "masks").glob("*.tif"):
         write_mask(path, np.zeros((100, 90), np.uint8))
     before = read_spec(run)
-    with pytest.raises(InputError, match="no kelp to be seen in any scene"):
+    with pytest.raises(InputError, match="no scene shows kelp"):
         tune(labelled, run)
     assert read_spec(run) == before
     with pytest.raises(ConfigError, match="run_dir is missing"):

@@ -67,7 +67,7 @@ def test_validation_batches_are_those_of_one_process(rows, count, size, limit):
     ("draws", "size", "cause"),
     [
         (3, 8, "fewer than the 4 processes; give fewer devices"),
-        (5, 1, "do not go round 4 processes one by one; give batch_size=2"),
+        (5, 1, "do not divide evenly among 4 processes; give batch_size=2"),
     ],
 )
 def test_too_few_samples_are_refused(draws, size, cause):

@@ -678,7 +678,7 @@ def test_compiled_networks_are_the_same_and_what_fails_is_said(configure, monkey
     train(configure(compile=True, fast_dev_run=True))
     assert len(compiled) == 1
     assert [line for line in caplog.messages if "no compiler" in line] == [
-        "--compile True: torch cannot compile here (no compiler); going on without"
+        "--compile True: torch cannot compile here (no compiler); training continues without it"
     ]
 
 
