@@ -23,6 +23,9 @@ class Shape(NamedTuple):
     height: int
     width: int
 
+    def __repr__(self) -> str:
+        return repr(tuple(self))  # numpy writes it into the header of a file
+
     @classmethod
     def of(cls, array: Any) -> Shape:
         """Of the last two axes of an array or tensor."""

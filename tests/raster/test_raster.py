@@ -22,7 +22,7 @@ from kelp.raster.bands import BANDS
 from kelp.raster.masks import Georeference, georeference_of, read_mask, read_tags
 from kelp.raster.scene import Scene, read_scene
 from kelp.raster.validity import canonical, decode_qa, observed
-from kelp.raster.window import Tile
+from kelp.raster.window import Shape, Tile
 from kelp.raster.writer import RasterWriter, rows_path, write_mask
 
 UTM = Georeference(CRS.from_epsg(32618), Affine(30, 0, 500000, 0, -30, -4000000))
@@ -420,3 +420,10 @@ def test_bands_say_what_they_hold_and_their_statistics(tmp_path, side):
     write_mask(tmp_path / "m_kelp.tif", np.zeros((side, 30), np.uint8))
     with opened(tmp_path / "m_kelp.tif") as dataset:
         assert dataset.descriptions == ("kelp",)
+
+
+def test_a_shape_is_a_plain_tuple_to_the_header_of_a_file(tmp_path):
+    path = tmp_path / "rows.npy"
+    rows = np.lib.format.open_memmap(path, "w+", np.uint8, Shape.of(np.zeros((7, 3, 4))))
+    rows.flush()
+    assert np.load(path).shape == Shape(3, 4) == (3, 4)
