@@ -67,3 +67,13 @@ def tiny_bundle(folder: Path, **changes) -> Path:
     torch.manual_seed(0)
     spec = tiny_spec(**changes)
     return save_bundle(folder, KelpNet(spec), spec)
+
+
+def mlflow_client(output_dir: Path):
+    """The store of the runs in a folder."""
+    from kelp.nn.training.tracking import quiet_libraries
+
+    with quiet_libraries():
+        from mlflow import MlflowClient
+
+        return MlflowClient(f"sqlite:///{output_dir}/mlflow.db")

@@ -1,6 +1,7 @@
 """Fixtures for the tests of several laws. Torch is slow to load: only when one is asked for."""
 
 import os
+import shutil
 import signal
 
 import pytest
@@ -52,3 +53,25 @@ def labelled(tmp_path):
         rows.append({"tile_id": f"K{k:02d}", "aoi_id": f"place{k // 2}"})
     pd.DataFrame(rows).to_parquet(tmp_path / "places.parquet")
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory):
+    """A store without runs: MLflow needs seconds to make one."""
+    from bundles import mlflow_client
+
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    mlflow_client(path.parent).search_experiments()
+    return path
+
+
+@pytest.fixture(scope="session")
+def new_store(empty_store):
+    """Makes folders that hold a store without runs."""
+
+    def make(folder):
+        folder.mkdir()
+        shutil.copy(empty_store, folder)
+        return folder
+
+    return make

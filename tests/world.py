@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ import numpy as np
 import pandas as pd
 import rasterio
 from numpy.typing import NDArray
+from PIL import Image
 from rasterio.errors import NotGeoreferencedWarning
 
 from kelp import tables
@@ -139,3 +141,15 @@ def make_world(
     table.parent.mkdir(parents=True, exist_ok=True)
     pd.DataFrame(rows).to_parquet(table, index=False)
     return World(data_dir, table, train, test)
+
+
+def rgb_of(png: bytes) -> NDArray[np.uint8]:
+    """The pixels of a picture, `(height, width, 3)`."""
+    with Image.open(io.BytesIO(png)) as picture:
+        return np.asarray(picture.convert("RGB"))
+
+
+def drawing(text: str) -> NDArray[np.uint8]:
+    """A mask from a drawing: `#` kelp, `.` none, `?` 255."""
+    rows = text.split()
+    return np.uint8([[{"#": 1, ".": 0, "?": 255}[mark] for mark in row] for row in rows])

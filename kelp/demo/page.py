@@ -12,6 +12,7 @@ from kelp.config import DemoConfig
 from kelp.demo.coast import Coast, draw_quarters
 from kelp.evaluation.scoring import Scores
 from kelp.io.location import local
+from kelp.plotting import style
 from kelp.plotting.charts import curves
 from kelp.plotting.html import Report
 from kelp.plotting.preview import picture_of
@@ -144,10 +145,6 @@ def _real_section(report: Report, real: PredictResult) -> None:
 
 
 def _coast_section(report: Report, coast: Coast, root: Path) -> None:
-    import io
-
-    from matplotlib.figure import Figure
-
     where = coast.folder.relative_to(root).as_posix()
     report.text(
         "## A coast over three years\n\n"
@@ -156,13 +153,11 @@ def _coast_section(report: Report, coast: Coast, root: Path) -> None:
         f"[The maps, date by date]({where}/map.html) with beds and areas; also "
         f"`{where}/beds.gpkg`, `{where}/areas.csv` and `{where}/series/`."
     )
-    figure = Figure(figsize=(8.4, 3.6), dpi=120, layout="constrained")
+    figure = style.figure(8.4, 3.6)
     draw_quarters(figure.add_subplot(), coast)
-    png = io.BytesIO()
-    figure.savefig(png, format="png", metadata={"Software": None})
     is_expected = coast.quarters["area_is"].iloc[0] == "expected"
     report.figure(
-        png.getvalue(),
+        style.png(figure),
         f"{'Expected' if is_expected else 'Presence'} area by quarter and the truth. A cross is a "
         "quarter that nobody saw: null in every file, never 0.",
     )

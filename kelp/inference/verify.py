@@ -9,10 +9,10 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -113,7 +113,8 @@ def verify(config: VerifyConfig, progress: Progress = silent) -> VerifyResult:
         InputError: maps differ, or cannot be verified; each is named with what differs. The others
             have been reported to the logger by then.
     """
-    masks = _masks(config.maps_dir)
+    is_one = config.maps_dir.is_file()
+    masks = [config.maps_dir] if is_one else input_folder(config.maps_dir, f"*{MASK_SUFFIX}")
     scenes = {output_name(path): path for path in find_scenes(config.data_dir)}
     verifier = _Verifier(config)
     found = []
@@ -130,10 +131,6 @@ def verify(config: VerifyConfig, progress: Progress = silent) -> VerifyResult:
             f"{'; '.join(map(str, bad))}"
         )
     return VerifyResult(tuple(found))
-
-
-def _masks(path: Path) -> list[Path]:
-    return [path] if path.is_file() else input_folder(path, f"*{MASK_SUFFIX}")
 
 
 class _Verifier:
@@ -462,42 +459,42 @@ class _Inputs:
     others: dict[str, tuple[Source, ...]]
     """By the option that names them."""
 
+    @classmethod
+    def of(
+        cls,
+        record: MapRecord,
+        policy: Iterable[str],
+        excluded: Source | None,
+        cloud_mask: Source | None,
+    ) -> Self:
+        """Scene, elevation and area of interest are the record's."""
+        single = {
+            "--aoi": record.aoi.source if record.aoi else None,
+            "--exclude": excluded,
+            "--cloud_mask": cloud_mask,
+        }
+        return cls(
+            record.scene.sources,
+            frozenset(policy),
+            {
+                "--dem": record.dem.sources if record.dem else (),
+                **{option: (source,) if source else () for option, source in single.items()},
+            },
+        )
+
 
 def _recorded(record: MapRecord) -> _Inputs:
     quality, removed = record.quality, record.excluded
-    return _Inputs(
-        record.scene.sources,
-        frozenset(quality.policy),
-        {
-            "--dem": record.dem.sources if record.dem else (),
-            "--aoi": _one(record.aoi.source if record.aoi else None),
-            "--exclude": _one(removed.source if removed else None),
-            "--cloud_mask": _one(quality.cloud_mask),
-        },
+    return _Inputs.of(
+        record, quality.policy, removed.source if removed else None, quality.cloud_mask
     )
 
 
 def _given(config: PredictConfig, task: Task) -> _Inputs:
     """The same of what is here now."""
-    record = task.record
+    excluded = Source.of_file("polygons", config.exclude) if config.exclude else None
     with open_scene(task.path, config) as scene:
-        policy, mask = frozenset(scene.policy), scene.cloud_mask
-    return _Inputs(
-        record.scene.sources,
-        policy,
-        {
-            "--dem": record.dem.sources if record.dem else (),
-            "--aoi": _one(record.aoi.source if record.aoi else None),
-            "--exclude": _one(
-                Source.of_file("polygons", config.exclude) if config.exclude else None
-            ),
-            "--cloud_mask": _one(mask),
-        },
-    )
-
-
-def _one(source: Source | None) -> tuple[Source, ...]:
-    return (source,) if source else ()
+        return _Inputs.of(task.record, scene.policy, excluded, scene.cloud_mask)
 
 
 def _inputs(was: _Inputs, now: _Inputs) -> Iterator[str]:

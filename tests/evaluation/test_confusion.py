@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from world import drawing
 
 from kelp.evaluation.confusion import (
     PATCH_SIZES,
@@ -22,12 +23,6 @@ masks = st.tuples(st.integers(1, 9), st.integers(1, 7)).flatmap(
         *[hnp.arrays(np.uint8, shape, elements=st.sampled_from([0, 0, 1, 255]))] * 2
     )
 )
-
-
-def drawing(text: str) -> np.ndarray:
-    """A mask from a drawing: `#` kelp, `.` none, `?` 255."""
-    rows = text.split()
-    return np.uint8([[{"#": 1, ".": 0, "?": 255}[mark] for mark in row] for row in rows])
 
 
 def count(truth, prediction, observed_only: bool = False) -> Confusion:

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from affine import Affine
 from rasterio.crs import CRS
-from world import write_tif
+from world import drawing, write_tif
 
 from kelp.config import EvaluateConfig
 from kelp.errors import InputError, TableError
@@ -18,12 +18,6 @@ from kelp.evaluation.confusion import Confusion
 from kelp.evaluation.scoring import evaluate
 from kelp.raster.masks import Georeference
 from kelp.raster.writer import write_mask
-
-
-def drawing(text: str) -> np.ndarray:
-    """A mask from a drawing: `#` kelp, `.` none, `?` 255."""
-    rows = text.split()
-    return np.uint8([[{"#": 1, ".": 0, "?": 255}[mark] for mark in row] for row in rows])
 
 
 def pair(folder: Path, name: str, truth: np.ndarray, prediction: np.ndarray, **where) -> None:

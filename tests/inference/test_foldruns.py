@@ -5,11 +5,13 @@ import shutil
 
 import pandas as pd
 import pytest
+from bundles import mlflow_client
+from slicing_world import config as slicing
 from world import make_world
 
 import kelp
 from kelp.cli import main
-from kelp.config import PredictConfig, SliceConfig, TrainConfig
+from kelp.config import PredictConfig, TrainConfig
 from kelp.data_prep.slicing import slice_dataset
 from kelp.errors import BundleError, ConfigError, TableError
 from kelp.inference.foldruns import FoldRun, FoldRuns, runs_of
@@ -28,15 +30,7 @@ def world(tmp_path_factory):
 @pytest.fixture(scope="module")
 def table(world, tmp_path_factory):
     """Three folds, of which the last holds nothing out."""
-    path = slice_dataset(
-        SliceConfig(
-            data_dir=world.train_dir,
-            metadata_fp=world.table,
-            image_size=32,
-            workers=1,
-            output_dir=tmp_path_factory.mktemp("sahi"),
-        )
-    ).table
+    path = slice_dataset(slicing(world, output_dir=tmp_path_factory.mktemp("sahi"))).table
     rows = pd.read_parquet(path)
     rows = rows.drop(columns=[name for name in rows if name.startswith("split_")])
     first = rows["tile_id"].rank(method="dense") == 1
@@ -82,9 +76,7 @@ def test_every_fold_has_its_run_under_one_parent(done):
     assert kept["summary"]["val/dice"]["mean"] == pytest.approx(sum(scores) / 2)
     assert kept["summary"]["val/dice"]["sd"] == pytest.approx(abs(scores[0] - scores[1]) / 2**0.5)
     with quiet_libraries():
-        from mlflow import MlflowClient
-
-        client = MlflowClient(f"sqlite:///{done.run_dir.parents[1]}/mlflow.db")
+        client = mlflow_client(done.run_dir.parents[1])
         parent = client.get_run(done.run_dir.name)
         assert parent.info.status == "FINISHED"
         assert parent.data.metrics["val/dice_mean"] == pytest.approx(sum(scores) / 2)

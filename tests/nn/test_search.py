@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from bundles import mlflow_client
 from optuna.distributions import IntDistribution
 from optuna.trial import TrialState
 from sqlalchemy import event
@@ -54,21 +55,6 @@ def options(tmp_path_factory):
         "device": "cpu",
         "output_dir": "mine",
     }
-
-
-@pytest.fixture(scope="module")
-def empty_store(tmp_path_factory):
-    """A store without runs: MLflow needs seconds to make one."""
-    path = tmp_path_factory.mktemp("store") / "mlflow.db"
-    tracked(path.parent).search_experiments()
-    return path
-
-
-def tracked(output_dir):
-    with quiet_libraries():
-        from mlflow import MlflowClient
-
-        return MlflowClient(f"sqlite:///{output_dir}/mlflow.db")
 
 
 @pytest.fixture
@@ -562,7 +548,7 @@ def test_trials_are_runs_of_training_under_one_parent(
     assert [complete.state, pruned.state] == [TrialState.COMPLETE, TrialState.PRUNED]
     assert pruned.user_attrs["reason"] == "after epoch 1"
     with quiet_libraries():
-        client = tracked(config.output_dir)
+        client = mlflow_client(config.output_dir)
         runs = client.search_runs([client.get_experiment_by_name("kelp").experiment_id])
     (parent,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
     assert (parent.info.run_name, parent.info.status) == ("sweep", "FINISHED")
@@ -621,5 +607,5 @@ def test_ctrl_c_leaves_a_sweep_that_goes_on(configure, empty_store):
         assert trial.state == TrialState.FAIL
         runs = (trial.user_attrs["run"], study.user_attrs["parent"])
     with quiet_libraries():
-        client = tracked(config.output_dir)
+        client = mlflow_client(config.output_dir)
         assert [client.get_run(run).info.status for run in runs] == ["KILLED"] * 2

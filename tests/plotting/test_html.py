@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import subprocess
 import sys
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from world import rgb_of
 
 from kelp.plotting.charts import confusion, curves
 from kelp.plotting.html import Report
@@ -54,11 +53,6 @@ def write(report: Report, tmp_path) -> Page:
     return Page(report.write(tmp_path / "report.html").read_text(encoding="utf-8"))
 
 
-def picture(png: bytes) -> np.ndarray:
-    with Image.open(io.BytesIO(png)) as image:
-        return np.asarray(image.convert("RGB"))
-
-
 def test_a_page_holds_everything_and_fetches_nothing(tmp_path):
     png = confusion(1, 2, 3, 4)
     report = (
@@ -83,7 +77,7 @@ def test_a_page_holds_everything_and_fetches_nothing(tmp_path):
         assert words in page.words
     (image,) = [attrs for tag, attrs in page.elements if tag == "img"]
     assert image["alt"] == "A figure"
-    assert int(image["width"]) == round(picture(png).shape[1] / 1.5)
+    assert int(image["width"]) == round(rgb_of(png).shape[1] / 1.5)
     assert "prefers-color-scheme: dark" in text
     assert "@media print" in text
 
@@ -148,22 +142,22 @@ def test_ragged_tables_are_refused():
 def test_curves_draw_every_line_and_leave_gaps_for_what_is_not_finite():
     steps = range(50)
     rising = [(k, k / 50) for k in steps]
-    one = picture(curves({"val/dice": rising}))
-    gap = picture(curves({"val/dice": [(k, math.nan if 5 < k < 45 else v) for k, v in rising]}))
+    one = rgb_of(curves({"val/dice": rising}))
+    gap = rgb_of(curves({"val/dice": [(k, math.nan if 5 < k < 45 else v) for k, v in rising]}))
     blue = np.array([31, 111, 178])
 
     def drawn(image: np.ndarray) -> int:
         return int((np.abs(image.astype(int) - blue).sum(axis=-1) < 30).sum())
 
     assert 0 < drawn(gap) < 0.5 * drawn(one)
-    two = picture(curves({"train/loss": rising, "val/loss": rising[::-1], "lr": rising}))
+    two = rgb_of(curves({"train/loss": rising, "val/loss": rising[::-1], "lr": rising}))
     assert two.shape[1] > one.shape[1]
     for nothing in ({}, {"val/dice": []}, {"val/dice": [(0, math.inf)]}):
-        assert picture(curves(nothing)).size
+        assert rgb_of(curves(nothing)).size
 
 
 def test_the_confusion_picture_has_the_colours_of_the_previews():
-    image = picture(confusion(10, 0, 0, 0))
+    image = rgb_of(confusion(10, 0, 0, 0))
     colors, counts = np.unique(image.reshape(-1, 3), axis=0, return_counts=True)
     frequent = {tuple(int(c) for c in color) for color in colors[counts > 2000]}
     assert {MASK_COLORS[1][:3], MASK_COLORS[0][:3]} <= frequent

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +12,8 @@ import rasterio
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from PIL import Image
 from scipy import ndimage
+from world import rgb_of
 
 from kelp.config import PreviewConfig
 from kelp.errors import InputError
@@ -50,14 +49,9 @@ def write_scene(path: Path, pixels: np.ndarray) -> None:
         out.descriptions = BANDS
 
 
-def image(png: bytes) -> np.ndarray:
-    with Image.open(io.BytesIO(png)) as picture:
-        return np.asarray(picture.convert("RGB"))
-
-
 def area(png: bytes, color: tuple[int, int, int]) -> int:
     """Pixels of exactly one colour, without the patch of it in the legend."""
-    pixels = image(png)
+    pixels = rgb_of(png)
     return int((pixels[: int(0.9 * len(pixels))] == color).all(axis=-1).sum())
 
 
@@ -200,7 +194,7 @@ def test_one_kelp_pixel_of_a_large_scene_is_seen(monkeypatch):
 def test_no_kelp_pixel_falls_between_those_of_the_screen():
     mask = np.zeros((360, 900), np.uint8)
     mask[100, 3::6] = 1
-    picture = image(panels(scene(360, 900), mask))
+    picture = rgb_of(panels(scene(360, 900), mask))
     _, blobs = ndimage.label((picture == KELP).all(axis=-1))
     assert blobs == 2 * 150 + 1  # in the mask, in the overlay, in the legend
 
@@ -251,7 +245,7 @@ def test_the_first_scenes_with_a_mask_are_pictured(tmp_path):
     assert result.summary() == f"wrote 2 pictures into {tmp_path / 'out'}"
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert names == ["BB.png", "CC.png", "kelp-preview.yaml"]
-    assert image(result.pictures[0].read_bytes()).shape[1] > 1000
+    assert rgb_of(result.pictures[0].read_bytes()).shape[1] > 1000
 
 
 def test_mistakes_are_named(tmp_path):

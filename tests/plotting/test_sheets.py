@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import io
-
 import numpy as np
 import pytest
-from PIL import Image
-from world import coast
+from world import coast, rgb_of
 
 from kelp.plotting import rendering, style
 from kelp.plotting.canvas import Canvas
@@ -29,11 +26,6 @@ def tile(side=32, seed=0, name="AB123456", place="x 0, y 32"):
     return SheetTile(name, place, pixels, truth, validity.observed(pixels) & (truth != 255))
 
 
-def image(png):
-    with Image.open(io.BytesIO(png)) as picture:
-        return np.asarray(picture.convert("RGB"))
-
-
 def near(pixels, color, most=8):
     """Pixels of a colour, a palette's error aside."""
     return (abs(pixels.astype(int) - color) <= most).all(axis=-1)
@@ -53,7 +45,7 @@ def test_every_error_has_its_place_and_its_colour():
     found[(shown.truth == 1) & (np.arange(32) % 2 == 0)] = 0  # misses
     found[20:24, 20:24] = 1  # some of them false alarms
     p = np.where(found == 1, 0.9, 0.1).astype(np.float32)
-    page = image(error_sheet([shown], [p], 0.5, "Epoch 1"))
+    page = rgb_of(error_sheet([shown], [p], 0.5, "Epoch 1"))
     times, gap, label, margin = 7, 6, 132, 16
     left = margin + label + 4 * (32 * times + gap)
     top = 46 + 2 * 17 + gap - 17  # a heading, one line of titles
@@ -83,7 +75,7 @@ def test_sheets_of_epochs_are_small_and_always_the_same(side):
     # Noise, which no network draws so evenly, is the worst of pictures.
     smooth = error_sheet(tiles, [np.full_like(x, 0.3) for x in p], 0.5, "Epoch 1")
     assert len(smooth) < 300_000
-    height, width, _ = image(png).shape
+    height, width, _ = rgb_of(png).shape
     assert height < 1800
     assert width < 1700
 
@@ -93,7 +85,7 @@ def test_thin_kelp_of_large_tiles_is_not_lost():
     truth = np.zeros((350, 350), np.uint8)
     truth[:, 101] = 1
     shown = SheetTile("a", "", shown.pixels, truth, np.ones((350, 350), bool))
-    page = image(error_sheet([shown], [truth * np.float32(0.9)], 0.5, "Epoch 1"))
+    page = rgb_of(error_sheet([shown], [truth * np.float32(0.9)], 0.5, "Epoch 1"))
     assert near(page[60:-60], style.KELP).sum() >= 2 * 160  # in the truth, and as hits
     bright = rendering.ramp("viridis")[0, int(0.9 * 48)]
     assert near(page[60:-60], bright).sum() >= 160
@@ -107,7 +99,7 @@ def test_input_sheets_show_every_channel_and_wrap(count):
     assert labels[:3] == ["True colour", "Colour-infrared", "SWIR composite"]
     assert labels[3:] == [*names, "Truth"]
     assert all(len(row.pictures) == 2 for row in rows)
-    height, width, _ = image(input_sheet(tiles, names, statistics(names), SETTINGS, "In")).shape
+    height, width, _ = rgb_of(input_sheet(tiles, names, statistics(names), SETTINGS, "In")).shape
     blocks = -(-len(rows) // 16)
     assert 134 * -(-len(rows) // blocks) < height < 16 * 150 + 120
     assert width == max(16 + blocks * (132 + 2 * 134 + 16), 760)
@@ -147,7 +139,7 @@ def test_a_page_of_photographs_keeps_plain_colours():
     page.paste(noise, 5, 0, photo=True)
     page.paste(np.full((8, 8, 3), style.MISSED, np.uint8), 5, 40)
     page.words("x $y_1$ {z}", 30, 58, side="right")  # no formula
-    pixels = image(page.png(40))
+    pixels = rgb_of(page.png(40))
     assert near(pixels[5:13, 40:48], style.MISSED).all()
     assert abs(pixels[5:35, :30].astype(int) - noise).mean() < 24
 
@@ -159,7 +151,7 @@ def test_a_photograph_does_not_look_as_if_it_meant_something():
     photo = np.clip(photo.astype(int) + 12, 0, 255).astype(np.uint8)[None].repeat(10, axis=0)
     page.paste(photo, 0, 0, photo=True)
     page.paste(np.full((8, 8, 3), style.MISSED, np.uint8), 0, 40)
-    pixels = image(page.png(40))
+    pixels = rgb_of(page.png(40))
     assert not near(pixels[:10, :3], style.MISSED, most=0).any()
     assert near(pixels[:10, :3], photo, most=4).all()
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Final
 
 from kelp.config import CompareConfig
-from kelp.evaluation.bootstrap import Estimate
 from kelp.evaluation.confusion import PATCH_SIZES
 from kelp.evaluation.metrics import OPEN_WATER
 from kelp.nn.comparison.advice import Advice
@@ -42,16 +41,16 @@ def to_text(comparison: Comparison, advice: Advice) -> str:
     for one in comparison.evaluations:
         dice = one.figure("pooled_dice")
         gain = one.difference(advice.whole)
-        mean, seam = (one.figure(name).value for name in _BESIDE)
+        mean, seam = (one.figure(name).number() for name in _BESIDE)
         rows.append(
             [
                 one.name,
-                _number(dice.value),
-                _bounds(dice),
-                _number(gain.value, "+.3f"),
-                _bounds(gain, "+.3f"),
-                _number(mean),
-                _number(seam),
+                dice.number(),
+                dice.bounds(),
+                gain.number("+.3f"),
+                gain.bounds("+.3f"),
+                mean,
+                seam,
                 f"{one.multiplier:.1f}",
                 f"{one.seconds:.2f}",
             ]
@@ -62,7 +61,7 @@ def to_text(comparison: Comparison, advice: Advice) -> str:
     )
     lines = [*_aligned(rows), *textwrap.wrap(legend, _WIDTH)]
     if advice.whole and comparison.equal:
-        rows = [[_number(cell) for cell in row] for row in _equal_table(comparison, advice.whole)]
+        rows = [[_cell(cell) for cell in row] for row in _equal_table(comparison, advice.whole)]
         words = f"At the precision of: {advice.whole.name}"
         lines += ["", words, *_aligned(rows), *textwrap.wrap(_EQUAL, _WIDTH)]
     return "\n".join([*lines, "", advice.text])
@@ -208,7 +207,7 @@ def dice_table(comparison: Comparison, whole: Evaluation | None) -> list[Sequenc
         dice = one.figure("pooled_dice")
         gain = one.difference(whole)
         mean = one.figure("mean_image_dice").value
-        row = (one.name, dice.value, _bounds(dice), gain.value, _bounds(gain, "+.3f"))
+        row = (one.name, dice.value, dice.bounds(), gain.value, gain.bounds("+.3f"))
         rows.append((*row, mean, one.multiplier, one.seconds))
     return rows
 
@@ -232,7 +231,7 @@ def _equal_table(comparison: Comparison, whole: Evaluation) -> list[Sequence[obj
         for name, _, unit, form in units:
             figure = one.figure(name).times(unit)
             gain, signed = one.difference(other, name).times(unit), f"+{form}"
-            row += [_number(figure.value, form), _number(gain.value, signed), _bounds(gain, signed)]
+            row += [figure.number(form), gain.number(signed), gain.bounds(signed)]
         rows.append(row)
     return rows
 
@@ -263,17 +262,11 @@ def _area_table(comparison: Comparison) -> list[Sequence[object]]:
     rows: list[Sequence[object]] = [head]
     for one in comparison.evaluations:
         error, mask, expected = (one.figure(name) for name in names)
-        row = (one.name, error.value, mask.value, _bounds(mask))
-        rows.append((*row, expected.value, _bounds(expected)))
+        row = (one.name, error.value, mask.value, mask.bounds())
+        rows.append((*row, expected.value, expected.bounds()))
     return rows
 
 
-def _number(value: object, form: str = ".3f") -> str:
-    """A cell: words as they are."""
-    return "-" if value is None else value if isinstance(value, str) else f"{value:{form}}"
-
-
-def _bounds(estimate: Estimate, form: str = ".3f") -> str:
-    if estimate.low is None or estimate.high is None:
-        return "-"
-    return f"{estimate.low:{form}} to {estimate.high:{form}}"
+def _cell(value: object) -> str:
+    """A number to three places; words as they are."""
+    return "–" if value is None else value if isinstance(value, str) else f"{value:.3f}"

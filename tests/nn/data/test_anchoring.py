@@ -7,9 +7,10 @@ import pandas as pd
 import pytest
 import torch
 from bundles import tiny_spec
+from slicing_world import config as slicing
 from world import make_world, read_tif, write_tif
 
-from kelp.config import SliceConfig, TrainConfig
+from kelp.config import TrainConfig
 from kelp.data_prep.slicing import slice_dataset
 from kelp.errors import ConfigError
 from kelp.nn.data.anchoring import anchored
@@ -46,14 +47,7 @@ def tables(world, tmp_path):
     """Tiles as files, and as windows of the images."""
     return {
         materialize: slice_dataset(
-            SliceConfig(
-                data_dir=world.train_dir,
-                metadata_fp=world.table,
-                image_size=32,
-                workers=1,
-                output_dir=tmp_path / str(materialize),
-                materialize=materialize,
-            )
+            slicing(world, output_dir=tmp_path / str(materialize), materialize=materialize)
         ).table
         for materialize in (True, False)
     }

@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import torch
 from affine import Affine
+from slicing_world import config as slicing
 from world import coast, make_world, opened, read_tif, write_tif
 
 from kelp.config import SliceConfig, TrainConfig
@@ -45,14 +46,7 @@ def sliced(world, tmp_path_factory):
     root = tmp_path_factory.mktemp("sliced")
     return {
         materialize: slice_dataset(
-            SliceConfig(
-                data_dir=world.train_dir,
-                metadata_fp=world.table,
-                image_size=32,
-                workers=1,
-                output_dir=root / str(materialize),
-                materialize=materialize,
-            )
+            slicing(world, output_dir=root / str(materialize), materialize=materialize)
         ).table
         for materialize in (True, False)
     }
@@ -333,16 +327,7 @@ def test_images_must_hold_the_bands_of_the_run(tmp_path, options, names, said, s
     world = make_world(tmp_path, n_train=4, n_test=0, shape=(20, 35))
     config = images_config(world, **options)
     if sahi:
-        table = slice_dataset(
-            SliceConfig(
-                data_dir=world.train_dir,
-                metadata_fp=world.table,
-                image_size=32,
-                workers=1,
-                output_dir=tmp_path / "sahi",
-                materialize=False,
-            )
-        ).table
+        table = slice_dataset(slicing(world, output_dir=tmp_path / "sahi", materialize=False)).table
         config = config_of(table, **options)
     require_bands(read_fold(config), config)
     describe(world.train_dir / "images" / "TR000002_satellite.tif", names)  # fold 0 validates on it
@@ -478,15 +463,7 @@ def test_random_crops_lie_anywhere_near_their_row_and_inside_the_image(world, sl
 
 def test_random_crops_without_the_images_are_the_tiles_as_they_are(tmp_path, caplog):
     world = make_world(tmp_path, n_train=2, shape=(50, 70))
-    table = slice_dataset(
-        SliceConfig(
-            data_dir=world.train_dir,
-            metadata_fp=world.table,
-            image_size=32,
-            workers=1,
-            output_dir=tmp_path / "cut",
-        )
-    ).table
+    table = slice_dataset(slicing(world, output_dir=tmp_path / "cut")).table
     kept = [TileDataset(read_fold(config_of(table)).train_sources)[0]]
     shutil.rmtree(world.train_dir)
     with caplog.at_level("INFO", "kelp"):

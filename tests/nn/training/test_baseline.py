@@ -11,11 +11,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from bundles import tiny_bundle, tiny_spec, use_pixel_network
+from bundles import mlflow_client, tiny_bundle, tiny_spec, use_pixel_network
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from laws import LAWS
 from scipy import special
+from slicing_world import config as slicing
 from world import coast, make_world, opened, write_tif
 
 import kelp
@@ -25,7 +26,6 @@ from kelp.config import (
     CompareConfig,
     ExportConfig,
     PredictConfig,
-    SliceConfig,
     TuneConfig,
 )
 from kelp.data_prep.slicing import slice_dataset
@@ -36,7 +36,6 @@ from kelp.nn.preprocess import Preprocess
 from kelp.nn.training import pixels
 from kelp.nn.training.boosting import grow
 from kelp.nn.training.pixels import PixelSample, draw, sample_pixels
-from kelp.nn.training.tracking import quiet_libraries
 from kelp.progress import silent
 from kelp.raster.bands import BANDS
 from kelp.raster.masks import read_mask, read_probability
@@ -46,22 +45,6 @@ from kelp.raster.scene import read_scene
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     return make_world(tmp_path_factory.mktemp("world"), n_train=4, shape=(50, 70))
-
-
-@pytest.fixture(scope="module")
-def empty_store(tmp_path_factory):
-    """A store without runs: MLflow needs seconds to make one."""
-    path = tmp_path_factory.mktemp("store") / "mlflow.db"
-    with quiet_libraries():
-        client(path.parent).search_experiments()
-    return path
-
-
-def client(output_dir):
-    with quiet_libraries():
-        from mlflow import MlflowClient
-
-        return MlflowClient(f"sqlite:///{output_dir}/mlflow.db")
 
 
 def options(world, output_dir, store):
@@ -136,7 +119,7 @@ def test_the_toy_is_learnt_and_the_run_is_like_any_other(run):
 
 def test_the_store_has_options_curves_and_scores(run):
     config, result, _ = run
-    store = client(config.output_dir)
+    store = mlflow_client(config.output_dir)
     recorded = store.get_run(result.run_id)
     assert recorded.info.status == "FINISHED"
     assert recorded.data.params["trees"] == "60"
@@ -219,15 +202,7 @@ def test_nothing_of_the_validation_rows_is_learnt(configure, world, tmp_path):
 
 
 def test_a_table_of_tiles(configure, world, tmp_path):
-    table = slice_dataset(
-        SliceConfig(
-            data_dir=world.train_dir,
-            metadata_fp=world.table,
-            image_size=32,
-            workers=1,
-            output_dir=tmp_path / "sahi",
-        )
-    ).table
+    table = slice_dataset(slicing(world, output_dir=tmp_path / "sahi")).table
     result = kelp.train_baseline(configure(data_dir=table.parent, metadata_fp=table, sahi=True))
     assert result.scores["val/dice"] > 0.9
     spec = kelp.load_bundle(result.run_dir).spec
@@ -264,7 +239,7 @@ def test_ctrl_c_leaves_a_closed_run_without_a_bundle(configure):
     with pytest.raises(KeyboardInterrupt):
         kelp.train_baseline(config, stop)
     (run_dir,) = (config.output_dir / "kelp").iterdir()
-    assert client(config.output_dir).get_run(run_dir.name).info.status == "KILLED"
+    assert mlflow_client(config.output_dir).get_run(run_dir.name).info.status == "KILLED"
     assert not (run_dir / "artifacts" / "bundle").exists()
 
 

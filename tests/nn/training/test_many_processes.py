@@ -12,15 +12,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from bundles import mlflow_client
 from safetensors.torch import load_file
+from slicing_world import config as slicing
 from world import make_world, write_tif
 
-from kelp.config import SliceConfig, TrainConfig
+from kelp.config import TrainConfig
 from kelp.data_prep.slicing import slice_dataset
 from kelp.errors import InputError, ProcessError
 from kelp.inference.bundle import load_bundle
 from kelp.nn.training.fit import train
-from kelp.nn.training.tracking import quiet_libraries
 from kelp.progress import silent
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
@@ -57,15 +58,7 @@ def one_core_each():
 def options(tmp_path_factory):
     """A network of 64 px, 18 tiles to train on, 17 to validate on in 5 batches: one short of 6."""
     world = make_world(tmp_path_factory.mktemp("world"), n_train=6, shape=(50, 70))
-    table = slice_dataset(
-        SliceConfig(
-            data_dir=world.train_dir,
-            metadata_fp=world.table,
-            image_size=32,
-            workers=1,
-            output_dir=tmp_path_factory.mktemp("sahi"),
-        )
-    ).table
+    table = slice_dataset(slicing(world, output_dir=tmp_path_factory.mktemp("sahi"))).table
     return {
         "data_dir": table.parent,
         "metadata_fp": table,
@@ -90,23 +83,6 @@ def options(tmp_path_factory):
         "samples_per_epoch": 23,
         "use_weighted_sampler": True,
     }
-
-
-@pytest.fixture(scope="module")
-def new_store(tmp_path_factory):
-    """Folders with a store without runs: MLflow needs seconds to make one."""
-    first = tmp_path_factory.mktemp("store") / "mlflow.db"
-    with quiet_libraries():
-        from mlflow import MlflowClient
-
-        MlflowClient(f"sqlite:///{first}").search_experiments()
-
-    def make(folder):
-        folder.mkdir()
-        shutil.copy(first, folder)
-        return folder
-
-    return make
 
 
 @pytest.fixture(scope="module")
@@ -196,10 +172,7 @@ def test_only_the_first_writes_and_speaks(whole):
     assert second["bundle"]  # the others wait until all is there
     assert first["summary"].startswith("trained 2 epochs")
     assert not second["summary"]
-    with quiet_libraries():
-        from mlflow import MlflowClient
-
-        client = MlflowClient(f"sqlite:///{config.output_dir}/mlflow.db")
+    client = mlflow_client(config.output_dir)
     (experiment,) = client.search_experiments(filter_string="name = 'kelp'")
     (run,) = client.search_runs([experiment.experiment_id])
     assert run.info.status == "FINISHED"

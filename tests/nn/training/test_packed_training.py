@@ -7,9 +7,10 @@ import logging
 import pytest
 import torch
 from safetensors.torch import load_file
+from slicing_world import config as slicing
 from world import make_world
 
-from kelp.config import SliceConfig, TrainConfig
+from kelp.config import TrainConfig
 from kelp.data_prep.slicing import slice_dataset
 from kelp.nn.data.datamodule import read_fold
 from kelp.nn.data.packing import FOLDER, pack
@@ -22,16 +23,7 @@ def runs(tmp_path_factory):
     """Runs of one output folder: their weights and their messages, by name."""
     root = tmp_path_factory.mktemp("runs")
     world = make_world(root, n_train=4, n_test=0, shape=(50, 70))
-    table = slice_dataset(
-        SliceConfig(
-            data_dir=world.train_dir,
-            metadata_fp=world.table,
-            image_size=32,
-            workers=1,
-            output_dir=root / "sahi",
-            materialize=False,
-        )
-    ).table
+    table = slice_dataset(slicing(world, output_dir=root / "sahi", materialize=False)).table
     options = {
         "data_dir": table.parent,
         "metadata_fp": table,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
 from types import SimpleNamespace
@@ -11,14 +10,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from bundles import tiny_spec
-from nn.training.test_training import Stop, client, only_run, stop_at
-from PIL import Image
+from bundles import mlflow_client, tiny_spec
+from nn.training.test_training import Stop, only_run, stop_at
 from safetensors.torch import load_file
-from world import coast, make_world, write_tif
+from slicing_world import config as slicing
+from world import coast, make_world, rgb_of, write_tif
 
 import kelp
-from kelp.config import SliceConfig, TrainConfig
+from kelp.config import TrainConfig
 from kelp.data_prep.slicing import slice_dataset
 from kelp.inference.bundle import load_bundle
 from kelp.nn.card import model_card
@@ -27,7 +26,6 @@ from kelp.nn.training import checkpoint
 from kelp.nn.training.checkpoint import SPEED, WAITING
 from kelp.nn.training.fit import train
 from kelp.nn.training.pictures import SET_SIZE, Album, choose
-from kelp.nn.training.tracking import quiet_libraries
 from kelp.plotting import charts
 
 EPOCHS = 3
@@ -41,15 +39,7 @@ def world(tmp_path_factory):
 @pytest.fixture(scope="module")
 def options(world, tmp_path_factory):
     """A network of 64 px with dropout, which draws random numbers while it trains."""
-    table = slice_dataset(
-        SliceConfig(
-            data_dir=world.train_dir,
-            metadata_fp=world.table,
-            image_size=32,
-            workers=1,
-            output_dir=tmp_path_factory.mktemp("sahi"),
-        )
-    ).table
+    table = slice_dataset(slicing(world, output_dir=tmp_path_factory.mktemp("sahi"))).table
     return {
         "data_dir": table.parent,
         "metadata_fp": table,
@@ -71,21 +61,6 @@ def options(world, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def new_store(tmp_path_factory):
-    """Folders with a store without runs: MLflow needs seconds to make one."""
-    first = tmp_path_factory.mktemp("store") / "mlflow.db"
-    with quiet_libraries():
-        client(first.parent).search_experiments()
-
-    def make(folder):
-        folder.mkdir()
-        shutil.copy(first, folder)
-        return folder
-
-    return make
-
-
-@pytest.fixture(scope="module")
 def run(options, new_store, tmp_path_factory):
     """A complete run with pictures that several tests look at."""
     return train(TrainConfig(**options, output_dir=new_store(tmp_path_factory.mktemp("a") / "b")))
@@ -96,11 +71,6 @@ def pictures(run_dir):
     return {
         path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*.png")
     }
-
-
-def image(png):
-    with Image.open(io.BytesIO(png)) as picture:
-        return np.asarray(picture.convert("RGB"))
 
 
 # --- the samples
@@ -173,7 +143,7 @@ def test_what_is_drawn(run):
     }
     sheets = [drawn[f"samples/epoch-{k:03d}.png"] for k in (1, 2, 3)]
     assert len(set(sheets)) == 3  # it learned, and so they differ
-    assert len({image(sheet).shape for sheet in sheets}) == 1
+    assert len({rgb_of(sheet).shape for sheet in sheets}) == 1
     assert max(len(sheet) for sheet in sheets) < 300_000
 
 
@@ -193,7 +163,7 @@ def test_counts_of_every_epoch(run):
 
 
 def test_the_speed_is_in_mlflow_and_not_in_the_history(run):
-    mlflow = client(run.run_dir.parent.parent)
+    mlflow = mlflow_client(run.run_dir.parent.parent)
     for name, most in ((SPEED, 1e6), (WAITING, 1)):
         curve = mlflow.get_metric_history(run.run_id, name)
         assert [point.step for point in curve] == [1, 2, 3]
@@ -209,7 +179,7 @@ def test_what_validation_predicts_is_what_is_drawn(run, options, new_store, tmp_
     ours, theirs = pictures(run.run_dir), pictures(again.run_dir)
     assert ours.keys() == theirs.keys()
     for name in ours:
-        a, b = image(ours[name]), image(theirs[name])
+        a, b = rgb_of(ours[name]), rgb_of(theirs[name])
         assert (a != b).any(axis=-1).mean() < 1e-3, name  # other batches, other roundings
     (weights,) = {
         (r.run_dir / "artifacts" / "bundle-latest" / "weights.safetensors").read_bytes()
@@ -320,7 +290,7 @@ def test_long_runs_keep_about_twenty_sheets(epochs, sheets):
 
 def test_another_store_gets_the_pictures_in_their_folder(options, new_store, tmp_path, monkeypatch):
     store = new_store(tmp_path / "elsewhere")
-    mlflow = client(store)
+    mlflow = mlflow_client(store)
     mlflow.create_experiment("kelp", artifact_location=(store / "files").as_uri())
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{store}/mlflow.db")
     config = TrainConfig(**options | {"epochs": 1}, output_dir=tmp_path / "runs")

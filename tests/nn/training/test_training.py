@@ -18,11 +18,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from bundles import mlflow_client
 from safetensors.torch import load_file
+from slicing_world import config as slicing
 from world import make_world
 
 import kelp
-from kelp.config import SliceConfig, StatsConfig, TrainConfig, TuneConfig
+from kelp.config import StatsConfig, TrainConfig, TuneConfig
 from kelp.data_prep.slicing import slice_dataset
 from kelp.data_prep.stats import compute_stats
 from kelp.errors import ConfigError, InputError, StatsError, TrainingError, WeightsError
@@ -46,24 +48,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def table(world, tmp_path_factory):
-    return slice_dataset(
-        SliceConfig(
-            data_dir=world.train_dir,
-            metadata_fp=world.table,
-            image_size=32,
-            workers=1,
-            output_dir=tmp_path_factory.mktemp("sahi"),
-        )
-    ).table
-
-
-@pytest.fixture(scope="module")
-def empty_store(tmp_path_factory):
-    """A store without runs: MLflow needs seconds to make one."""
-    path = tmp_path_factory.mktemp("store") / "mlflow.db"
-    with quiet_libraries():
-        client(path.parent).search_experiments()
-    return path
+    return slice_dataset(slicing(world, output_dir=tmp_path_factory.mktemp("sahi"))).table
 
 
 @pytest.fixture(scope="module")
@@ -136,13 +121,6 @@ def test_a_run_is_calibrated_on_the_images_it_held_out(run, configure, tmp_path)
     plain = train(configure(calibrate=False, epochs=1))
     spec = read_spec(plain.bundle)
     assert (spec.threshold, spec.tuning, spec.held_out_sites) == (0.5, {}, ())
-
-
-def client(output_dir):
-    with quiet_libraries():
-        from mlflow import MlflowClient
-
-        return MlflowClient(f"sqlite:///{output_dir}/mlflow.db")
 
 
 def weights(folder):
@@ -239,7 +217,7 @@ def test_the_bundle_scores_what_was_logged(run):
 
 def test_mlflow_knows_the_run(run):
     config, result, _ = run
-    mlflow = client(config.output_dir)
+    mlflow = mlflow_client(config.output_dir)
     record = mlflow.get_run(result.run_id)
     assert record.info.status == "FINISHED"
     assert record.info.artifact_uri == (result.run_dir / "artifacts").as_uri()
@@ -325,7 +303,7 @@ def test_a_stopped_run_ends_as_if_it_had_not_been(run, configure, step, error, w
         train(config, progress=stop_at(step, error))
     assert signal.getsignal(signal.SIGINT) is handler
     run_dir = only_run(config)
-    assert client(config.output_dir).get_run(run_dir.name).info.status == status
+    assert mlflow_client(config.output_dir).get_run(run_dir.name).info.status == status
     assert not (run_dir / "artifacts" / "bundle").exists()
 
     resumed = train(configure(resume_from=run_dir, save_top_k=2, num_workers=workers))
@@ -336,7 +314,7 @@ def test_a_stopped_run_ends_as_if_it_had_not_been(run, configure, step, error, w
         assert_same_weights(
             weights(whole.run_dir / "artifacts" / name), weights(run_dir / "artifacts" / name)
         )
-    mlflow = client(config.output_dir)
+    mlflow = mlflow_client(config.output_dir)
     assert mlflow.get_run(run_dir.name).info.status == "FINISHED"
     assert [m.step for m in mlflow.get_metric_history(run_dir.name, "val/dice")] == [1, 2, 3]
 
@@ -359,7 +337,7 @@ def test_a_full_disk_is_one_line_and_then_gone_on_from(run, configure, monkeypat
         with pytest.raises(InputError, match=r"cannot be written \(No space left on device\)"):
             train(config)
     run_dir = only_run(config)
-    assert client(config.output_dir).get_run(run_dir.name).info.status == "FAILED"
+    assert mlflow_client(config.output_dir).get_run(run_dir.name).info.status == "FAILED"
     assert not list(run_dir.rglob(".*partial*"))
     jumps = itertools.cycle((0, 1e8, -1e8))
     monkeypatch.setattr(time, "time", lambda: 1.8e9 + next(jumps))
@@ -544,7 +522,7 @@ def test_divergence_is_an_error_and_a_failed_run(configure):
     with pytest.raises(ConfigError, match=r"diverged.*lower lr"):
         train(config)
     run_dir = only_run(config)
-    assert client(config.output_dir).get_run(run_dir.name).info.status == "FAILED"
+    assert mlflow_client(config.output_dir).get_run(run_dir.name).info.status == "FAILED"
     assert not (run_dir / "artifacts" / "bundle").exists()
 
 
@@ -642,7 +620,7 @@ def test_options_run_and_the_bundle_loads(configure, world, monkeypatch, changes
 def test_points_within_epochs(configure):
     config = configure(epochs=2, val_check_interval=0.34, log_every_n_steps=2)
     result = train(config)
-    mlflow = client(config.output_dir)
+    mlflow = mlflow_client(config.output_dir)
     curves = {
         name: [(m.step, m.value) for m in mlflow.get_metric_history(result.run_id, name)]
         for name in ("train/loss_step", "lr_step", "val/dice_step", "val/dice")
@@ -727,7 +705,7 @@ def test_another_store_gets_a_copy(configure, empty_store, tmp_path, monkeypatch
     store = tmp_path / "elsewhere"
     store.mkdir()
     shutil.copy(empty_store, store)
-    mlflow = client(store)
+    mlflow = mlflow_client(store)
     mlflow.create_experiment("kelp", artifact_location=(store / "files").as_uri())
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{store}/mlflow.db")
     config = configure(fast_dev_run=True)
@@ -736,7 +714,7 @@ def test_another_store_gets_a_copy(configure, empty_store, tmp_path, monkeypatch
     copy = store / "files" / result.run_id / "artifacts"
     for name in ("bundle/bundle.json", "config.yaml", "confusion_matrix.png"):
         assert (copy / name).read_bytes() == (result.run_dir / "artifacts" / name).read_bytes()
-    assert not client(config.output_dir).get_experiment_by_name("kelp")
+    assert not mlflow_client(config.output_dir).get_experiment_by_name("kelp")
 
 
 # --- number formats
