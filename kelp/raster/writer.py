@@ -209,7 +209,7 @@ class RasterWriter:
         """
         found, begin, shape = list[tuple[int, Shape]](), 0, self._shape
         while max(shape) > _SMALLEST:
-            half = (shape[0] + 1) // 2, (shape[1] + 1) // 2
+            half = Shape((shape[0] + 1) // 2, (shape[1] + 1) // 2)
             end = begin + shape[0] * shape[1]
             for y in range(0, shape[0], 256):
                 rows = min(256, shape[0] - y)
