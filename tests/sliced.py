@@ -5,6 +5,7 @@ import threading
 import numpy as np
 
 from kelp.raster.bands import BANDS, DEM, QA
+from kelp.raster.validity import canonical
 from kelp.raster.window import Tile
 
 NIR = BANDS.index("NIR")
@@ -18,6 +19,16 @@ def random_scene(shape, seed=0, missing=0.2, islands=0.0):
     pixels[QA] = _blocks(rng, shape) < 0.1
     pixels[DEM] = np.where(_blocks(rng, shape) < islands, 5, rng.integers(-2, 1, shape))
     return pixels
+
+
+def noisy_scene(shape, seed=0, holes=0.2):
+    """A canonical array of stored numbers: holes, bad pixels and elevations at random."""
+    rng = np.random.default_rng(seed)
+    raw = rng.integers(1, 65535, (len(BANDS), *shape)).astype(np.float64)
+    raw[QA] = rng.random(shape) < 0.1
+    raw[DEM] = rng.integers(-2, 50, shape)
+    raw[:QA][rng.random((5, *shape)) < holes] = -32768
+    return canonical(raw)
 
 
 def _blocks(rng, shape, side=13):
@@ -51,6 +62,7 @@ class ArrayScene:
         self._lock = threading.Lock()
 
     def read(self, tile):
+        assert 0 <= tile.y <= tile.bottom <= self.shape[0]
         with self._lock:
             self.windows.append(tile)
             self.held = max(self.held, tile.bottom - self.written)

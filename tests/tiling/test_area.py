@@ -3,45 +3,19 @@
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sliced import ArrayScene, exact, noisy_scene
 
-from kelp.raster.bands import BANDS, DEM, QA
-from kelp.raster.validity import canonical, observed
+from kelp.raster.bands import DEM
+from kelp.raster.validity import observed
 from kelp.tiling import engine as engines
 from kelp.tiling.grid import TileGrid
 from kelp.tiling.strip import Slicing
 
-NIR = BANDS.index("NIR")
-
-
-def scene(shape, seed=0, holes=0.2):
-    rng = np.random.default_rng(seed)
-    raw = rng.integers(1, 65535, (len(BANDS), *shape)).astype(np.float64)
-    raw[QA] = rng.random(shape) < 0.1
-    raw[DEM] = rng.integers(-2, 50, shape)
-    raw[:QA][rng.random((5, *shape)) < holes] = -32768
-    return canonical(raw)
-
 
 def scale(batch):
     """The exact network: NIR as a probability, and a share of the tile's mean."""
-    near = np.nan_to_num(batch[:, NIR], nan=0.0) / np.float32(65535)
+    near = exact(batch)
     return (near + near.mean(axis=(1, 2), keepdims=True)) / 2
-
-
-class ArrayScene:
-    def __init__(self, pixels):
-        self.pixels = pixels
-        self.shape = pixels.shape[1:]
-        self.result = np.full(self.shape, -1, dtype=np.float32)
-
-    def read(self, tile):
-        return self.pixels[:, *tile.slices]
-
-    def write(self, y, rows):
-        self.result[y : y + len(rows)] = rows
-
-    def close(self):
-        pass
 
 
 class Area:
@@ -100,7 +74,7 @@ def test_inside_is_the_map_of_the_whole_scene(shape, corner, size, tile, share, 
     overlap = tile * share // 4
     top, left = (round(c * (s - 1)) for c, s in zip(corner, shape, strict=True))
     wanted = rectangle(shape, top, left, *size)
-    pixels = scene(shape, seed)
+    pixels = noisy_scene(shape, seed)
     if skip_land:
         pixels[DEM] = np.where(np.arange(shape[1]) < shape[1] // 2, 5, 0)
     options = {"skip_land": skip_land, "land_tolerance": 2}
@@ -124,7 +98,7 @@ def test_inside_is_the_map_of_the_whole_scene(shape, corner, size, tile, share, 
 def test_only_what_tiles_need_is_read():
     shape, tile, overlap = (400, 500), 32, 16
     wanted = rectangle(shape, 200, 240, 60, 80)
-    job = AreaScene(scene(shape), wanted)
+    job = AreaScene(noisy_scene(shape), wanted)
     _, counts = run(job, (tile, tile), (overlap, overlap))
     needed, count = touching(shape, tile, overlap, wanted)
     assert counts.predicted == count
@@ -133,7 +107,7 @@ def test_only_what_tiles_need_is_read():
 
 def test_observed_pixels_outside_still_weigh_a_tile():
     """A tile's weight is its observed share, of all its pixels: else the map would change."""
-    pixels = scene((40, 40), holes=0.5)
+    pixels = noisy_scene((40, 40), holes=0.5)
     wanted = rectangle((40, 40), 10, 10, 3, 3)
     whole, _ = run(ArrayScene(pixels), (16, 16), (8, 8))
     found, _ = run(AreaScene(pixels, wanted), (16, 16), (8, 8))
@@ -145,7 +119,7 @@ def test_observed_pixels_outside_still_weigh_a_tile():
 def test_an_area_of_single_pixels():
     wanted = np.zeros((50, 50), bool)
     wanted[[0, 49, 25], [0, 49, 10]] = True
-    pixels = scene((50, 50), holes=0)
+    pixels = noisy_scene((50, 50), holes=0)
     whole, _ = run(ArrayScene(pixels), (16, 16), (8, 8))
     found, counts = run(AreaScene(pixels, wanted), (16, 16), (8, 8))
     np.testing.assert_array_equal(found[wanted], whole[wanted])
@@ -153,5 +127,5 @@ def test_an_area_of_single_pixels():
 
 
 def test_a_source_without_area_is_wanted_whole():
-    result, _ = run(ArrayScene(scene((20, 20), holes=0)), (16, 16), (8, 8))
+    result, _ = run(ArrayScene(noisy_scene((20, 20), holes=0)), (16, 16), (8, 8))
     assert np.isfinite(result).mean() > 0.8

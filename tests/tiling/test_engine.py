@@ -4,53 +4,17 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sliced import NIR, ArrayScene, exact, noisy_scene
 
 from kelp.errors import InputError
-from kelp.raster.bands import BANDS, DEM, QA
-from kelp.raster.validity import canonical, observed
+from kelp.raster.bands import DEM, QA
+from kelp.raster.validity import observed
 from kelp.tiling.engine import Engine, Job
 from kelp.tiling.grid import TileGrid
 from kelp.tiling.strip import Slicing
 
-NIR = BANDS.index("NIR")
 
-
-def scene(shape, seed=0, holes=0.2):
-    rng = np.random.default_rng(seed)
-    raw = rng.integers(1, 65535, (len(BANDS), *shape)).astype(np.float64)
-    raw[QA] = rng.random(shape) < 0.1
-    raw[DEM] = rng.integers(-2, 50, shape)
-    raw[:QA][rng.random((5, *shape)) < holes] = -32768
-    return canonical(raw)
-
-
-def scale(batch):
-    """The exact network: NIR as a probability."""
-    return np.nan_to_num(batch[:, NIR], nan=0.0) / np.float32(65535)
-
-
-class ArrayScene:
-    def __init__(self, pixels):
-        self.pixels = pixels
-        self.shape = pixels.shape[1:]
-        self.rows_read = 0
-        self.result = np.full(self.shape, -1, dtype=np.float32)
-        self.closed = 0
-
-    def read(self, tile):
-        assert 0 <= tile.y <= tile.bottom <= self.shape[0]
-        self.rows_read += tile.height
-        return self.pixels[:, *tile.slices]
-
-    def write(self, y, rows):
-        assert not self.closed
-        self.result[y : y + len(rows)] = rows
-
-    def close(self):
-        self.closed += 1
-
-
-def run(scenes, predict=scale, tile=(16, 16), overlap=(8, 8), **options):
+def run(scenes, predict=exact, tile=(16, 16), overlap=(8, 8), **options):
     jobs = [ArrayScene(pixels) for pixels in scenes]
     engine = Engine(predict, Slicing(tile, overlap, **options))
     engine.run(Job(job, job) for job in jobs)
@@ -76,10 +40,10 @@ def settings_of_a_run(draw):
 @given(case=settings_of_a_run(), holes=st.sampled_from([0.0, 0.2, 0.9, 1.0]))
 def test_an_exact_network_gives_its_map_at_any_size(case, holes):
     shape, options = case
-    pixels = scene(shape, holes=holes)
+    pixels = noisy_scene(shape, holes=holes)
     (result,), _, _ = run([pixels], **options)
     seen = observed(pixels, options["qa_as_nodata"])
-    expected = np.where(seen, scale(pixels[None])[0], np.nan)
+    expected = np.where(seen, exact(pixels[None])[0], np.nan)
     np.testing.assert_allclose(result, expected, atol=1e-6)
 
 
@@ -87,7 +51,7 @@ def test_an_exact_network_gives_its_map_at_any_size(case, holes):
 @given(case=settings_of_a_run(), order=st.permutations(range(4)), batch=st.integers(1, 9))
 def test_order_of_scenes_and_batch_size_change_no_bit(case, order, batch):
     shape, options = case
-    scenes = [scene((shape[0] + i, shape[1]), seed=i) for i in range(4)]
+    scenes = [noisy_scene((shape[0] + i, shape[1]), seed=i) for i in range(4)]
     alone = [run([pixels], **options)[0][0] for pixels in scenes]
     together, _, _ = run([scenes[i] for i in order], **{**options, "batch_size": batch})
     for i, result in zip(order, together, strict=True):
@@ -99,22 +63,22 @@ def test_batches_have_one_shape_and_run_across_scenes():
 
     def predict(batch):
         shapes.append(batch.shape)
-        return scale(batch)
+        return exact(batch)
 
-    _, engine, _ = run([scene((20, 20), i, 0.0) for i in range(5)], predict, batch_size=8)
+    _, engine, _ = run([noisy_scene((20, 20), i, 0.0) for i in range(5)], predict, batch_size=8)
     assert set(shapes) == {(8, 7, 16, 16)}
     assert engine.counts.predicted == 20
     assert len(shapes) == 3
 
 
 def test_each_row_is_read_once():
-    pixels = scene((100, 30))
+    pixels = noisy_scene((100, 30))
     _, _, (job,) = run([pixels], tile=(32, 16), overlap=(24, 8))
-    assert job.rows_read == 100
+    assert sum(tile.height for tile in job.windows) == 100
 
 
 def test_tiles_without_an_observed_pixel_are_not_run():
-    pixels = scene((64, 64), holes=0.0)
+    pixels = noisy_scene((64, 64), holes=0.0)
     pixels[NIR, :32] = np.nan
     (result,), engine, _ = run([pixels], overlap=(0, 0))
     assert engine.counts.unobserved == 8
@@ -129,7 +93,7 @@ def test_a_scene_without_data_is_not_observed_everywhere():
 
 
 def test_all_land_tiles_are_zero_on_request_and_nothing_else_changes():
-    pixels = scene((48, 64), holes=0.0)
+    pixels = noisy_scene((48, 64), holes=0.0)
     pixels[QA] = 0
     pixels[DEM] = 0
     pixels[DEM, :, 32:] = 5
@@ -148,12 +112,12 @@ def test_all_land_tiles_are_zero_on_request_and_nothing_else_changes():
 
 def test_the_answer_of_a_tile_lies_where_the_network_put_it():
     """A network that moves its answer by a column: so does the map of tiles side by side."""
-    pixels = scene((32, 48), holes=0.0)
+    pixels = noisy_scene((32, 48), holes=0.0)
     pixels[QA] = 0
     (result,), _, _ = run(
-        [pixels], lambda batch: np.roll(scale(batch), 1, axis=2), overlap=(0, 0), blend="mean"
+        [pixels], lambda batch: np.roll(exact(batch), 1, axis=2), overlap=(0, 0), blend="mean"
     )
-    tiles = scale(pixels[None])[0].reshape(32, 3, 16)
+    tiles = exact(pixels[None])[0].reshape(32, 3, 16)
     np.testing.assert_allclose(result, np.roll(tiles, 1, axis=2).reshape(32, 48), atol=1e-6)
 
 
@@ -164,7 +128,7 @@ def test_probabilities_are_averaged_not_votes():
     def predict(batch):
         return np.stack([np.full(batch.shape[2:], next(answers), np.float32) for _ in batch])
 
-    pixels = scene((16, 24), holes=0.0)
+    pixels = noisy_scene((16, 24), holes=0.0)
     pixels[QA] = 0
     (result,), _, _ = run([pixels], predict, batch_size=1)
     np.testing.assert_allclose(result[:, 8:16], 0.55, atol=1e-6)
@@ -174,7 +138,7 @@ def test_probabilities_are_averaged_not_votes():
 @pytest.mark.parametrize("batch_size", [1, 5, 64])
 def test_a_failed_scene_is_named_and_the_others_are_done(monkeypatch, verb, batch_size):
     """Also where it fails while another scene is being read, or at the very end."""
-    jobs = [ArrayScene(scene((40, 40), i, holes=0.1)) for i in range(4)]
+    jobs = [ArrayScene(noisy_scene((40, 40), i, holes=0.1)) for i in range(4)]
     bad, done = jobs[1], getattr(jobs[1], verb)
 
     def broken(*arguments):
@@ -183,7 +147,7 @@ def test_a_failed_scene_is_named_and_the_others_are_done(monkeypatch, verb, batc
         return done(*arguments)
 
     monkeypatch.setattr(bad, verb, broken)
-    engine = Engine(scale, Slicing((16, 16), (8, 8), batch_size=batch_size))
+    engine = Engine(exact, Slicing((16, 16), (8, 8), batch_size=batch_size))
     engine.run(Job(job, job) for job in jobs)
     assert [(sink, str(error)) for sink, error in engine.failures] == [(bad, "disk full")]
     for job in (jobs[0], jobs[2], jobs[3]):
@@ -194,9 +158,9 @@ def test_a_failed_scene_is_named_and_the_others_are_done(monkeypatch, verb, batc
 
 def test_progress_counts_every_tile():
     done = []
-    pixels = scene((50, 70))
+    pixels = noisy_scene((50, 70))
     pixels[NIR, :20] = np.nan
-    engine = Engine(scale, Slicing((16, 16), (8, 8)), done.append)
+    engine = Engine(exact, Slicing((16, 16), (8, 8)), done.append)
     job = ArrayScene(pixels)
     engine.run([Job(job, job)])
     assert sum(done) == len(TileGrid((50, 70), 16, 8)) == engine.counts.tiles
@@ -206,7 +170,7 @@ def test_progress_counts_every_tile():
 def test_a_wide_scene_is_read_in_pieces(monkeypatch, block):
     """In columns of whole blocks, or in rows: each pixel once."""
     monkeypatch.setattr("kelp.tiling.strip.PIECE", 20_000)
-    pixels, windows = scene((200, 3000), holes=0), []
+    pixels, windows = noisy_scene((200, 3000), holes=0), []
 
     class Source(ArrayScene):
         def read(self, tile):
@@ -215,8 +179,8 @@ def test_a_wide_scene_is_read_in_pieces(monkeypatch, block):
 
     source = Source(pixels)
     source.block = block
-    Engine(scale, Slicing((64, 64), (32, 32), qa_as_nodata=False)).run([Job(source, source)])
-    np.testing.assert_allclose(source.result, scale(pixels[None])[0], atol=1e-6)
+    Engine(exact, Slicing((64, 64), (32, 32), qa_as_nodata=False)).run([Job(source, source)])
+    np.testing.assert_allclose(source.result, exact(pixels[None])[0], atol=1e-6)
     seen = np.zeros(source.shape, dtype=int)
     for tile in windows:
         seen[tile.slices] += 1
