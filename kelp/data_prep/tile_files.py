@@ -12,7 +12,7 @@ from rasterio.dtypes import in_dtype_range
 from rasterio.io import MemoryFile
 
 from kelp.errors import InputError
-from kelp.io.files import atomic
+from kelp.io.files import write_bytes
 from kelp.raster.bands import MASK_NODATA, NODATA, OPTICAL
 from kelp.raster.masks import Georeference, suppress_georef_warnings
 from kelp.raster.scene import Scene
@@ -118,5 +118,4 @@ def encode(pixels: NDArray[Any], form: TileFormat, georeference: Georeference) -
 
 def put(path: Path, content: bytes) -> None:
     """Write a file that appears complete or not at all; not yet safe from a power cut."""
-    with atomic(path, sync=False) as partial:
-        partial.write_bytes(content)
+    write_bytes(path, content, sync=False)

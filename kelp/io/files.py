@@ -251,6 +251,12 @@ def _replace_folder(new: Path, path: Path) -> None:
             return
 
 
+def write_bytes(path: Path, content: bytes, sync: bool = True) -> None:
+    """Write a file atomically; `sync`: see `atomic`."""
+    with atomic(path, sync) as partial:
+        partial.write_bytes(content)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write `text` (UTF-8) atomically."""
     with atomic(path) as partial:

@@ -34,7 +34,7 @@ from kelp.inference.backends.onnx import (
 )
 from kelp.inference.bundle import NETWORK_FILE, find_bundle, read_spec
 from kelp.inference.spec import BundleSpec
-from kelp.io.files import atomic
+from kelp.io.files import write_bytes
 from kelp.nn.bundle import load_network
 from kelp.nn.model import KelpNet
 from kelp.progress import Progress, silent
@@ -116,8 +116,7 @@ def export_network(folder: Path, path: Path, progress: Progress = silent) -> Exp
             f"probability, {LARGEST_DIFFERENCE:g} is allowed; update onnxscript and "
             "onnxruntime (pip install --upgrade), or use the bundle"
         )
-    with atomic(path) as partial:
-        partial.write_bytes(content)
+    write_bytes(path, content)
     progress("exporting", _STEPS, _STEPS)
     if spec.tile_size[0] != spec.tile_size[1]:
         log.info("%s: Deepness in QGIS takes square tiles only", path)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from kelp.config.predict import PreviewConfig
 from kelp.config.scenes import SceneOptions
 from kelp.errors import InputError
-from kelp.io.files import atomic, output_folder
+from kelp.io.files import output_folder, write_bytes
 from kelp.io.location import local
 from kelp.plotting import rendering, style
 from kelp.plotting.rendering import Picture
@@ -102,8 +102,7 @@ def write_previews(
         content = picture_of(
             scene, mask, band_order=band_order, ignore_georeference=ignore_georeference
         )
-        with atomic(picture) as partial:
-            partial.write_bytes(content)
+        write_bytes(picture, content)
         pictures.append(picture)
         progress("previews", done, len(shown))
     return pictures

@@ -35,7 +35,6 @@ from kelp.nn.comparison.variants import (
     Variant,
     variants_of,
 )
-from kelp.nn.device import resolve_device, resolve_precision
 from kelp.plotting.preview import picture_of
 from kelp.progress import Progress, silent
 from kelp.raster.bands import MASK_NODATA
@@ -87,9 +86,7 @@ def compare(config: CompareConfig, progress: Progress = silent) -> CompareResult
     )
     total = len(scenes.images) + len(failures)
     variants, left_out = _variants(config, bundles, scenes)
-    device = resolve_device(config.device)
-    precision = resolve_precision(config.precision, device)
-    runtime = Runtime(device, precision, config.batch_size)
+    runtime = Runtime.of(config)
     folder = output_folder(config.output_dir)
     discard_partials(folder)
     with scratch_folder(folder) as scratch:
@@ -114,7 +111,7 @@ def compare(config: CompareConfig, progress: Progress = silent) -> CompareResult
         "images": comparison.images,
         "places": comparison.sites,
         "draws": config.draws,
-        "precision": precision,
+        "precision": runtime.precision,
         "pixel_size": comparison.area,
         "left_out": left_out,
         "ways": comparison.to_json(advice.whole),

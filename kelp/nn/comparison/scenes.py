@@ -146,9 +146,8 @@ def labelled_scenes(
     noted = {local(path): failure for path, failure in wrong.items()}
     require_kelp_value(found.truths.values(), options.kelp_value)
     grids: dict[Path, Grid] = {}
-    for task in tasks:  # before hours of prediction, not after
-        path = local(task.path)
-        masks = [found.truths[path], *([labels[path]] if path in labels else [])]
+    for path in (local(task.path) for task in tasks):  # before hours of prediction, not after
+        masks = [masks_of[path] for masks_of in (found.truths, labels) if path in masks_of]
         grid = attempt(partial(_grid, options, masks), path)
         if isinstance(grid, Failure):
             noted[path] = grid

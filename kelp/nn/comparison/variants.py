@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Final, Literal, Protocol
+from typing import Final, Literal, Protocol, Self
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch.nn import functional
 
 from kelp.config.choices import Interpolation, MergeMode, Precision
+from kelp.config.shared import NetworkOptions
 from kelp.errors import ConfigError
 from kelp.inference.backends import Processor
 from kelp.inference.backends.onnx import OnnxNet
@@ -20,7 +21,7 @@ from kelp.inference.bundle import Bundle
 from kelp.inference.predictor import predict
 from kelp.inference.spec import BundleSpec
 from kelp.nn.backend import TorchBackend
-from kelp.nn.device import autocast
+from kelp.nn.device import autocast, resolve_device, resolve_precision
 from kelp.nn.resize import pick, to_network
 from kelp.raster.scene import Scene
 from kelp.raster.window import Blend, Shape
@@ -40,6 +41,12 @@ class Runtime:
     device: torch.device
     precision: Precision
     batch_size: int | None = None
+
+    @classmethod
+    def of(cls, options: NetworkOptions) -> Self:
+        """As options say, on what is there."""
+        device = resolve_device(options.device)
+        return cls(device, resolve_precision(options.precision, device), options.batch_size)
 
 
 class Sink(Protocol):

@@ -17,7 +17,7 @@ from kelp.errors import TableError
 from kelp.evaluation.confusion import Confusion
 from kelp.inference.backends.trees import PixelTrees, lightgbm
 from kelp.inference.spec import TREES, BundleSpec, NetworkSpec
-from kelp.io.files import atomic, write_json
+from kelp.io.files import write_bytes, write_json
 from kelp.nn.bundle import save_bundle
 from kelp.nn.metrics import KelpScores, monitored
 from kelp.nn.preprocess import Preprocess
@@ -252,6 +252,5 @@ def draw_importances(folder: Path, gains: Mapping[str, float]) -> dict[str, floa
     write_json(folder / f"{IMPORTANCES}.json", rows)
     shares = {name: row["share"] for name, row in rows.items()}
     png = bars(shares, "Importance of the channels", "share of the gain of all splits")
-    with atomic(folder / f"{IMPORTANCES}.png") as partial:
-        partial.write_bytes(png)
+    write_bytes(folder / f"{IMPORTANCES}.png", png)
     return shares

@@ -16,7 +16,7 @@ from torch import Tensor
 from kelp.config import TrainConfig
 from kelp.evaluation.confusion import Confusion
 from kelp.inference.spec import NetworkSpec
-from kelp.io.files import atomic, output_folder, write_json
+from kelp.io.files import output_folder, write_bytes, write_json
 from kelp.nn.data.dataset import Sample, TileDataset, collate
 from kelp.nn.metrics import THRESHOLD, monitored, to_matrix
 from kelp.nn.model import KelpNet
@@ -151,7 +151,7 @@ class Album:
 
     def _write(self, name: str, png: bytes) -> str:
         output_folder((self.artifacts / name).parent)
-        _write(self.artifacts / name, png)
+        write_bytes(self.artifacts / name, png)
         return name
 
 
@@ -180,7 +180,7 @@ def draw_curves(folder: Path, history: Sequence[Mapping[str, float]], best: int)
         line: [(k, epoch[name]) for k, epoch in enumerate(history, 1)]
         for name, line in _PANELS.items()
     }
-    _write(folder / CURVES, charts.curves(curves, best))
+    write_bytes(folder / CURVES, charts.curves(curves, best))
 
 
 def write_confusions(folder: Path, epochs: Sequence[Confusion], best: int) -> None:
@@ -206,12 +206,7 @@ def write_confusion(
 def draw_confusion(folder: Path, confusion: Confusion) -> None:
     """Picture a confusion matrix."""
     png = charts.confusion(tp=confusion.tp, fp=confusion.fp, fn=confusion.fn, tn=confusion.tn)
-    _write(folder / f"{MATRIX}.png", png)
-
-
-def _write(path: Path, content: bytes) -> None:
-    with atomic(path) as partial:
-        partial.write_bytes(content)
+    write_bytes(folder / f"{MATRIX}.png", png)
 
 
 def choose(rows: pd.DataFrame, data: TileDataset, sets: int) -> list[int]:

@@ -15,7 +15,7 @@ from kelp.data_prep.stats import Source as StatsSource
 from kelp.data_prep.stats import file_statistics
 from kelp.errors import ConfigError, InputError
 from kelp.inference.spec import NetworkSpec
-from kelp.io.files import atomic
+from kelp.io.files import write_bytes
 from kelp.nn.data.dataset import Source
 from kelp.nn.device import resolve_device
 from kelp.nn.training.tracking import ARTIFACTS
@@ -54,9 +54,7 @@ class Statistics:
         if self.given is None:
             self.file.save(path)
         elif self.given.resolve() != path.resolve():
-            content = self.given.read_bytes()
-            with atomic(path) as partial:
-                partial.write_bytes(content)
+            write_bytes(path, self.given.read_bytes())
         return path
 
 
