@@ -5,10 +5,15 @@ import shutil
 import signal
 
 import pytest
+from hypothesis import settings
 
 # `make test` runs two files at a time: networks that take all cores would wait for one another.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A busy machine is slow: time alone fails no property test.
+settings.register_profile("kelp", deadline=None)
+settings.load_profile("kelp")
 
 # A background job of a shell inherits an ignored Ctrl-C, and would hand that on to the programs
 # that tests start and stop.

@@ -12,7 +12,7 @@ from kelp.nn.bundle import save_bundle
 from kelp.nn.model import ARCHITECTURES, KelpNet
 
 # The same cases in every run, on every machine.
-LAWS = settings(deadline=None, derandomize=True, database=None)
+LAWS = settings(derandomize=True, database=None)
 
 
 class RampBody(PixelBody):

@@ -30,9 +30,7 @@ from kelp.tiling.grid import TileGrid
 GRID = Affine(30, 0, 500_000, 0, -30, 4_000_000)
 
 
-SLOW = settings(
-    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+SLOW = settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def assemble(folder, stem, shape, size, count):

@@ -22,9 +22,7 @@ from kelp.raster.validity import observed
 from kelp.raster.window import Tile
 from kelp.tiling.grid import TileGrid
 
-SLOW = settings(
-    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+SLOW = settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def plain_facts(pixels, mask):

@@ -31,7 +31,7 @@ def counted(p, truth):
     return histogram
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 10**6))
 def test_counts_are_those_of_each_threshold(seed):
     rng = np.random.default_rng(seed)

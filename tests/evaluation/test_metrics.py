@@ -93,7 +93,7 @@ def test_nothing_is_undefined_not_zero():
     assert np.isnan(figure(totals, "seam_score"))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 2**32 - 1))
 def test_the_threshold_with_the_highest_dice(seed):
     rng = np.random.default_rng(seed)
@@ -105,7 +105,7 @@ def test_the_threshold_with_the_highest_dice(seed):
     assert dices[found - 1] == pytest.approx(max(dices))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(0, 2**32 - 1))
 def test_precision_at_every_threshold(seed):
     truth, codes = random_pair(np.random.default_rng(seed), (12, 13))
@@ -119,7 +119,7 @@ def test_precision_at_every_threshold(seed):
             assert np.isnan(found[t]) if value is None else found[t] == pytest.approx(value)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 40))
 def test_strips_change_no_figure(seed, rows):
     """Dilation and outline need rows beyond a strip; patches and areas add up."""

@@ -34,7 +34,7 @@ def random_batch(seed=0, shape=(2, 6, 9)):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(batch=batches(), noise=st.floats(-50, 50))
 def test_left_out_pixels_change_nothing(name, batch, noise):
     logits, target = batch

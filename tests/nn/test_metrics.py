@@ -19,7 +19,7 @@ def brute_force(p, target, observed):
     return Confusion(**counts)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 2**32 - 1), batches=st.integers(1, 3))
 def test_counts_are_those_of_a_loop_over_pixels(seed, batches):
     rng = np.random.default_rng(seed)

@@ -140,7 +140,7 @@ def test_indices_are_masked_and_bands_are_not():
     torch.testing.assert_close(out[True][:, 7][~bad], out[False][:, 7][~bad])
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 99), y=st.integers(0, 4), x=st.integers(0, 4))
 def test_preprocessing_works_pixel_by_pixel(seed, y, x):
     """So that cutting a scene first, or its preprocessed channels, is the same."""
@@ -215,7 +215,7 @@ def test_labels_and_pixels_stay_together_when_resized(recorder):
         assert (~agree).sum() <= corners, interpolation
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     height=st.integers(1, 70),
     width=st.integers(1, 70),
@@ -238,7 +238,7 @@ def test_no_single_pixel_is_lost_at_the_seeds_ratio(interpolation):
     assert torch.equal(back >= 0.48, x[:, 0] == 1)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(height=st.integers(1, 60), width=st.integers(1, 60), side=st.integers(1, 120))
 @pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "bicubic"])
 def test_coming_back_keeps_constants_means_and_bounds(interpolation, height, width, side):

@@ -18,7 +18,7 @@ def test_there_are_eight():
 
 
 @pytest.mark.parametrize("k", SYMMETRIES)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(shape=st.lists(st.integers(1, 6), min_size=2, max_size=4), seed=st.integers(0, 99))
 def test_inverse_gives_the_tensor_back_bit_for_bit(k, shape, seed):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))

@@ -51,7 +51,7 @@ def test_what_differs_is_said(other, words):
         NORTH_UP @ Affine.scale(-1, 1),
     ],
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.floats(-0.009, 0.009), st.floats(-0.009, 0.009), st.booleans())
 def test_a_hundredth_of_a_pixel_does_not_matter(transform, x, y, far):
     assert grid(transform).difference(grid(transform @ Affine.translation(x, y))) is None

@@ -119,7 +119,7 @@ scenes = hnp.arrays(np.float32, (7, 3, 5), elements=stored)
 
 
 @pytest.mark.parametrize("index_input", ["reflectance", "dn"])
-@settings(deadline=None, derandomize=True)
+@settings(derandomize=True)
 @given(pixels=scenes)
 def test_numpy_and_torch_agree_and_nothing_is_infinite(index_input, pixels):
     bands = dict(zip(BANDS, pixels, strict=True))
@@ -135,7 +135,7 @@ def test_numpy_and_torch_agree_and_nothing_is_infinite(index_input, pixels):
             assert ((seen >= np.float32(index.low)) & (seen <= np.float32(index.high))).all()
 
 
-@settings(deadline=None, derandomize=True)
+@settings(derandomize=True)
 @given(pixels=hnp.arrays(np.float32, (7, 3, 5), elements=st.integers(-32767, 65535).map(float)))
 def test_reflectance_indices_exist_wherever_their_bands_do(pixels):
     bands = dict(zip(BANDS, pixels, strict=True))

@@ -313,7 +313,7 @@ sys.exit("written without a word")
     assert list(tmp_path.iterdir()) == []
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     height=st.integers(1, 40),
     width=st.integers(1, 40),

@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as hnp
 from kelp.raster.streaming import TOLERANCE, ChannelSummary
 
 LEVELS = (0.0, 0.01, 0.37, 0.5, 0.99, 1.0)
-quick = settings(deadline=None, derandomize=True, max_examples=60)
+quick = settings(derandomize=True, max_examples=60)
 
 missing = st.sampled_from([np.nan, np.inf, -np.inf])
 whole = st.one_of(missing, st.integers(-32768, 65535).map(float))

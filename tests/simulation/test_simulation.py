@@ -455,7 +455,7 @@ def test_truth_is_what_can_be_seen(monkeypatch):
         assert not simulate_scene(seed, 60, 80).truth.any()
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 10_000), height=st.integers(1, 40), width=st.integers(1, 40))
 def test_scenes_of_any_size(seed, height, width):
     made = simulate_scene(seed, height, width)
@@ -465,7 +465,7 @@ def test_scenes_of_any_size(seed, height, width):
     assert np.array_equal(made.pixels, simulate_scene(seed, height, width).pixels)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 2**32 - 1), height=st.integers(1, 12), width=st.integers(1, 12))
 def test_labels_of_small_scenes(seed, height, width):
     patches = np.ones((height, width), dtype=np.int32)

@@ -69,7 +69,7 @@ def touching(shape, tile, overlap, wanted):
     skip_land=st.booleans(),
     seed=st.integers(0, 3),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_inside_is_the_map_of_the_whole_scene(shape, corner, size, tile, share, skip_land, seed):
     overlap = tile * share // 4
     top, left = (round(c * (s - 1)) for c, s in zip(corner, shape, strict=True))

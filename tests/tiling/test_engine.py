@@ -36,7 +36,7 @@ def settings_of_a_run(draw):
     }
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(case=settings_of_a_run(), holes=st.sampled_from([0.0, 0.2, 0.9, 1.0]))
 def test_an_exact_network_gives_its_map_at_any_size(case, holes):
     shape, options = case
@@ -47,7 +47,7 @@ def test_an_exact_network_gives_its_map_at_any_size(case, holes):
     np.testing.assert_allclose(result, expected, atol=1e-6)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(case=settings_of_a_run(), order=st.permutations(range(4)), batch=st.integers(1, 9))
 def test_order_of_scenes_and_batch_size_change_no_bit(case, order, batch):
     shape, options = case

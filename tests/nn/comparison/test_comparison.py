@@ -69,7 +69,7 @@ class Wide(PixelBody):
         return super().forward(x) - 100 * (max(x.shape[-2:]) <= 64)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 2**32 - 1), st.floats(0.05, 0.95))
 def test_the_seeds_map_is_the_majority_of_hard_votes_at_any_threshold(seed, threshold):
     rng = np.random.default_rng(seed)

@@ -37,7 +37,7 @@ def test_nothing_is_changed_unless_asked_for():
     assert Radiometry()(raw, drawn()) is raw
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     st.builds(Radiometry, *[st.floats(0, 0.3)] * 3, st.floats(0, 0.99)),
     st.integers(0, 10**6),

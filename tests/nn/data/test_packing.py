@@ -137,7 +137,7 @@ def odd(tmp_path_factory):
 moves = st.sampled_from([0.0, 0.0, -1.0, 0.3, 0.77, 1.0])
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=250)
 @given(data=st.data())
 def test_every_sample_has_the_bits_of_the_files(odd, data):
     sources, reader, config = odd

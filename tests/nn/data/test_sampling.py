@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kelp.errors import ConfigError
@@ -14,7 +14,6 @@ counts = st.integers(1, 7)
 
 
 @given(rows=st.integers(1, 60), count=counts, weighted=st.booleans(), move=st.booleans())
-@settings(deadline=None)
 def test_shares_of_an_epoch_are_the_epoch(rows, count, weighted, move):
     weights = np.linspace(0.1, 1, rows) if weighted else None
     settings = {"weights": weights, "count": 2 * rows + 1, "first_epoch": 3, "move": move}
@@ -28,7 +27,6 @@ def test_shares_of_an_epoch_are_the_epoch(rows, count, weighted, move):
 
 
 @given(draws=st.integers(1, 200), count=counts, size=st.integers(1, 16))
-@settings(deadline=None)
 def test_batches_are_as_many_for_each_process(draws, count, size):
     samplers = [EpochSampler(draws, 0, share=Share(r, count)) for r in range(count)]
     try:
@@ -52,7 +50,6 @@ def test_batches_are_as_many_for_each_process(draws, count, size):
     size=st.integers(1, 16),
     limit=st.none() | st.integers(1, 9),
 )
-@settings(deadline=None)
 def test_validation_batches_are_those_of_one_process(rows, count, size, limit):
     alone = [list(range(i, min(i + size, rows))) for i in range(0, rows, size)][:limit]
     dealt = [DealtBatches(rows, size, Share(r, count), limit) for r in range(count)]
