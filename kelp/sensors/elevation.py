@@ -230,7 +230,8 @@ class Elevation:
         right, bottom = np.ceil(there.max(axis=(1, 2)) + margin).astype(int).tolist()
         if min(left, top) < 0 or right > one.source.width or bottom > one.source.height:
             return False
-        values = one.source.read(1, window=Window(left, top, right - left, bottom - top))
+        part = Tile(top, left, bottom - top, right - left)
+        values = one.source.read(1, window=part.window)
         return bool(((values != one.void) & np.isfinite(values)).all())
 
     @cached_property
