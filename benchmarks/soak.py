@@ -10,8 +10,8 @@ A real `kelp predict` in a process of its own, whose network is one 1 x 1 convol
   an area of interest of 2,000 px around them is given.
 
 and before each on one of a quarter of the number, length or side. Memory and open files should not
-grow (a strip of tiles over the width of a scene is held, so that a wide one takes more, but for
-`--max_memory`), seconds of CPU should grow as the pixels do. 0 leaves a kind out.
+grow (sums over the width of a scene are held, so that a wide one takes more), seconds of CPU should
+grow as the pixels do. 0 leaves a kind out.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from kelp.raster.scene import SceneSize
 from kelp.raster.window import Shape
 from kelp.tiling.engine import AHEAD
 from kelp.tiling.grid import TileGrid
-from kelp.tiling.strip import PIECE, Slicing, strip_rows
+from kelp.tiling.strip import PIECE, WIDEST, Slicing, panel_width, strip_rows
 
 _CANONICAL: Final = 4 * len(BANDS)
 """Bytes of a pixel inside kelp."""
@@ -29,7 +29,9 @@ _MERGING_SPREAD: Final = 8
 """The sum of squares."""
 SMALLEST_CACHE: Final = 16 << 20
 _LARGEST_CACHE: Final = 512 << 20
-"""Without a budget. One of a part of what is needed would hold no block long enough."""
+_LARGEST_CACHE_WIDE: Final = 256 << 20
+"""Without a budget, and of a scene in panels: where more is needed, blocks are decoded again for
+each row of tiles. A part of what is needed would hold no block long enough."""
 _SLACK: Final = 1.1
 """Allocators round up."""
 
@@ -75,14 +77,20 @@ def make_plan(
     """
     tiles = sum(len(slicing.grid(scene.shape)) for scene in scenes)
     areas = [scene.shape[0] * scene.shape[1] for scene in scenes]
-    cache = _cache(scenes, slicing)
     return Plan(
         scenes=len(scenes),
         tiles=tiles,
         batch_size=slicing.batch_size,
         multiplier=tiles * network_pixels / max(sum(areas), 1),
         disk=output_bytes(scenes, pixel_bytes),
-        cache=cache if cache <= _LARGEST_CACHE else SMALLEST_CACHE,
+        cache=max(
+            (
+                need
+                for need, scene in zip(_caches(scenes, slicing), scenes, strict=True)
+                if need <= (_LARGEST_CACHE if scene.shape[1] <= WIDEST else _LARGEST_CACHE_WIDE)
+            ),
+            default=SMALLEST_CACHE,
+        ),
     )
 
 
@@ -146,7 +154,7 @@ def fit_memory(
         work += max(_scene_bytes(scene, cut, spread) for scene in scenes)
         return network.present + int(_SLACK * work)
 
-    cache = _cache(scenes, slicing)
+    cache = max(_caches(scenes, slicing))
     if total(1, cache) > budget:
         cache = SMALLEST_CACHE  # blocks are then decoded several times, which costs time only
     if total(1, cache) > budget:
@@ -188,29 +196,33 @@ def _scene_bytes(scene: SceneSize, slicing: Slicing, spread: bool) -> int:
     """Bytes of a scene under way: its strip, rows being read, merged and written."""
     height, width = scene.shape
     tile, stride = min(slicing.tile[0], height), min(slicing.stride[0], height)
-    at_once = min(stride, max(1, PIECE // width))  # rows that are read, or written
-    strip = min(strip_rows(slicing), height) * (_CANONICAL + 1)
-    reading = at_once * (scene.stored + 2 * _CANONICAL)
+    rows, panel = min(strip_rows(slicing), height), panel_width(slicing, scene.shape, scene.block)
+    strip = rows * (panel * _CANONICAL + width)
+    at_once = stride if panel == width else rows  # rows that are read
+    read = max(PIECE, at_once * scene.block[1] if scene.block[1] < panel else panel)
+    reading = min(at_once * panel, read) * (scene.stored + 2 * _CANONICAL)
     # Rows of tiles that are read but not yet merged: batches under way, and one to be filled.
     columns = len(
         TileGrid(Shape(1, width), Shape(1, slicing.tile[1]), Shape(0, slicing.overlap[1]))
     )
     ahead = -(-(2 * AHEAD + 2) * slicing.batch_size // columns) + 1
     sums = _MERGING + spread * _MERGING_SPREAD
-    overlap = min(slicing.overlap[0], height)  # a journal's copy
-    merging = (tile + overlap) * sums + min(tile + ahead * stride, height)
-    writing = at_once * (40 + spread * 24) + stride * 4 * (1 + spread)
+    overlap = min(slicing.overlap[0], height)  # a copy for a neighbouring section
+    merging = width * ((tile + overlap) * sums + min(tile + ahead * stride, height))
+    written = min(stride * width, max(PIECE, width))
+    writing = written * (48 + spread * 32)
     small = max(width, slicing.tile[1]) / width  # reflected up to a tile
-    return int(small * width * (strip + reading + merging + writing))
+    return int(small * (strip + reading + merging + writing))
 
 
-def _cache(scenes: Sequence[SceneSize], slicing: Slicing) -> int:
-    """Bytes of decoded blocks to keep so that none is decoded twice."""
+def _caches(scenes: Sequence[SceneSize], slicing: Slicing) -> list[int]:
+    """Bytes of decoded blocks to keep, of each scene, so that none is decoded twice."""
     stride = slicing.stride[0]
-    needs = [SMALLEST_CACHE]
+    needs = []
     for scene in scenes:
-        if scene.block[0] > 1:  # of single rows none is needed again
-            # Where a read ends inside a row of blocks, two of them are in use at a time.
-            aligned = scene.block[0] % stride == 0 and slicing.overlap[0] % stride == 0
-            needs.append(int(scene.row_of_blocks * (1.25 if aligned else 2.25)))
-    return max(needs)
+        # Of single rows none is needed again. Where a read ends inside a row of blocks, two of
+        # them are in use at a time.
+        aligned = scene.block[0] % stride == 0 and slicing.overlap[0] % stride == 0
+        rows = 0.0 if scene.block[0] == 1 else 1.25 if aligned else 2.25
+        needs.append(max(SMALLEST_CACHE, int(scene.row_of_blocks * rows)))
+    return needs

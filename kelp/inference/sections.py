@@ -258,4 +258,6 @@ class Stitching:
         )
         joined = above.joined(head)
         merger = StripMerger(self.shape, self.blend, joined, spread=self.spread)
-        return take_final(merger, np.concatenate([edge.observed for edge in heads]))
+        observed = np.concatenate([edge.observed for edge in heads])
+        (planes,) = take_final(merger, observed, len(observed))
+        return planes

@@ -12,7 +12,7 @@ network, and one thread merges and writes.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, fields
@@ -23,10 +23,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kelp.raster.bands import BANDS
-from kelp.raster.window import RasterSource, Shape, Tile
+from kelp.raster.window import RasterSource, Tile
 from kelp.tiling.grid import TileGrid
 from kelp.tiling.merge import MergerState, StripMerger
-from kelp.tiling.strip import Pixels, Slicing, Strip, pieces
+from kelp.tiling.strip import PIECE, Pixels, Slicing, Strip
 
 Predict = Callable[[Pixels], Pixels]
 """Raw DN `(n, 7, h, w)` (canonical, NaN = missing) to probabilities `(n, h, w)`."""
@@ -57,7 +57,10 @@ class Journal(Protocol):
         """What an earlier process left, whose sink holds the rows above it; None = nothing."""
 
     def commit(self, state: Callable[[], MergerState]) -> None:
-        """All rows above `state().top` were written; called after each row of tiles."""
+        """All rows above `state().top` were written; called after each row of tiles.
+
+        The arrays of the state are the merger's own, which changes them after the call.
+        """
 
 
 @dataclass(frozen=True)
@@ -177,14 +180,13 @@ class _Scene:
         if self.merger.top < self.head:
             self._hand_over(min(end, self.head))
         if self.merger.top < end:
-            top = self.merger.top
-            observed = np.array([self.seen.popleft() for _ in range(end - top)])
-            planes = take_final(self.merger, observed)
-            for part in pieces(Tile(0, 0, *planes.shape[1:]), Shape(1, planes.shape[2])):
-                piece = planes[:, part.y : part.bottom]
-                self.job.sink.write(top + part.y, piece[0])
+            y = self.merger.top
+            observed = np.array([self.seen.popleft() for _ in range(end - y)])
+            for planes in take_final(self.merger, observed, max(1, PIECE // self.grid.shape[1])):
+                self.job.sink.write(y, planes[0])
                 if self.job.spread:
-                    self.job.spread(top + part.y, piece[1])
+                    self.job.spread(y, planes[1])
+                y += planes.shape[1]
         if self.row == self.end:
             if self.row < len(rows):
                 self._hand_over(rows[self.row - 1] + tile)
@@ -200,16 +202,22 @@ class _Scene:
             self.job.edge(Edge(state, observed))
 
 
-def take_final(merger: StripMerger, observed: NDArray[np.bool_]) -> Pixels:
-    """The next rows of a scene, final: `(planes, rows, width)`, of an observed plane's rows."""
+def take_final(merger: StripMerger, observed: NDArray[np.bool_], most: int) -> Iterator[Pixels]:
+    """The next rows of a scene, final: `(planes, rows, width)`, of an observed plane's rows.
+
+    At most `most` rows at a time.
+    """
     seen = np.flatnonzero(observed.any(axis=0))
     columns = slice(int(seen[0]), int(seen[-1]) + 1) if len(seen) else slice(0, 0)
-    planes = merger.take_planes(merger.top + len(observed), columns)
-    for plane in planes[..., columns]:
-        # Observed pixels without a vote lie in tiles left out as land: certainly no kelp.
-        plane[np.isnan(plane)] = 0.0
-        plane[~observed[:, columns]] = np.nan
-    return planes
+    first = 0
+    for planes in merger.take_pieces(merger.top + len(observed), most, columns):
+        missing = ~observed[first : first + planes.shape[1], columns]
+        first += planes.shape[1]
+        for plane in planes[..., columns]:
+            # Observed pixels without a vote lie in tiles left out as land: certainly no kelp.
+            plane[np.isnan(plane)] = 0.0
+            plane[missing] = np.nan
+        yield planes
 
 
 class _Batch:
@@ -344,14 +352,14 @@ class Engine:
                     break
                 try:
                     scene.seen.extend(strip.advance(y))
+                    for tile in scene.grid.row(y):
+                        self._take(scene, strip, tile, batch)
+                        if batch.full:
+                            yield batch
+                            batch = self._new_batch()
                 except Exception as error:  # noqa: BLE001
                     self._fail(scene, error)
                     break
-                for tile in scene.grid.row(y):
-                    self._take(scene, strip, tile, batch)
-                    if batch.full:
-                        yield batch
-                        batch = self._new_batch()
                 if batch.is_late(scene, row):
                     yield batch
                     batch = self._new_batch()

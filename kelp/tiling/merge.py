@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -187,18 +188,28 @@ class StripMerger:
 
         Of some columns only, if they are given; NaN in the others.
         """
+        (planes,) = self.take_pieces(end, self.shape[0], columns)
+        return planes
+
+    def take_pieces(
+        self, end: int, most: int, columns: slice = slice(None)
+    ) -> Iterator[NDArray[np.float32]]:
+        """As `take_planes`, of at most `most` rows at a time; all are taken after the last."""
         end = min(end, self.shape[0])
         self._reach(end)
         count, width = end - self.top, self.shape[1]
         left, right, _ = columns.indices(width)
-        planes = np.empty((len(self._sums), count, width), dtype=np.float32)
-        planes[..., :left] = planes[..., max(left, right) :] = np.nan
         step = max(1, _CHUNK // max(right - left, 1))  # what is worked on stays in the cache
-        for first in range(0, count if left < right else 0, step):
-            some = slice(first, min(first + step, count))
-            self._average((some, slice(left, right)), planes[:, some, left:right])
+        for top in range(0, max(count, 1), most):
+            bottom = min(top + most, count)
+            planes = np.empty((len(self._sums), bottom - top, width), dtype=np.float32)
+            planes[..., :left] = planes[..., max(left, right) :] = np.nan
+            for first in range(top, bottom if left < right else top, step):
+                some = slice(first, min(first + step, bottom))
+                out = planes[:, first - top : some.stop - top, left:right]
+                self._average((some, slice(left, right)), out)
+            yield planes
         self._drop(count)
-        return planes
 
     def _average(self, at: tuple[slice, slice], out: NDArray[np.float32]) -> None:
         """Mean and spread of rows and columns of the buffers, into `(planes, rows, columns)`."""
@@ -226,21 +237,16 @@ class StripMerger:
         end = min(end, self.shape[0])
         self._reach(end)
         count = end - self.top
-        state = self._copy(count)
+        sums, weights = self._sums[:, :count].copy(), self._weights[:count].copy()
+        state = MergerState(self.top, sums, weights, self._left_out[:count].copy())
         self._drop(count)
         return state
 
     def state(self) -> MergerState:
-        """What was added to rows that are not yet taken."""
-        return self._copy(self._held)
-
-    def _copy(self, count: int) -> MergerState:
-        """The first `count` rows of the buffers."""
+        """What was added to rows that are not yet taken: views, right until the next call."""
+        held = self._held
         return MergerState(
-            self.top,
-            self._sums[:, :count].copy(),
-            self._weights[:count].copy(),
-            self._left_out[:count].copy(),
+            self.top, self._sums[:, :held], self._weights[:held], self._left_out[:held]
         )
 
     def _drop(self, count: int) -> None:

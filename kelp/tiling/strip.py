@@ -17,8 +17,12 @@ from kelp.tiling.grid import TileGrid
 
 Pixels = NDArray[np.float32]
 
-PIECE: Final = 1 << 20
+PIECE: Final = 1 << 18
 """Pixels that are read, or written, at a time."""
+WIDEST: Final = 1 << 14
+"""Columns of a scene whose strip is held as a whole."""
+PANEL: Final = 1 << 13
+"""Columns of a wider scene whose pixels are held at a time."""
 
 
 class Area(Protocol):
@@ -91,6 +95,16 @@ def strip_rows(slicing: Slicing) -> int:
     return slicing.tile[0] + 2 * slicing.land_tolerance + slicing.stride[0]
 
 
+def panel_width(slicing: Slicing, shape: Shape, block: Shape) -> int:
+    """Columns of tiles that a strip holds at most, without the margin.
+
+    Not less than a block of the file: it would be decoded for every panel.
+    """
+    if shape[1] <= max(WIDEST, block[1]):
+        return shape[1]
+    return min(shape[1], max(PANEL, slicing.tile[1], block[1]))
+
+
 def pieces(window: Tile, block: Shape) -> Iterator[Tile]:
     """A window in pieces of about `PIECE` pixels: what copies them needs no more memory.
 
@@ -110,6 +124,9 @@ def pieces(window: Tile, block: Shape) -> Iterator[Tile]:
 class Strip:
     """A row of tiles of a scene, with the rows around it that decide what is land.
 
+    Rows that the next row of tiles shares are kept. Of a wide scene the pixels of one panel of
+    columns are held at a time, and where its tiles are run the shared rows are read again.
+
     Args:
         source: the scene.
         slicing: how it is cut.
@@ -126,21 +143,31 @@ class Strip:
         self._margin = slicing.land_tolerance if slicing.skip_land else 0
         height, width = source.shape
         rows = min(strip_rows(slicing), height)
-        self._pixels = np.empty((len(BANDS), rows, width), dtype=np.float32)
+        self._grid = slicing.grid(source.shape)
+        self._panels = list(self._split(panel_width(slicing, source.shape, self._block)))
+        self._panel = 0
+        widest = max(right - left for left, right, _ in self._panels)
+        self._pixels = np.empty((len(BANDS), rows, widest), dtype=np.float32)
         self._seen = np.empty((rows, width), dtype=np.bool_)
         self._top = self._bottom = self._fetched(top)
+        self._known = self._bottom
+        """First row whose observed pixels were not yet looked for."""
         self._reported = top
+        self._unreported = self._seen
         self._area: Area | None = getattr(source, "area", None)
-        self._grid = slicing.grid(source.shape)
         self._inside = np.empty((rows if self._area else 0, width), dtype=np.bool_)
         self._wanted: dict[int, NDArray[np.bool_]] = {}
         """By first row of a row of tiles: which of its tiles touch the area."""
+        self._y = top
         self._view: Pixels = self._pixels
         self._seen_before = self._water_before = np.zeros(0, dtype=np.int64)
         self._inside_before = self._seen_before
 
     def advance(self, y: int) -> NDArray[np.bool_]:
-        """Go to the tiles that begin at row `y`; observed planes of the rows that are new."""
+        """Go to the tiles that begin at row `y`; observed planes of the rows that are new.
+
+        They are complete when the last tile was asked for: go through tiles from left to right.
+        """
         height, width = self._source.shape
         top = self._fetched(y)
         end = y + self._tile[0] + self._margin
@@ -149,55 +176,102 @@ class Strip:
         end = min(end, height)
         kept = self._bottom - top
         if top > self._top:
-            planes = (*self._pixels, self._seen, *([self._inside] if self._area else []))
+            planes = [self._seen, *([self._inside] if self._area else [])]
+            if len(self._panels) == 1:
+                planes.extend(self._pixels)
             for plane in planes:  # one at a time: where they overlap they are copied aside
                 plane[:kept] = plane[top - self._top : self._bottom - self._top]
-        for first in range(self._bottom, end, self._stride):
-            self._read(Tile(first, 0, min(self._stride, end - first), width), top)
-        self._top, self._bottom = top, end
-        shown = self._inside if self._area else self._seen
-        unreported = shown[max(self._reported, top) - top : end - top].copy()
+        self._known, self._top, self._bottom, self._y = self._bottom, top, end, y
+        self._unreported = np.empty((max(end - max(self._reported, top), 0), width), np.bool_)
         self._reported = max(self._reported, end)
-        self._survey(y)
-        return unreported
+        self._load(0)
+        return self._unreported
 
-    def _read(self, rows: Tile, top: int) -> None:
-        """Read rows of the scene into the strip, which begins at row `top`."""
-        new = slice(rows.y - top, rows.bottom - top)
-        self._seen[new] = False
+    def _split(self, most: int) -> Iterator[tuple[int, int, int]]:
+        """Panels: first column, the one after the last, and where the last tile begins."""
+        columns, side, width = self._grid.columns, self._tile[1], self._source.shape[1]
+        first = 0
+        for i, x in enumerate(columns):
+            if i + 1 == len(columns) or columns[i + 1] + side > columns[first] + most:
+                left = max(0, columns[first] - self._margin)
+                yield left, min(x + side + self._margin, width), x
+                first = i + 1
+
+    def _load(self, panel: int) -> None:
+        """Read what is not yet held of a panel, and look for observed pixels in its new rows."""
+        self._panel = panel
+        left, right, _ = self._panels[panel]
+        shown = (self._inside if self._area else self._seen)[: self._bottom - self._top]
+        kept = shown[: self._known - self._top, left:right]
+        shared = self._top if len(self._panels) > 1 else self._known
+        first = shared if kept.any() else self._known
+        self._read(first, self._bottom)
+        if shared < first and shown[:, left:right].any():
+            self._read(shared, first)
+        count = len(self._unreported)
+        self._unreported[:, left:right] = shown[len(shown) - count :, left:right]
+        self._survey()
+
+    def _read(self, begin: int, end: int) -> None:
+        """Read rows of the scene, as far as the panel goes."""
+        left, right, _ = self._panels[self._panel]
+        step = self._stride if len(self._panels) == 1 else end - begin
+        for first in range(begin, end, max(1, step)):
+            rows = Tile(first, left, min(step, end - first), right - left)
+            window = slice(rows.y - self._top, rows.bottom - self._top), slice(left, right)
+            self._seen[window] = False
+            if self._area:
+                self._inside[window] = False
+            for part in self._needed(rows):
+                for piece in pieces(part, self._block):  # what is read at once is held twice
+                    self._read_piece(piece, left)
+
+    def _read_piece(self, piece: Tile, left: int) -> None:
+        """Read a window into the panel, which begins at column `left`."""
+        rows = slice(piece.y - self._top, piece.bottom - self._top)
+        pixels = self._pixels[:, rows, piece.x - left : piece.right - left]
+        pixels[...] = self._source.read(piece)
+        window = rows, slice(piece.x, piece.right)
+        self._seen[window] = observed(pixels, self._qa_as_nodata)
         if self._area:
-            self._inside[new] = False
-        for part in self._needed(rows):
-            for piece in pieces(part, self._block):  # what is read at once is held twice
-                window = slice(piece.y - top, piece.bottom - top), slice(piece.x, piece.right)
-                pixels = self._pixels[:, *window]
-                pixels[...] = self._source.read(piece)
-                self._seen[window] = observed(pixels, self._qa_as_nodata)
-                if self._area:
-                    self._inside[window] = self._area.mask(piece) & self._seen[window]
+            self._inside[window] = self._area.mask(piece) & self._seen[window]
+
+    def _left(self, tile: Tile) -> int:
+        """First column of the panel that a tile lies in, which is held from then on."""
+        while tile.x > self._panels[self._panel][2]:
+            self._load(self._panel + 1)
+        return self._panels[self._panel][0]
 
     def pixels(self, tile: Tile) -> Pixels:
         """A tile of the present row of tiles, shape `(7, *tile)`, a view."""
-        return self._view[:, :, tile.x : tile.right]
+        left = self._left(tile)
+        return self._view[:, :, tile.x - left : tile.right - left]
 
     def validity(self, tile: Tile) -> float:
         """The share of a tile's pixels that are observed; 0 where none of them is wanted."""
-        if self._area and self._inside_before[tile.right] == self._inside_before[tile.x]:
+        left = self._left(tile)
+        begin, end = tile.x - left, tile.right - left
+        if self._area and self._inside_before[end] == self._inside_before[begin]:
             return 0.0
-        seen = self._seen_before[tile.right] - self._seen_before[tile.x]
+        seen = self._seen_before[end] - self._seen_before[begin]
         return float(seen) / (tile.height * tile.width)
 
     def is_land(self, tile: Tile) -> bool:
-        """Whether a tile and the margin around it are all land (DEM > 0; unknown is not)."""
-        left = max(0, tile.x - self._margin)
-        right = min(tile.right + self._margin, self._source.shape[1])
-        return bool(self._water_before[right] == self._water_before[left])
+        """Whether a tile and the margin around it are all land (DEM > 0; unknown is not).
+
+        Asked of tiles with an observed pixel; of others shared rows may not have been read.
+        """
+        left = self._left(tile)
+        begin = max(0, tile.x - self._margin) - left
+        end = min(tile.right + self._margin, self._source.shape[1]) - left
+        return bool(self._water_before[end] == self._water_before[begin])
 
     def _needed(self, rows: Tile) -> list[Tile]:
-        """Whole rows of the scene; of an area only what tiles that touch it lie in."""
+        """A window of whole rows of a panel; of an area only what tiles that touch it lie in."""
         if not self._area:
             return [rows]
-        needed = np.zeros(rows.width + 1, dtype=np.int64)  # +1 where needed columns begin, -1 after
+        width = self._source.shape[1]
+        needed = np.zeros(width + 1, dtype=np.int64)  # +1 where needed columns begin, -1 after
         tile, margin = self._tile, self._margin
         top, bottom = rows.bottom, rows.y
         for y in self._grid.rows:
@@ -206,8 +280,9 @@ class Strip:
                 top, bottom = min(top, first), max(bottom, end)
                 columns = np.array(self._grid.columns)[self._touching(y)]
                 np.add.at(needed, np.maximum(columns - margin, 0), 1)
-                np.add.at(needed, np.minimum(columns + tile[1] + margin, rows.width), -1)
-        edges = np.flatnonzero(np.diff(np.cumsum(needed) > 0, prepend=False)).tolist()
+                np.add.at(needed, np.minimum(columns + tile[1] + margin, width), -1)
+        held = np.cumsum(needed)[rows.x : rows.right] > 0
+        edges = (rows.x + np.flatnonzero(np.diff(held, prepend=False, append=False))).tolist()
         return [
             Tile(top, left, bottom - top, right - left)
             for left, right in zip(edges[::2], edges[1::2], strict=True)
@@ -223,21 +298,23 @@ class Strip:
         """The first row that tiles beginning at row `y` need."""
         return max(0, y - self._margin)
 
-    def _survey(self, y: int) -> None:
-        """Look at the row of tiles as a whole: running sums make each tile's share one subtraction.
+    def _survey(self) -> None:
+        """Look at the tiles of a panel as a whole: running sums make a share one subtraction.
 
-        `_seen_before[x]` counts the observed pixels left of column x, `_water_before[x]` those
+        `_seen_before[x]` counts the observed pixels left of its column x, `_water_before[x]` those
         that are not land, margin included.
         """
+        left, right, _ = self._panels[self._panel]
         held = self._bottom - self._top
-        rows = slice(y - self._top, min(y - self._top + self._tile[0], held))
+        first = self._y - self._top
+        rows = slice(first, min(first + self._tile[0], held))
         around = slice(0, min(rows.stop + self._margin, held))
-        self._view = reflected(self._pixels[:, rows], *self._tile)
-        self._seen_before = _running(reflected(self._seen[rows], *self._tile))
+        self._view = reflected(self._pixels[:, rows, : right - left], *self._tile)
+        self._seen_before = _running(reflected(self._seen[rows, left:right], *self._tile))
         if self._area:
-            self._inside_before = _running(reflected(self._inside[rows], *self._tile))
+            self._inside_before = _running(reflected(self._inside[rows, left:right], *self._tile))
         if self._skip_land:
-            self._water_before = _running(~(self._pixels[DEM, around] > 0))
+            self._water_before = _running(~(self._pixels[DEM, around, : right - left] > 0))
 
 
 def _touching(grid: TileGrid, area: Area, y: int) -> NDArray[np.bool_]:

@@ -231,6 +231,28 @@ def test_without_room_for_a_row_of_blocks_they_are_decoded_again():
     assert tight.cache == SMALLEST_CACHE
 
 
+def test_a_wide_scene_has_a_smaller_cache_and_does_not_take_that_of_others():
+    slicing = Slicing((128, 128), (60, 60))  # rows of tiles do not end where blocks do
+    need = int(2.25 * 512 * 28) * 16_384
+    normal, wide = (SceneSize((4096, w), (512, 512), 28) for w in (16_384, 20_480))
+    assert make_plan([normal], slicing, 1, 1).cache == need
+    assert make_plan([wide], slicing, 1, 1).cache == SMALLEST_CACHE
+    assert make_plan([wide, normal], slicing, 1, 1).cache == need
+
+
+def test_of_a_wide_scene_the_strip_does_not_grow():
+    slicing = Slicing((128, 128), (64, 64))
+    nothing = NetworkMemory(0, 0, 0)
+
+    def needs(width):
+        scenes = [SceneSize((400, width), (512, 512), 14)]
+        plan = make_plan(scenes, slicing, 1, 1)
+        return fit_memory(plan, 10**15, scenes, slicing, nothing).memory
+
+    growth = (needs(100_000) - needs(50_000)) / 50_000
+    assert growth < 1.1 * 1.25 * 512 * 14 + 4000  # blocks, and sums
+
+
 @LAWS
 @given(cases(), st.integers(2, 10))
 def test_memory_grows_with_the_width_not_with_the_height(case, factor):

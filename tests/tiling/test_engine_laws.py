@@ -1,9 +1,11 @@
 """The laws of the sliced engine, for any size, cut, validity and order."""
 
+import copy
 import itertools
 import math
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -293,6 +295,52 @@ def test_a_strip_reads_each_row_once_and_tells_of_it_once(shape, slicing, land, 
     np.testing.assert_array_equal(np.array(told), expected)
 
 
+@settings(LAWS, max_examples=60)
+@given(small, _slicings(20, land=True), missing, seeds, st.integers(1, 40), st.data())
+def test_a_wide_scene_in_panels_has_the_same_map(shape, slicing, gone, seed, panel, data):
+    """Whole or in an area, with land or without; a read is never wider than a panel."""
+    pixels = random_scene(shape, seed, gone, islands=0.3)
+    wanted = np.ones(shape, bool)
+    if data.draw(st.booleans()):
+        wanted = np.random.default_rng(seed).random(shape) < 0.01
+    results = []
+    for widest in (shape[1], 1):
+        scene = ArrayScene(pixels)
+        scene.block = (1, 1)
+        scene.area = SimpleNamespace(mask=lambda tile: wanted[tile.slices])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("kelp.tiling.strip.WIDEST", widest)
+            patch.setattr("kelp.tiling.strip.PANEL", panel)
+            engine = Engine(ramp, slicing)
+            engine.run([Job(scene, scene, spread=scene.write_spread)])
+        assert not engine.failures
+        counts = vars(engine.counts)
+        results.append([scene.result.tobytes(), scene.spread.tobytes()])
+        results[-1] += [counts[name] for name in ("tiles", "predicted", "land", "unobserved")]
+    margin = slicing.land_tolerance if slicing.skip_land else 0
+    widths = {tile.width for tile in scene.windows}
+    assert max(widths, default=0) <= max(panel, slicing.tile[1]) + 2 * margin
+    assert results[0] == results[1]
+
+
+def test_of_an_empty_panel_shared_rows_are_not_read_again(monkeypatch):
+    monkeypatch.setattr("kelp.tiling.strip.WIDEST", 1)
+    monkeypatch.setattr("kelp.tiling.strip.PANEL", 40)
+    pixels = random_scene((100, 200), missing=0.0)
+    pixels[QA] = 0
+    pixels[:5, :, :120] = np.nan
+    scene = ArrayScene(pixels)
+    scene.block = (1, 1)
+    Engine(exact, Slicing((20, 20), (10, 10))).run([Job(scene, scene)])
+    read = np.zeros(scene.shape, dtype=int)
+    for tile in scene.windows:
+        read[tile.slices] += 1
+    assert (read[:, :90] <= 2).all()
+    assert (read[:, 5:25] == 1).all()
+    assert read[50, 130] == 2
+    np.testing.assert_allclose(scene.result[:, 120:], exact(pixels[None])[0][:, 120:], atol=1e-6)
+
+
 # Memory
 
 
@@ -498,7 +546,7 @@ def test_from_any_row_of_tiles_on_the_rest_is_the_same(shape, slicing, gone, see
         start = None
 
         def commit(self, state):
-            states.append(state())
+            states.append(copy.deepcopy(state()))
 
     whole = ArrayScene(pixels)
     Engine(ramp, slicing).run([Job(whole, whole, Keep())])
