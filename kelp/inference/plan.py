@@ -210,7 +210,7 @@ def _scene_bytes(scene: SceneSize, slicing: Slicing, spread: bool) -> int:
     overlap = min(slicing.overlap[0], height)  # a copy for a neighbouring section
     merging = width * ((tile + overlap) * sums + min(tile + ahead * stride, height))
     written = min(stride * width, max(PIECE, width))
-    writing = written * (48 + spread * 32)
+    writing = written * (48 + spread * 28)
     small = max(width, slicing.tile[1]) / width  # reflected up to a tile
     return int(small * (strip + reading + merging + writing))
 
