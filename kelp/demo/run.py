@@ -126,6 +126,10 @@ class _Steps:
     """The commands of the demo, in the order in which a user would give them."""
 
     def __init__(self, config: DemoConfig, progress: Progress) -> None:
+        # Where they are not installed it is said now, and not after the first steps.
+        import kelp.nn.comparison.compare
+        import kelp.nn.training.fit  # noqa: F401
+
         self._config, self._progress = config, progress
         self.root = output_folder(config.output_dir)
         self.raw, self.predictions = self.root / "data" / "raw", self.root / "predictions"

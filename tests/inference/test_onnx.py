@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -509,3 +510,30 @@ def test_tensors_are_found_however_deep(exported):
     assert "far" in {tensor.name for tensor in tensors(model)}
     metadata = {entry.key: entry.value for entry in model.metadata_props}
     assert len(metadata[WEIGHTS_KEY]) == 64
+
+
+FORKED = """
+import gc, os, sys, time
+from kelp.inference.bundle import load_bundle
+from kelp.inference.backends import Processor
+
+gc.disable()  # so that the child is who collects it
+net = load_bundle(sys.argv[1]).on(Processor("cpu", "32-true", 2, ()))
+cycle = [net]
+cycle.append(cycle)
+del net, cycle
+time.sleep(0.5)  # until its threads sleep
+child = os.fork()
+if not child:
+    gc.collect()
+    os._exit(7)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no forks")
+def test_a_forked_process_does_not_wait_for_the_threads_of_a_session(exported):
+    done = subprocess.run(
+        [sys.executable, "-c", FORKED, exported[1]], capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout == "7\n", done.stderr

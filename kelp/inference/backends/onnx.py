@@ -7,9 +7,12 @@ use.
 from __future__ import annotations
 
 import copy
+import functools
+import gc
 import hashlib
 import importlib
 import logging
+import os
 from collections.abc import Iterator, MutableSequence, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +53,16 @@ def extra(module: str) -> Any:
         ) from error
 
 
+@functools.cache
+def _keep_sessions_out_of_forks() -> None:
+    """Let no forked child collect a session of its parent.
+
+    To end one waits for its threads, which a child does not have: it would wait without end.
+    """
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=gc.freeze)
+
+
 class OnnxNet:
     """A network that ONNX Runtime computes, on the CPU, in float32."""
 
@@ -68,6 +81,7 @@ class OnnxNet:
         self.tile = self._tile()
 
     def _start(self, threads: int) -> None:
+        _keep_sessions_out_of_forks()
         runtime = extra("onnxruntime")
         options = runtime.SessionOptions()
         options.intra_op_num_threads = self._threads = threads
