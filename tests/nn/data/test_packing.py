@@ -358,7 +358,7 @@ def test_a_store_that_is_removed_during_training_is_one_line(images, tmp_path):
     reader = pack(images, config, silent)
     for path in store_of(config):
         path.unlink()
-    with pytest.raises(InputError, match="gone or damaged during the training") as caught:
+    with pytest.raises(InputError, match="removed or damaged during the training") as caught:
         TileDataset(images, reader=reader)[0]
     assert "\n" not in str(caught.value)
 
