@@ -347,7 +347,7 @@ def _mode(pixels: Sequence[int]) -> int:
 _MODES: Final = np.array(
     [_mode(four) for four in product((0, 1, MASK_NODATA), repeat=4)], dtype=np.uint8
 )
-"""Modes of four pixels: a table, as GDAL counts the 256 values of each four anew."""
+"""Modes of four pixels: a table, as GDAL counts the 256 values of every four pixels."""
 
 
 def _halved(mask: NDArray[np.uint8]) -> NDArray[np.uint8]:
