@@ -66,7 +66,7 @@ def _term(value: Any) -> _Term:
 
 def formula(index: Index) -> str:
     """The formula of an index over the names of its bands, for people."""
-    written: _Term = index.formula(*map(_Term, index.bands))
+    written: _Term = index.evaluate({name: _Term(name) for name in index.bands})
     return written.text
 
 

@@ -23,7 +23,7 @@ from kelp.data_prep.stats import (
 )
 from kelp.errors import ConfigError, InputError, StatsError, TableError
 from kelp.raster.bands import BANDS
-from kelp.raster.indices import INDICES, IndexSettings, channel_names, compute, mask_index
+from kelp.raster.indices import INDICES, IndexSettings, channel_names, index_planes
 from kelp.raster.streaming import TOLERANCE
 from kelp.raster.window import Tile
 
@@ -73,11 +73,7 @@ def expected_channel(name, scenes, settings):
         if name in bands:
             values.append(bands[name])
             continue
-        plane = compute(name, bands, settings.index_input)
-        masks = settings.mask_using_qa, settings.mask_using_water_mask
-        if name != "DEMWM":
-            plane = mask_index(plane, bands["QA"], bands["DEM"], *masks)
-        values.append(plane)
+        values += index_planes([name], bands, settings)
     return np.concatenate([plane.ravel() for plane in values]).astype(np.float64)
 
 
