@@ -26,7 +26,7 @@ from kelp.raster.bands import BANDS
 from kelp.raster.window import RasterSource, Tile
 from kelp.tiling.grid import TileGrid
 from kelp.tiling.merge import MergerState, StripMerger
-from kelp.tiling.strip import PIECE, Pixels, Slicing, Strip
+from kelp.tiling.strip import PIECE, Pixels, Run, Slicing, Strip
 
 Predict = Callable[[Pixels], Pixels]
 """Raw DN `(n, 7, h, w)` (canonical, NaN = missing) to probabilities `(n, h, w)`."""
@@ -161,13 +161,16 @@ class _Scene:
         merger = StripMerger(grid.shape, slicing.blend, state, spread=spread)
         return cls(job, grid, merger, row, section.end, head)
 
-    def merge(self, tile: Tile, validity: float, values: Pixels | None) -> None:
-        """Merge one tile; they come in the order of the grid."""
+    def merge(self, entry: _Entry, values: Pixels | None) -> None:
+        """Merge tiles side by side; they come in the order of the grid."""
+        tiles = entry.tiles
         if values is None:
-            self.merger.leave_out(tile)
+            first = tiles[0]
+            span = Tile(first.y, first.x, first.height, tiles[-1].right - first.x)
+            self.merger.leave_out(span)
         else:
-            self.merger.add(tile, values, validity)
-        self.merged += 1
+            self.merger.add_row(tiles, values, entry.validity)
+        self.merged += len(tiles)
         if self.merged == len(self.grid.columns):
             self._flush_row()
 
@@ -220,13 +223,30 @@ def take_final(merger: StripMerger, observed: NDArray[np.bool_], most: int) -> I
         yield planes
 
 
+@dataclass(frozen=True)
+class _Entry:
+    """Tiles side by side on their way through the network, or left out."""
+
+    scene: _Scene
+    tiles: tuple[Tile, ...]
+    validity: list[float]
+    """Share of observed pixels of each."""
+    first: int | None
+    """Place of the first of them in the batch; None = left out."""
+
+    def of(self, probabilities: Pixels | None) -> Pixels | None:
+        """Their part of what the network made of the batch."""
+        if self.first is None or probabilities is None:
+            return None
+        return probabilities[self.first : self.first + len(self.tiles)]
+
+
 class _Batch:
     """Tiles on their way through the network, with those around them that are left out."""
 
     def __init__(self, pixels: Pixels) -> None:
         self.pixels = pixels
-        self.entries: list[tuple[_Scene, Tile, float, int | None]] = []
-        """Scene, tile, share of observed pixels, and place in the batch; None = left out."""
+        self.entries: list[_Entry] = []
         self.count = 0
         self.resumed = 0
         """Tiles that an earlier process had finished."""
@@ -235,13 +255,20 @@ class _Batch:
     def full(self) -> bool:
         return self.count == len(self.pixels)
 
-    def add(self, scene: _Scene, tile: Tile, validity: float, pixels: Pixels) -> None:
-        self.pixels[self.count] = pixels
-        self.entries.append((scene, tile, validity, self.count))
-        self.count += 1
+    def add(self, scene: _Scene, run: Run, done: int = 0) -> int:
+        """Take a run's tiles, from number `done` on, as far as there is room; how many are done.
 
-    def leave_out(self, scene: _Scene, tile: Tile) -> None:
-        self.entries.append((scene, tile, 0.0, None))
+        All of those that are left out.
+        """
+        if run.pixels is None:
+            self.entries.append(_Entry(scene, run.tiles, run.validity, None))
+            return len(run.tiles)
+        end = min(len(run.tiles), done + len(self.pixels) - self.count)
+        some = slice(done, end)
+        self.pixels[self.count : self.count + end - done] = run.pixels[some]
+        self.entries.append(_Entry(scene, run.tiles[some], run.validity[some], self.count))
+        self.count += end - done
+        return end
 
     def is_late(self, scene: _Scene, row: int) -> bool:
         """Whether, at the end of a row of tiles, it must not wait for more.
@@ -251,11 +278,11 @@ class _Batch:
         """
         if not self.count:
             return bool(self.entries or self.resumed)
-        if len({id(other) for other, _, _, _ in self.entries}) > len(self.pixels):
+        if len({id(entry.scene) for entry in self.entries}) > len(self.pixels):
             return True  # or scenes that are all left out would stay open without end
         columns = len(scene.grid.columns)
         patience = -(-len(self.pixels) // columns)
-        oldest = next((tile.y for other, tile, _, _ in self.entries if other is scene), None)
+        oldest = next((entry.tiles[0].y for entry in self.entries if entry.scene is scene), None)
         return oldest is not None and scene.grid.rows.index(oldest) <= row - patience
 
 
@@ -352,11 +379,14 @@ class Engine:
                     break
                 try:
                     scene.seen.extend(strip.advance(y))
-                    for tile in scene.grid.row(y):
-                        self._take(scene, strip, tile, batch)
-                        if batch.full:
-                            yield batch
-                            batch = self._new_batch()
+                    for run in strip.runs():
+                        self._count(run)
+                        done = 0
+                        while done < len(run.tiles):
+                            done = batch.add(scene, run, done)
+                            if batch.full:
+                                yield batch
+                                batch = self._new_batch()
                 except Exception as error:  # noqa: BLE001
                     self._fail(scene, error)
                     break
@@ -369,16 +399,12 @@ class Engine:
         self._buffers.rotate()
         return _Batch(self._buffers[0])
 
-    def _take(self, scene: _Scene, strip: Strip, tile: Tile, batch: _Batch) -> None:
-        self._read_counts.tiles += 1
-        validity = strip.validity(tile)
-        land = validity > 0 and self._slicing.skip_land and strip.is_land(tile)
-        if validity > 0 and not land:
-            batch.add(scene, tile, validity, strip.pixels(tile))
-        else:
-            batch.leave_out(scene, tile)
-            self._read_counts.land += land
-            self._read_counts.unobserved += not land
+    def _count(self, run: Run) -> None:
+        count = len(run.tiles)
+        self._read_counts.tiles += count
+        if run.pixels is None:
+            self._read_counts.land += count * run.land
+            self._read_counts.unobserved += count * (not run.land)
 
     def _run_network(self, batch: _Batch) -> Pixels | None:
         if not batch.count:
@@ -395,16 +421,15 @@ class Engine:
     def _merge(self, batch: _Batch, probabilities: Pixels | None) -> int:
         """Merge and write what a batch finished; runs in the merging thread."""
         began = perf_counter()
-        for scene, tile, validity, slot in batch.entries:
-            if scene.failed:
+        for entry in batch.entries:
+            if entry.scene.failed:
                 continue
-            values = None if slot is None or probabilities is None else probabilities[slot]
             try:
-                scene.merge(tile, validity, values)
+                entry.scene.merge(entry, entry.of(probabilities))
             except Exception as error:  # noqa: BLE001
-                self._fail(scene, error)
+                self._fail(entry.scene, error)
         self._merge_counts.writing += perf_counter() - began
-        return len(batch.entries) + batch.resumed
+        return sum(len(entry.tiles) for entry in batch.entries) + batch.resumed
 
     def _advance(self, tiles: int) -> None:
         if self._tiles_done and tiles:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final
+from itertools import pairwise
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +26,8 @@ _LARGEST_VALUE: Final = 2.0  # probabilities, give or take the last bits of a re
 _LEAST_VARIANCE: Final = 2.0**-30
 _CHUNK: Final = 1 << 15
 """Pixels that are averaged at a time."""
+_VOTES: Final = 1 << 16
+"""Pixels of tiles that are added at a time: what is worked on stays in the cache."""
 
 
 def window(blend: Blend, height: int, width: int) -> NDArray[np.float64]:
@@ -126,16 +129,18 @@ class StripMerger:
         self.shape = shape
         self.blend: Blend = blend
         self._window: NDArray[np.float64] = np.zeros((0, 0))
-        self._vote = (0.0, np.zeros((0, 0)))  # validity, its rounded weights
+        self._vote: tuple[float, NDArray[np.float64], NDArray[np.float32]]
+        """Of the last validity: its rounded weights, in both number formats."""
+        self._vote = (0.0, np.zeros((0, 0)), np.zeros((0, 0), dtype=np.float32))
         state = state or MergerState.empty(0, shape[1], 2 if spread else 1)
         self.top = state.top  # first row not yet taken
         # Rows from `top` on, of which `_held` are in use; those below them are 0.
         self._sums, self._weights = state.sums.copy(), state.weights.copy()
         self._left_out = state.left_out.copy()
         self._held = len(state.weights)
-        # Of one tile: new arrays for each would cost more than the sums.
-        self._rounded = np.zeros((0, 0), dtype=np.float32)
-        self._votes = np.zeros((0, 0))
+        # Of some tiles: new arrays for each would cost more than the sums.
+        self._rounded = np.zeros((0, 0, 0), dtype=np.float32)
+        self._votes = np.zeros((0, 0, 0))
 
     def add(self, tile: Tile, values: NDArray[np.floating], validity: float = 1.0) -> None:
         """Add a tile's vote.
@@ -145,35 +150,79 @@ class StripMerger:
             values: probabilities (numbers within ±2), shape `(tile.height, tile.width)`.
             validity: the share of observed input the tile had, in (0, 1].
         """
-        if values.shape != (tile.height, tile.width):
-            raise ValueError(f"values of shape {values.shape} for {tile}")
+        self.add_row((tile,), values[np.newaxis], (validity,))
+
+    def add_row(
+        self, tiles: Sequence[Tile], values: NDArray[np.floating], validities: Sequence[float]
+    ) -> None:
+        """Add the votes of tiles side by side: the sums of `add`, in fewer and larger steps.
+
+        Args:
+            tiles: where they lie: one row, at equal distances from left to right, inside the scene
+                (one alone may stick out).
+            values: of each, as for `add`: `(n, height, width)`.
+            validities: of each, as for `add`.
+        """
+        steps = {(b.y - a.y, b.x - a.x) for a, b in pairwise(tiles)}
+        inside = all((0, 0) < step < (1, 0) for step in steps) and tiles[-1].right <= self.shape[1]
+        if len(steps) > 1 or (steps and not inside):
+            raise ValueError(f"{tiles} do not lie side by side in the scene")
+        if values.shape != (len(tiles), *tiles[0].shape):
+            raise ValueError(f"values of shape {values.shape} for {len(tiles)} of {tiles[0]}")
         if not max(-values.min(), values.max()) <= _LARGEST_VALUE:  # NaN is caught, too
-            raise ValueError(f"values of {tile} are not numbers within ±{_LARGEST_VALUE:g}")
-        rows, columns = self._slices(tile)
-        if self._votes.shape != values.shape:
-            self._rounded = np.empty(values.shape, dtype=np.float32)
-            self._votes = np.empty(values.shape)
-        rounded, votes = self._rounded, self._votes
+            raise ValueError(f"values of {tiles} are not numbers within ±{_LARGEST_VALUE:g}")
+        most = max(1, _VOTES // values[0].size)
+        if self._votes.shape[1:] != values.shape[1:] or len(self._votes) < min(most, len(tiles)):
+            self._rounded = np.empty((most, *values.shape[1:]), dtype=np.float32)
+            self._votes = np.empty(self._rounded.shape)
+        for first in range(0, len(tiles), most):
+            some = slice(first, first + most)
+            self._add(tiles[some], values[some], validities[some])
+
+    def _add(
+        self, tiles: Sequence[Tile], values: NDArray[np.floating], validities: Sequence[float]
+    ) -> None:
+        """Add votes of as many tiles as are worked on at a time."""
+        rounded, votes = self._rounded[: len(tiles)], self._votes[: len(tiles)]
         np.multiply(values, _VALUE_UNIT, out=rounded, casting="same_kind")
         np.rint(rounded, out=rounded)
         votes[...] = rounded
-        weights = self._weigh(values.shape, validity)
-        inside = slice(rows.stop - rows.start), slice(columns.stop - columns.start)
+        weights, whole = self._weigh(values.shape[1:], validities)
         if len(self._sums) > 1:
             squares = np.rint(votes * votes / _VALUE_UNIT)
             squares *= weights
-            self._sums[1, rows, columns] += squares[inside]
+            self._scatter(1, tiles, squares)
         votes *= weights
-        for total, part in (
-            (self._sums[0, rows, columns], votes),
-            (self._weights[rows, columns], weights),
-        ):
-            np.add(total, part[inside], out=total, casting="same_kind")
+        self._scatter(0, tiles, votes)
+        self._scatter(None, tiles, np.broadcast_to(whole, votes.shape))
+
+    def _scatter(
+        self, plane: int | None, tiles: Sequence[Tile], parts: NDArray[np.floating]
+    ) -> None:
+        """Add `(n, height, width)` to a plane of sums, or to the weights.
+
+        Tiles that do not overlap are added at once.
+        """
+        first = self._inside(tiles[0])
+        total: NDArray[Any] = self._weights if plane is None else self._sums[plane]
+        stride = tiles[1].x - first.x if len(tiles) > 1 else max(1, first.width)
+        apart = -(-first.width // stride)
+        down, across = total.strides
+        for k in range(min(apart, len(tiles))):
+            own = parts[k::apart, : first.height, : first.width]
+            into = np.ndarray(
+                own.shape,
+                total.dtype,
+                total,
+                (first.y - self.top) * down + (first.x + k * stride) * across,
+                (apart * stride * across, down, across),
+            )
+            into += own
 
     def leave_out(self, tile: Tile) -> None:
         """Note that a tile was left out on purpose: its pixels are no holes."""
-        rows, columns = self._slices(tile)
-        self._left_out[rows, columns] = True
+        inside = self._inside(tile)
+        self._left_out[inside.y - self.top : inside.bottom - self.top, inside.slices[1]] = True
 
     def take(self, end: int) -> NDArray[np.float32]:
         """Rows `top … end` of the merged scene, float32; NaN where all tiles were left out.
@@ -258,23 +307,33 @@ class StripMerger:
         self._held = kept
         self.top += count
 
-    def _weigh(self, shape: tuple[int, ...], validity: float) -> NDArray[np.float64]:
-        """Weights of a vote: whole numbers, at least 1."""
+    def _weigh(
+        self, shape: tuple[int, ...], validities: Sequence[float]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
+        """Weights of votes, whole numbers, at least 1: of all alike, or of each; twice."""
         if self._window.shape != shape:
             self._window = window(self.blend, *shape)
-            self._vote = (0.0, self._vote[1])
-        if self._vote[0] != validity:
-            weights = np.rint(self._window * (validity * _WEIGHT_UNIT))
-            self._vote = (validity, np.maximum(weights, 1))
-        return self._vote[1]
+            self._vote = (0.0, *self._vote[1:])
+        validity = validities[0]
+        if any(other != validity for other in validities):
+            units = np.array(validities)[:, np.newaxis, np.newaxis] * _WEIGHT_UNIT
+        elif validity == self._vote[0]:
+            return self._vote[1:]
+        else:
+            units = np.array(validity * _WEIGHT_UNIT)
+        weights = np.maximum(np.rint(self._window * units), 1)
+        found = weights, weights.astype(np.float32)
+        if not units.ndim:
+            self._vote = (validity, *found)
+        return found
 
-    def _slices(self, tile: Tile) -> tuple[slice, slice]:
-        """Where the part of a tile inside the scene lies in the buffers."""
+    def _inside(self, tile: Tile) -> Tile:
+        """The part of a tile inside the scene, whose rows are held from then on."""
         if tile.y < self.top:
             raise ValueError(f"{tile} begins above row {self.top}, which was already taken")
         inside = tile.clipped(self.shape)
         self._reach(inside.bottom)
-        return slice(inside.y - self.top, inside.bottom - self.top), slice(inside.x, inside.right)
+        return inside
 
     def _reach(self, bottom: int) -> None:
         """Hold rows down to row `bottom`."""

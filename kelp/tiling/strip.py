@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final, Protocol
+from itertools import pairwise
+from typing import Final, NamedTuple, Protocol
 
 import numpy as np
+from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
 from kelp.errors import ConfigError
@@ -121,6 +123,18 @@ def pieces(window: Tile, block: Shape) -> Iterator[Tile]:
             yield Tile(y, x, min(height, window.bottom - y), min(width, window.right - x))
 
 
+class Run(NamedTuple):
+    """Tiles side by side that are all run, or all left out."""
+
+    tiles: tuple[Tile, ...]
+    validity: list[float]
+    """Share of observed pixels of each."""
+    pixels: Pixels | None
+    """Shape `(n, 7, *tile)`, a view, right until the next is asked for; None = not run."""
+    land: bool
+    """Left out as land: DEM > 0 in all of them and around; unknown is not."""
+
+
 class Strip:
     """A row of tiles of a scene, with the rows around it that decide what is land.
 
@@ -137,7 +151,7 @@ class Strip:
         self._source = source
         self._block: Shape = getattr(source, "block", Shape(1, source.shape[1]))
         self._tile = slicing.tile
-        self._stride = slicing.stride[0]
+        self._stride, self._across = slicing.stride
         self._qa_as_nodata = slicing.qa_as_nodata
         self._skip_land = slicing.skip_land
         self._margin = slicing.land_tolerance if slicing.skip_land else 0
@@ -166,7 +180,7 @@ class Strip:
     def advance(self, y: int) -> NDArray[np.bool_]:
         """Go to the tiles that begin at row `y`; observed planes of the rows that are new.
 
-        They are complete when the last tile was asked for: go through tiles from left to right.
+        They are complete when all `runs` were asked for.
         """
         height, width = self._source.shape
         top = self._fetched(y)
@@ -236,35 +250,46 @@ class Strip:
         if self._area:
             self._inside[window] = self._area.mask(piece) & self._seen[window]
 
-    def _left(self, tile: Tile) -> int:
-        """First column of the panel that a tile lies in, which is held from then on."""
-        while tile.x > self._panels[self._panel][2]:
-            self._load(self._panel + 1)
-        return self._panels[self._panel][0]
+    def runs(self) -> Iterator[Run]:
+        """The tiles of the present row, from left to right."""
+        for panel in range(len(self._panels)):
+            if panel:
+                self._load(panel)
+            yield from self._runs()
 
-    def pixels(self, tile: Tile) -> Pixels:
-        """A tile of the present row of tiles, shape `(7, *tile)`, a view."""
-        left = self._left(tile)
-        return self._view[:, :, tile.x - left : tile.right - left]
+    def _runs(self) -> Iterator[Run]:
+        """The tiles of a panel."""
+        left, right, last = self._panels[self._panel]
+        height, width = self._tile
+        before = self._panels[self._panel - 1][2] if self._panel else -1
+        columns = np.array(self._grid.columns)
+        columns = columns[(columns > before) & (columns <= last)]
+        begins, ends = columns - left, columns - left + width
+        seen = self._seen_before[ends] - self._seen_before[begins]
+        wanted = seen > 0
+        if self._area:
+            wanted &= self._inside_before[ends] > self._inside_before[begins]
+        land = np.zeros_like(wanted)
+        if self._skip_land:
+            around = np.maximum(begins - self._margin, 0), ends + self._margin
+            water = self._water_before[np.minimum(around[1], right - left)]
+            land = wanted & (water == self._water_before[around[0]])
+            wanted &= ~land
+        validity = (seen / (height * width)).tolist()
+        steps = np.diff(columns, prepend=columns[0])
+        cuts = (wanted[1:] != wanted[:-1]) | (land[1:] != land[:-1]) | (steps[1:] != self._across)
+        edges = [0, *(1 + np.flatnonzero(cuts)).tolist(), len(columns)]
+        for start, stop in pairwise(edges):
+            tiles = tuple(Tile(self._y, x, height, width) for x in columns[start:stop].tolist())
+            pixels = self._pixels_of(tiles, left) if wanted[start] else None
+            yield Run(tiles, validity[start:stop], pixels, bool(land[start]))
 
-    def validity(self, tile: Tile) -> float:
-        """The share of a tile's pixels that are observed; 0 where none of them is wanted."""
-        left = self._left(tile)
-        begin, end = tile.x - left, tile.right - left
-        if self._area and self._inside_before[end] == self._inside_before[begin]:
-            return 0.0
-        seen = self._seen_before[end] - self._seen_before[begin]
-        return float(seen) / (tile.height * tile.width)
-
-    def is_land(self, tile: Tile) -> bool:
-        """Whether a tile and the margin around it are all land (DEM > 0; unknown is not).
-
-        Asked of tiles with an observed pixel; of others shared rows may not have been read.
-        """
-        left = self._left(tile)
-        begin = max(0, tile.x - self._margin) - left
-        end = min(tile.right + self._margin, self._source.shape[1]) - left
-        return bool(self._water_before[end] == self._water_before[begin])
+    def _pixels_of(self, tiles: Sequence[Tile], left: int) -> Pixels:
+        """Tiles side by side, a view."""
+        planes = self._view[:, :, tiles[0].x - left :]
+        shape = len(tiles), len(planes), *self._tile
+        step = self._across * planes.strides[-1]
+        return as_strided(planes, shape, (step, *planes.strides), writeable=False)
 
     def _needed(self, rows: Tile) -> list[Tile]:
         """A window of whole rows of a panel; of an area only what tiles that touch it lie in."""

@@ -283,11 +283,15 @@ def test_a_strip_reads_each_row_once_and_tells_of_it_once(shape, slicing, land, 
     for y in grid.rows[first:]:
         told.extend(strip.advance(y))
         held = reflected(scene.pixels[:, y : y + slicing.tile[0]], *slicing.tile)
-        for tile in grid.row(y):
-            part = held[:, :, tile.x : tile.right]
-            assert strip.pixels(tile).tobytes() == part.tobytes()
-            seen = observed(part, slicing.qa_as_nodata)
-            assert strip.validity(tile) == seen.sum() / seen.size
+        runs = list(strip.runs())
+        assert tuple(tile for run in runs for tile in run.tiles) == grid.row(y)
+        for run in runs:
+            for k, (tile, validity) in enumerate(zip(run.tiles, run.validity, strict=True)):
+                part = held[:, :, tile.x : tile.right]
+                assert run.pixels is None or run.pixels[k].tobytes() == part.tobytes()
+                seen = observed(part, slicing.qa_as_nodata)
+                assert validity == seen.sum() / seen.size
+                assert run.pixels is not None or run.land or not validity
     rows = [row for tile in scene.windows for row in range(tile.y, tile.bottom)]
     assert rows == list(range(max(0, grid.rows[first] - margin), shape[0]))
     assert {(tile.x, tile.width) for tile in scene.windows} == {(0, shape[1])}

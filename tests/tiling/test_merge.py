@@ -283,3 +283,43 @@ def test_the_hann_window_trusts_the_middle():
     assert hann[3:5, 2:4].min() > 0.8
     np.testing.assert_allclose(hann, hann[::-1, ::-1])
     assert (window("mean", 3, 5) == 1).all()
+
+
+@given(scene=scenes(), blend=blends, at_a_time=st.integers(1, 300), data=st.data())
+def test_tiles_side_by_side_add_up_as_one_by_one(scene, blend, at_a_time, data):
+    grid = scene[0]
+    votes = dict(zip(grid, votes_of(grid, 2, agree=False), strict=True))
+    one, rows = (StripMerger(grid.shape, blend, spread=True) for _ in range(2))
+    validity = st.sampled_from([1.0, 0.37])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kelp.tiling.merge._VOTES", at_a_time)
+        for y in grid.rows:
+            tiles, stride = grid.row(y), grid.tile[1] - grid.overlap[1]
+            validities = data.draw(st.lists(validity, min_size=len(tiles), max_size=len(tiles)))
+            for tile, share in zip(tiles, validities, strict=True):
+                one.add(tile, votes[tile], share)
+            first = 0
+            for k, (tile, after) in enumerate(zip(tiles, [*tiles[1:], None], strict=True), 1):
+                if after is None or after.x - tile.x != stride or data.draw(st.booleans()):
+                    part = np.array([votes[each] for each in tiles[first:k]])
+                    rows.add_row(tiles[first:k], part, validities[first:k])
+                    first = k
+    end = grid.shape[0]
+    assert rows.take_planes(end).tobytes() == one.take_planes(end).tobytes()
+
+
+@pytest.mark.parametrize(
+    "tiles",
+    [
+        [(0, 0), (0, 2), (0, 5)],  # at unequal distances
+        [(0, 4), (0, 2)],  # from right to left
+        [(0, 2), (0, 2)],  # twice
+        [(0, 0), (1, 2)],  # of two rows
+        [(0, 4), (0, 8)],  # out of the scene, into its next row
+    ],
+)
+def test_tiles_that_do_not_lie_side_by_side_are_refused(tiles):
+    merger = StripMerger((8, 10))
+    placed = [Tile(y, x, 4, 4) for y, x in tiles]
+    with pytest.raises(ValueError, match="side by side"):
+        merger.add_row(placed, np.ones((len(tiles), 4, 4)), [1.0] * len(tiles))
