@@ -222,8 +222,12 @@ class Calibration:
 
     @property
     def gains(self) -> bool:
-        """Whether the fitted threshold is better, where it was not fitted, than the old one."""
-        return self.sites > 1 and (self.scores["difference"].value or 0) > 0
+        """Whether the fitted threshold is better, where it was not fitted, than the old one.
+
+        The interval must say so: on few sites with noisy labels a value alone moves by chance.
+        """
+        low = self.scores["difference"].low
+        return self.sites > 1 and low is not None and low > 0
 
     @property
     def carried(self) -> float:
@@ -235,7 +239,7 @@ class Calibration:
 
     @property
     def kept(self) -> float:
-        """The threshold to decide by: the fitted one if it gains, else the old one."""
+        """The threshold to decide by: the fitted one if it surely gains, else the old one."""
         return self.threshold[1] if self.gains else self.carried
 
     @cached_property

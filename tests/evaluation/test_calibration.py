@@ -125,6 +125,15 @@ def test_with_one_site_the_threshold_stays():
     assert one.scores["difference"].value == 0
 
 
+def test_a_gain_that_may_be_chance_moves_no_threshold():
+    one = calibrated([site(k) for k in range(16, 20)], 0.35)
+    gain = one.scores["difference"]
+    assert gain.low < 0 < gain.value  # four sites do not show it
+    assert not one.gains
+    assert one.kept == 0.35
+    assert one.threshold[1] != 0.35
+
+
 def test_sites_without_kelp_fit_nothing():
     sites = [site(1), *(site(k, kelp=False) for k in range(2, 9))]
     one = calibrated(sites, 0.4)

@@ -4,7 +4,8 @@ The network is applied as `kelp predict` does it, so that what is fitted holds f
 the temperature (Guo et al. 2017, On Calibration of Modern Neural Networks): one number that logits
 are divided by, so that of the pixels with p = 0.7 about 70 % are kelp. Then, on maps made with it,
 the threshold at which pooled Dice is highest. Each is kept only where it gains on other sites than
-it was fitted to. What right maps of these sites look like becomes the guard of later ones.
+it was fitted to, the threshold only where an interval over sites shows it. What right maps of these
+sites look like becomes the guard of later ones.
 """
 
 from __future__ import annotations
