@@ -52,7 +52,7 @@ WORKS = (
     "models",
     "info --data_dir=val/images",
     "predict --data_dir=val/images --output_dir=maps --save_probabilities",
-    "verify --maps_dir=maps --data_dir=val/images",
+    "verify --predictions_dir=maps --data_dir=val/images",
     f"evaluate {PAIRS} --output_dir=scores",
     f"report {PAIRS} --output_dir=report",
     "submit --predictions_dir=maps --output_dir=submission",

@@ -179,8 +179,8 @@ class Config(BaseModel):
             parts = split(value) if Path in allowed and Url not in allowed else ()
             for url in filter(is_url, parts if isinstance(parts, tuple) else ()):
                 raise ConfigError(
-                    f"--{name} {url}: takes local paths only (URLs are for --data_dir and "
-                    "--output_dir of kelp predict); fetch it first"
+                    f"--{name} {url}: takes local paths only (URLs are for --data_dir of most "
+                    "commands and --output_dir of kelp predict); fetch it first"
                 )
 
     def absolute(self) -> Self:

@@ -131,8 +131,14 @@ class PredictConfig(NetworkOptions, ThresholdOptions, SceneOptions, QaOptions, S
 class VerifyConfig(CheckpointOptions, DeviceOptions, SceneOptions):
     """Are maps what their records say? Some tiles of each are predicted again."""
 
-    data_dir: Location = option(help="The scenes of the maps, as for kelp predict")
-    maps_dir: Path = option(help="Folder of <name>_kelp.tif maps with their records, or one map")
+    predictions_dir: Path = option(
+        help="Folder of <name>_kelp.tif maps with their records, or one map", aliases=("maps_dir",)
+    )
+    data_dir: Location | None = option(
+        None,
+        help="The scenes of the maps, as for kelp predict; default: those of the folder's "
+        "kelp-predict.yaml",
+    )
     run_dir: Paths = option(
         (),
         help="The networks that made the maps, as for kelp predict; default: the packaged ones of "
@@ -142,7 +148,7 @@ class VerifyConfig(CheckpointOptions, DeviceOptions, SceneOptions):
         None, help="Polygons without kelp, as for kelp predict; default: those of the maps"
     )
     backend: Literal["auto", "torch", "onnx"] = option("auto", help="As for kelp predict")
-    tiles: int = option(8, help="Tiles of each map to predict again", unit="tiles", ge=1)
+    tiles: int = option(10, help="Tiles of each map to predict again", unit="tiles", ge=1)
     seed: int = option(0, help="Which tiles", unit="integer", ge=0)
 
 
@@ -169,7 +175,7 @@ class SubmitConfig(Config):
 class PreviewConfig(BandOrderOptions, GridOptions):
     """Pictures of scenes and their predicted masks."""
 
-    data_dir: Path = option(help="Folder of the scenes")
+    data_dir: Location = option(help="The scenes, as for kelp predict")
     predictions_dir: Path = option(help="Folder of their <name>_kelp.tif masks")
     output_dir: Path = option(help="Folder for the PNG files")
     first_n: int = option(10, help=_PREVIEWS_HELP, unit="images", ge=1)

@@ -18,6 +18,7 @@ from kelp.config.shared import (
     WorkerOptions,
 )
 from kelp.errors import ConfigError
+from kelp.io.location import Location
 
 WorldName = Literal["calibrated", "specks", "murky", "varied"]
 
@@ -49,7 +50,9 @@ class StatsConfig(
 ):
     """Statistics of every band and spectral index, for normalising."""
 
-    data_dir: Path = option(help="Folder that holds images/ (the training images)")
+    data_dir: Location = option(
+        help="Folder that holds images/ (the training images); or scenes, as for kelp predict"
+    )
     output_dir: Path = option(help="Folder for the statistics file")
     cv_split: int | None = option(
         None, help="Use only this fold's training rows; default: all rows", unit="fold", ge=0

@@ -46,7 +46,7 @@ class RegionOptions(MixedMapOptions):
     run_dir: Path | None = option(
         None,
         help="Run folder, bundle or packaged network that made the maps: its errors at held-out "
-        "sites give intervals",
+        "sites give intervals; default: the packaged one, where it made them",
     )
     coverage: float = option(
         0.9,

@@ -1,4 +1,4 @@
-"""`kelp stats`: statistics of every band and spectral index of the training images.
+"""`kelp stats`: statistics of every band and spectral index of training images, or of scenes.
 
 Statistics are over observed values only. What training later puts in place of missing ones
 (`fill_missing_pixels_with_torch_nan`: the channel's minimum, or 0) is in the file's name and its
@@ -21,10 +21,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kelp import __version__, tables
+from kelp.config.scenes import SceneOptions
 from kelp.errors import ConfigError, TableError
 from kelp.io.executors import gather, spread
 from kelp.io.failures import Failure, attempt, raise_failures
 from kelp.io.files import input_folder, output_folder
+from kelp.io.location import Url, local
 from kelp.progress import Progress, silent
 from kelp.raster.bands import BANDS
 from kelp.raster.indices import IndexSettings, channel_names, index_planes, parse_indices
@@ -32,6 +34,7 @@ from kelp.raster.scene import Scene
 from kelp.raster.statistics import About, StatsFile
 from kelp.raster.streaming import ChannelStats, ChannelSummary, unit_stats
 from kelp.raster.window import Tile
+from kelp.sensors import find_scenes, open_scene
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -59,12 +62,15 @@ _TILE_COLUMNS: Final = {"image_path", "source_image_path", "tile_height", "tile_
 # workers: so the last bit of means and deviations does not depend on that number.
 _GROUP: Final = 16
 
+_STRIP: Final = 1 << 22
+"""Pixels whose indices are in memory at a time."""
+
 
 @dataclass(frozen=True)
 class Source:
     """An image, or a window of one."""
 
-    path: Path
+    path: Path | Url
     tile: Tile | None = None
 
     def __str__(self) -> str:
@@ -146,7 +152,7 @@ def file_statistics(
 
 
 def compute_stats(config: StatsConfig, progress: Progress = silent) -> StatsResult:
-    """Statistics of the training images (or of one fold's) as a file that `kelp train` takes.
+    """Statistics of training images, one fold's, or scenes, as a file that `kelp train` takes.
 
     Images that fail are left out, and named when the file is written.
 
@@ -222,17 +228,23 @@ def _summarise_files(
             pixels = attempt(partial(_read, band_order), source)
             if isinstance(pixels, Failure):
                 failures[source] = pixels
-            else:
-                yield pixels
+                continue
+            rows = max(1, _STRIP // pixels.shape[2])
+            for start in range(0, pixels.shape[1], rows):
+                yield pixels[:, start : start + rows]
 
     return _summarise(scenes(), channels, settings), failures
 
 
 def _read(band_order: Sequence[str], source: Source) -> NDArray[np.float32]:
-    with Scene(source.path, band_order, quiet=source.tile is not None) as scene:
-        scene.check()
+    if source.tile is None:
+        with open_scene(source.path, SceneOptions(band_order=tuple(band_order))) as scene:
+            scene.check()
+            return scene.read()
+    with Scene(local(source.path), band_order, quiet=True) as image:
+        image.check()
         # The last tiles of a table without files stick out of their image: nothing is there.
-        return scene.read(source.tile.clipped(scene.shape) if source.tile else None)
+        return image.read(source.tile.clipped(image.shape))
 
 
 def _merge(
@@ -250,13 +262,16 @@ def _merge(
 
 
 def _sources(config: StatsConfig) -> list[Source]:
-    """The images to read: of the folder, or of the training rows of the table."""
+    """What to read: images of the folder, scenes, or the training rows of the table."""
     path = config.metadata_fp
     if path is None:
         if config.cv_split is not None:
             raise ConfigError("--cv_split needs --metadata_fp: the table that holds the folds")
+        if isinstance(config.data_dir, Url) or not (config.data_dir / "images").is_dir():
+            return [Source(scene) for scene in find_scenes(config.data_dir)]
         images = input_folder(config.data_dir / "images", f"*{_SATELLITE}*.tif", rasters=True)
         return [Source(image) for image in images]
+    data_dir = local(config.data_dir)
     table = tables.read_table(path, ["tile_id", "original_split"])
     training = table["original_split"] == tables.TRAIN
     if config.cv_split is not None:
@@ -268,11 +283,11 @@ def _sources(config: StatsConfig) -> list[Source]:
         absent = sorted(_TILE_COLUMNS - set(table.columns))
         if absent:
             raise TableError(f"{path}: lacks the column {', '.join(absent)}; make it again")
-        sources = _tiles(rows, config.data_dir, path)
+        sources = _tiles(rows, data_dir, path)
     else:
         names = rows["tile_id"].astype(str) + tables.IMAGE_SUFFIX
-        sources = [Source(config.data_dir / "images" / name) for name in names]
-    tables.require_files([source.path for source in sources], path)
+        sources = [Source(data_dir / "images" / name) for name in names]
+    tables.require_files([local(source.path) for source in sources], path)
     return sources
 
 

@@ -31,7 +31,7 @@ from kelp.inference.staging import Staging
 from kelp.inference.work import FINGERPRINT, Runner
 from kelp.io.failures import Failure
 from kelp.io.files import input_folder
-from kelp.io.location import Url, packaged, packaged_names
+from kelp.io.location import Url, locate, packaged, packaged_names
 from kelp.products.areas import measure_whole
 from kelp.products.maps import Map, open_map
 from kelp.progress import Progress, silent
@@ -113,10 +113,10 @@ def verify(config: VerifyConfig, progress: Progress = silent) -> VerifyResult:
         InputError: maps differ, or cannot be verified; each is named with what differs. The others
             have been reported to the logger by then.
     """
-    is_one = config.maps_dir.is_file()
-    masks = [config.maps_dir] if is_one else input_folder(config.maps_dir, f"*{MASK_SUFFIX}")
-    scenes = {output_name(path): path for path in find_scenes(config.data_dir)}
+    folder = config.predictions_dir
+    masks = [folder] if folder.is_file() else input_folder(folder, f"*{MASK_SUFFIX}")
     verifier = _Verifier(config)
+    scenes = {output_name(path): path for path in find_scenes(verifier.data_dir)}
     found = []
     for done, mask in enumerate(masks, start=1):
         found.append(verifier.verify(mask, scenes.get(mask.name)))
@@ -138,10 +138,16 @@ class _Verifier:
 
     def __init__(self, config: VerifyConfig) -> None:
         self._config = config
-        folder = config.maps_dir.parent if config.maps_dir.is_file() else config.maps_dir
-        path = folder / "kelp-predict.yaml"
+        folder = config.predictions_dir
+        path = (folder.parent if folder.is_file() else folder) / "kelp-predict.yaml"
         # Of the folder's last run: paths, which records do not hold.
         self._run = read_yaml(path) if path.is_file() else {}
+        given = config.data_dir or self._run.get("data_dir")
+        if not given:
+            raise InputError(
+                f"{path}: does not say where the scenes are; name them with --data_dir"
+            )
+        self.data_dir = locate(given) if isinstance(given, str) else given
         self._bundles: dict[tuple[Path | str, ...], list[Bundle]] = {}
         self._predictors: dict[str, Predictor] = {}
 
@@ -163,7 +169,7 @@ class _Verifier:
             yield "has no record, so nothing can be verified; make it again with kelp predict"
             return
         if scene is None:
-            yield f"no scene of it in {self._config.data_dir}"
+            yield f"no scene of it in {self.data_dir}"
             return
         yield from _figures(entry, record)
         if record.threshold is None or not record.settings:
@@ -197,7 +203,7 @@ class _Verifier:
         given = self._config
         known = {name: self._run[name] for name in _KEPT if name in self._run}
         known |= {name: getattr(given, name) for name in given.model_fields_set & _KEPT}
-        known |= {"data_dir": given.data_dir, "output_dir": entry.mask.parent}
+        known |= {"data_dir": self.data_dir, "output_dir": entry.mask.parent}
         known |= {name: getattr(given, name) for name in ("device", "backend", "use_checkpoint")}
         if given.backend == "auto" and record.backend == "onnx":
             known["backend"] = record.backend

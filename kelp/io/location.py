@@ -74,7 +74,7 @@ def locate(value: Any) -> Path | Url:
 def local(place: Path | Url) -> Path:
     """The path of a local file or folder. Raises `InputError` for one of a store."""
     if isinstance(place, Url):
-        raise InputError(f"{place}: a local path is wanted here; only kelp predict takes URLs")
+        raise InputError(f"{place}: a local path is wanted here; fetch it first")
     return place
 
 

@@ -14,7 +14,7 @@ from kelp.config.predict import PreviewConfig
 from kelp.config.scenes import SceneOptions
 from kelp.errors import InputError
 from kelp.io.files import output_folder, write_bytes
-from kelp.io.location import local
+from kelp.io.location import Url
 from kelp.plotting import rendering, style
 from kelp.plotting.rendering import Picture
 from kelp.plotting.style import Color
@@ -61,7 +61,7 @@ def preview(config: PreviewConfig, progress: Progress = silent) -> PreviewResult
     Raises:
         InputError: no scene has a mask, a file is unreadable, or grids differ.
     """
-    scenes = [local(scene) for scene in find_scenes(config.data_dir)]
+    scenes = find_scenes(config.data_dir)
     folder = output_folder(config.output_dir)
     pictures = write_previews(
         scenes,
@@ -77,7 +77,7 @@ def preview(config: PreviewConfig, progress: Progress = silent) -> PreviewResult
 
 
 def write_previews(
-    scenes: Sequence[Path],
+    scenes: Sequence[Path | Url],
     predictions_dir: Path,
     output_dir: Path,
     first_n: int,
@@ -109,7 +109,7 @@ def write_previews(
 
 
 def picture_of(
-    scene: Path,
+    scene: Path | Url,
     prediction: Path | None = None,
     truth: Path | None = None,
     band_order: Sequence[str] = (),

@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 
 from kelp.config.products import AreasConfig, RegionOptions
 from kelp.errors import BundleError, ConfigError, InputError
-from kelp.evaluation.intervals import AreaErrors, area_errors, read_held_out, sites_needed
+from kelp.evaluation.intervals import AreaErrors, HeldOut, area_errors, read_held_out, sites_needed
 from kelp.io.files import atomic, output_folder
-from kelp.io.location import packaged
+from kelp.io.location import PACKAGED, packaged, packaged_names
 from kelp.products.maps import Map, find_maps, require_comparable
 from kelp.products.regions import Cover, Region, read_regions
 from kelp.progress import Progress, silent
@@ -209,12 +209,17 @@ def _measured(
 def intervals_of(run_dir: Path | None, maps: Sequence[Map], coverage: float) -> Intervals:
     """Intervals from the errors at held-out sites that the maps' bundle knows.
 
+    Without `run_dir` it is the packaged network that made all the maps, if one did.
+
     Raises:
         BundleError: it is not the bundle that made the maps.
     """
-    if run_dir is None:
+    if run_dir is not None:
+        held_out = read_held_out(packaged(run_dir))
+    elif (found := _packaged_of(maps)) is not None:
+        held_out = found
+    else:
         return Intervals(reason="no interval: no bundle was named (--run_dir)")
-    held_out = read_held_out(packaged(run_dir))
     for entry in maps:
         if entry.weights and held_out.sha256 not in entry.weights:
             raise BundleError(
@@ -229,6 +234,14 @@ def intervals_of(run_dir: Path | None, maps: Sequence[Map], coverage: float) -> 
         reason=f"no interval: the bundle knows its errors at {sites} held-out sites, "
         f"{sites_needed(coverage)} are needed"
     )
+
+
+def _packaged_of(maps: Sequence[Map]) -> HeldOut | None:
+    for name in packaged_names():
+        held_out = read_held_out(PACKAGED / name)
+        if maps and all(entry.weights == (held_out.sha256,) for entry in maps):
+            return held_out
+    return None
 
 
 def warn_of_mixed_sensors(maps: Sequence[Map]) -> None:

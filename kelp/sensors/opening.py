@@ -46,7 +46,9 @@ def scene_name(location: Path | Url) -> str:
     `X.tif` and `X_satellite.tif` give `X`, folders and archives the name of their product, items of
     STAC services the last part of their address.
     """
-    name = location.name if isinstance(location, Url) else location.resolve().name
+    name = location.name  # a link's own: users name scenes by links
+    if name in ("", "..") and isinstance(location, Path):
+        name = location.resolve().name
     name = name.partition("?")[0] if isinstance(location, Url) else name
     lower = name.lower()
     known = (*RASTERS, ".tar", ".safe", ".json", ".geojson")

@@ -156,7 +156,8 @@ def files_of_tar(path: Path) -> dict[str, Part]:
                         f"{path}: ends inside {name} ({length:,} bytes, at least {end:,} expected);"
                         " the download was cut short, fetch it again"
                     )
-                found[name] = Part("", name, path, member.name, member.offset_data, member.size)
+                at = member.name.removeprefix("./")  # as GDAL names it
+                found[name] = Part("", name, path, at, member.offset_data, member.size)
         if length < -(-end // _BLOCK) * _BLOCK + _BLOCK:  # tarfile takes any end for the end
             raise InputError(
                 f"{path}: has no end mark after its last file; the download was cut short, fetch "

@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 import logging
 import weakref
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from datetime import UTC, datetime
 from types import SimpleNamespace
 
@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import rasterio
+from satellites import make_landsat, tar_of
 
 from kelp.config import StatsConfig
 from kelp.data_prep.stats import (
@@ -26,6 +27,7 @@ from kelp.raster.bands import BANDS
 from kelp.raster.indices import INDICES, IndexSettings, channel_names, index_planes
 from kelp.raster.streaming import TOLERANCE
 from kelp.raster.window import Tile
+from kelp.sensors import open_scene
 
 CHANNELS = channel_names(BANDS, INDICES)
 SETTINGS = IndexSettings("dn", True, True)
@@ -192,6 +194,40 @@ def test_the_use_case_writes_a_file_that_loads(folder, tmp_path):
     assert (file.about.row_count, result.rows, result.channels) == (35, 35, 9)
     assert (tmp_path / "out" / "kelp-stats.yaml").is_file()
     assert "9 channels of 35 images" in result.summary()
+
+
+def test_scenes_of_every_kind_have_statistics(folder, tmp_path):
+    """A folder of scenes, a list, one of them, a product: whatever `kelp predict` takes."""
+    root, _, _ = folder
+    options = settings_of(output_dir=tmp_path / "out")
+
+    def stats_of(place):
+        return StatsFile.load(compute_stats(StatsConfig(**options, data_dir=place)).path).channels
+
+    whole = stats_of(root)
+    images = sorted((root / "images").glob("*.tif"))
+    listed = tmp_path / "scenes.txt"
+    listed.write_text("".join(f"{image}\n" for image in images))
+    assert stats_of(root / "images") == stats_of(listed) == whole
+    assert stats_of(images[0])["NIR"].count < whole["NIR"].count
+    product = make_landsat(tmp_path, 8)
+    with open_scene(product) as opened:
+        nir = opened.read()[BANDS.index("NIR")]
+    for place in (product, tar_of(product)):
+        found = stats_of(place)["NIR"]
+        assert found.count == np.isfinite(nir).sum()
+        assert found.mean == pytest.approx(np.nanmean(nir, dtype=float))
+
+
+def test_a_large_scene_is_summed_up_in_strips(folder, monkeypatch):
+    """Tens of indices of all pixels of a whole scene do not fit into memory."""
+    root, _, _ = folder
+    sources = [Source(path) for path in sorted((root / "images").glob("*.tif"))]
+    whole = file_statistics(sources, channel_names(BANDS, ["NDVI"]), SETTINGS)
+    monkeypatch.setattr("kelp.data_prep.stats._STRIP", 1000)
+    parts = file_statistics(sources, channel_names(BANDS, ["NDVI"]), SETTINGS)
+    for name, stats in whole.items():
+        assert astuple(parts[name]) == pytest.approx(astuple(stats))
 
 
 def test_fill_and_masks_are_in_the_name_and_fill_moves_no_number(folder, tmp_path):

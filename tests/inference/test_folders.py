@@ -71,6 +71,25 @@ def test_what_is_no_scene_is_named(tmp_path, caplog):
     ]
 
 
+def test_a_linked_scene_has_the_name_of_the_link(tmp_path):
+    """DVC, git-annex and users link to files that bear a hash or another name."""
+    store, links = tmp_path / "store", tmp_path / "links"
+    links.mkdir()
+    for number, name in enumerate(("2011_satellite.tif", "2012_satellite.tif")):
+        (links / name).symlink_to(write_tif(store / f"{number}f3a.tif", image()))
+    assert [opening.scene_name(scene) for scene in find_scenes(links)] == ["2011", "2012"]
+    (tmp_path / "other.tif").symlink_to(links / "2011_satellite.tif")
+    (links / "third.tif").symlink_to(links / "2011_satellite.tif")
+    assert opening.scene_name(tmp_path / "other.tif") == "other"
+    assert len(find_scenes(links)) == 3  # two links to one file are two scenes
+
+
+def test_a_path_without_a_name_of_its_own_gives_that_of_its_folder(tmp_path, monkeypatch):
+    (tmp_path / "LC08").mkdir()
+    monkeypatch.chdir(tmp_path / "LC08")
+    assert opening.scene_name(Path()) == opening.scene_name(Path("..") / "LC08") == "LC08"
+
+
 def test_long_wide_and_almost_empty_scenes_are_mapped(tmp_path, bundle):
     """`python benchmarks/soak.py` does so at 60,000 px, and looks at memory, time and files."""
     long, _ = coast((3000, 40), np.random.default_rng(0))

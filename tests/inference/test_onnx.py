@@ -252,7 +252,7 @@ def test_auto_takes_the_faster_runtime_that_has_the_network(scenes, tmp_path, mo
     assert runtime() == "onnx"
     with monkeypatch.context() as patch:  # the runtime that made the map
         patch.delattr("kelp.nn.backend.load")
-        kelp.verify(VerifyConfig(data_dir=scenes, maps_dir=tmp_path / "out"))
+        kelp.verify(VerifyConfig(data_dir=scenes, predictions_dir=tmp_path / "out"))
     assert runtime(bf16=True) == "torch"
     assert runtime(driver=True) == "torch"
     assert runtime(bf16=True, driver=True, device="cpu", precision="32-true") == "onnx"

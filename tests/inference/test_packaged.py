@@ -93,7 +93,7 @@ def test_the_packaged_network_maps_the_packaged_real_scene(tmp_path):
     assert record.water.clear_pixels > 10_000
     assert record.guard.ok == (record.kelp_pixels < 100)
     with resources.as_file(real_scene()) as scene:  # the network is found by its name
-        assert main(["verify", f"--data_dir={scene}", f"--maps_dir={out}", "--quiet"]) == 0
+        assert main(["verify", f"--data_dir={scene}", f"--predictions_dir={out}", "--quiet"]) == 0
 
 
 def test_the_packaged_network_tells_its_figures_and_is_small_enough_for_the_wheel():

@@ -59,7 +59,7 @@ def maps(scenes, bundle, tmp_path):
 
 
 def verify(scenes, maps, **options):
-    return kelp.verify(VerifyConfig(data_dir=scenes, maps_dir=maps, device="cpu", **options))
+    return kelp.verify(VerifyConfig(data_dir=scenes, predictions_dir=maps, device="cpu", **options))
 
 
 def refusal(scenes, maps, **options):
@@ -87,9 +87,9 @@ def test_good_maps_pass_and_not_a_pixel_differs(scenes, maps):
     assert [one.mask.name for one in found.maps] == ["A_kelp.tif", "B_kelp.tif"]
     for one in found.maps:
         assert one.differences == ()
-        assert (one.agreement.tiles, one.agreement.pixels) == (8, 8 * 32 * 32)
+        assert (one.agreement.tiles, one.agreement.pixels) == (10, 10 * 32 * 32)
         assert (one.agreement.near, one.agreement.largest) == (0, 0)
-    assert found.summary().count("as its record says (8 tiles, 8,192 pixels)") == 2
+    assert found.summary().count("as its record says (10 tiles, 10,240 pixels)") == 2
 
 
 def test_only_the_tiles_that_touch_the_drawn_ones_are_run(scenes, maps, monkeypatch):
@@ -233,7 +233,7 @@ def test_last_bits_may_differ_up_to_the_bound(scenes, maps, monkeypatch, shift, 
     else:
         words = refusal(scenes, maps)
         assert "probabilities: " in words
-        assert "pixels differ in 8 of 8 tiles predicted again" in words
+        assert "pixels differ in 10 of 10 tiles predicted again" in words
 
 
 def test_a_mask_may_differ_where_a_probability_lies_at_the_threshold(scenes, bundle, tmp_path):
@@ -308,12 +308,22 @@ def test_a_changed_source_is_named(scenes, maps):
     assert "mask: " not in words  # and yet the pixels are the same
 
 
+def test_the_folder_of_maps_alone_tells_where_the_scenes_are(scenes, maps, capsys):
+    given = ["verify", "--device", "cpu", "--quiet"]
+    assert main([*given, "--predictions_dir", str(maps)]) == 0
+    assert capsys.readouterr().out.count("as its record says (10 tiles, ") == 2
+    assert main([*given, "--maps_dir", str(maps), "--tiles", "1"]) == 0  # its older name
+    (maps / "kelp-predict.yaml").unlink()
+    capsys.readouterr()
+    assert main([*given, "--predictions_dir", str(maps)]) == 2
+    assert "does not say where the scenes are; name them with --data_dir" in capsys.readouterr().err
+
+
 def test_what_cannot_be_verified_is_named_in_one_line(scenes, maps, capsys):
     (maps / "A_kelp.json").unlink()
     (scenes / "B_satellite.tif").unlink()
-    status = main(
-        ["verify", "--data_dir", str(scenes), "--maps_dir", str(maps), "--device", "cpu", "--quiet"]
-    )
+    given = ["--data_dir", str(scenes), "--predictions_dir", str(maps)]
+    status = main(["verify", *given, "--device", "cpu", "--quiet"])
     assert status == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("kelp: error: 2 of 2 maps are not what their records say: ")

@@ -20,14 +20,16 @@ from laws import predict, rasters, write_scenes
 from s3fs import S3FileSystem
 from world import coast, opened, write_tif
 
+import kelp
 from kelp.cli import main
-from kelp.config import PredictConfig
+from kelp.config import PredictConfig, PreviewConfig, StatsConfig
 from kelp.errors import ConfigError, InputError
 from kelp.inference import plan
 from kelp.inference.cluster import Setting, processor_of
 from kelp.io import remote as rooms
 from kelp.io.executors import gather
 from kelp.io.location import Url, is_url, local, locate
+from kelp.plotting.preview import preview
 from kelp.raster.bands import BANDS
 
 SHAPES = [(60, 70), (1030, 32), (40, 90)]  # the second one is large: its maps are COGs
@@ -147,7 +149,7 @@ def test_maps_of_a_store_are_verified_there_and_by_copies(
     data, maps = there[0], tmp_path / "maps"
     assert told(data, bundle, maps) == 0
     capsys.readouterr()
-    here = ["--maps_dir", str(maps), "--device", "cpu"]
+    here = ["--predictions_dir", str(maps), "--device", "cpu"]
     for place in (data, scenes[0].parent):  # copies bear no mark of the store: sizes are compared
         assert main(["verify", "--data_dir", str(place), *here]) == 0
         assert capsys.readouterr().out.count("as its record says") == len(SHAPES)
@@ -157,6 +159,24 @@ def test_maps_of_a_store_are_verified_there_and_by_copies(
     line = error_of(capsys)
     assert f"{scenes[0].name}: changed since the map was made" in line
     assert "1 of 3 maps" in line
+
+
+def test_scenes_of_a_store_have_statistics_and_pictures(there, scenes, bundle, tmp_path):
+    data = there[0]
+    options = {"spectral_indices": "none", "workers": 1}
+    places = {"store": data, "here": scenes[0].parent}
+    made = [
+        kelp.compute_stats(StatsConfig(data_dir=place, output_dir=tmp_path / name, **options)).path
+        for name, place in places.items()
+    ]
+    assert made[0].read_text() == made[1].read_text()
+    predict(data, (bundle,), tmp_path / "maps")
+    for name, place in places.items():
+        given = {"data_dir": place, "predictions_dir": tmp_path / "maps"}
+        preview(PreviewConfig(**given, output_dir=tmp_path / name))
+    drawn = [[p.read_bytes() for p in sorted((tmp_path / n).glob("*.png"))] for n in places]
+    assert drawn[0] == drawn[1]
+    assert len(drawn[0]) == len(SHAPES)
 
 
 def test_what_is_finished_is_not_fetched_again(there, bucket, bundle, monkeypatch, capsys):
@@ -453,7 +473,7 @@ def test_pictures_need_local_scenes(there, bundle, tmp_path, capsys):
 @pytest.mark.parametrize(
     "arguments, named",
     [
-        (["stats", "--data_dir", "s3://b/a", "--output_dir", "o"], "--data_dir s3://b/a"),
+        (["split", "--data_dir", "s3://b/a", "--output_dir", "o"], "--data_dir s3://b/a"),
         (["slice", "--data_dir", "d", "--output_dir", "gs://b/a"], "--output_dir gs://b/a"),
         (
             ["predict", "--data_dir", "d", "--output_dir", "o", "--run_dir", "r,s3://b/r"],

@@ -13,6 +13,7 @@ from shapely import LineString, Polygon, box
 
 import kelp
 from kelp.cli import main
+from kelp.io.location import PACKAGED
 from kelp.products.areas import COLUMNS, measure
 from kelp.products.maps import open_map
 from kelp.products.regions import read_regions
@@ -197,6 +198,20 @@ def test_the_packaged_network_is_named_as_for_prediction(tmp_path, capfd):
     assert table["area_low_m2"][0] < 5 * 900 < table["area_high_m2"][0]
     assert run(tmp_path / "maps", aoi, tmp_path / "a.csv", "--run_dir", "coast") == 2
     assert "no packaged network" in capfd.readouterr().err
+
+
+def test_maps_of_the_packaged_network_have_intervals_unasked(tmp_path):
+    write_map(tmp_path / "maps", "A", np.eye(5))
+    aoi = write_regions(tmp_path / "r.gpkg", [rectangle((0, 5), (0, 5))])
+    table = table_of(tmp_path / "maps", aoi, tmp_path / "a.csv")
+    assert table["area_low_m2"].isna().all()  # of another network
+    record = tmp_path / "maps" / "A_kelp.json"
+    content = json.loads(record.read_text())
+    weights = json.loads((PACKAGED / "coasts" / "bundle.json").read_text())["weights_sha256"]
+    content["network"] = [{"name": "coasts", "sha256": weights, "weight": 1.0}]
+    record.write_text(json.dumps(content))
+    table = table_of(tmp_path / "maps", aoi, tmp_path / "a.csv")
+    assert table["area_low_m2"][0] < 5 * 900 < table["area_high_m2"][0]
 
 
 def test_mixed_sensors_are_named(tmp_path, caplog):

@@ -157,6 +157,19 @@ def test_folder_archive_and_stack_hold_the_same_scene(tmp_path):
         assert a.known == b.known
 
 
+@pytest.mark.parametrize("start", ["./", "LC08/", "./LC08/"])
+def test_an_archive_made_by_hand_holds_the_same_scene(tmp_path, start):
+    """`tar cf scene.tar -C folder .` names its members `./…`."""
+    folder = copy_real(tmp_path)
+    archive = tmp_path / f"{folder.name}.tar"
+    with tarfile.open(archive, "w") as opened:
+        for file in sorted(folder.iterdir()):
+            opened.add(file, start + file.name)
+    with open_scene(folder) as a, open_scene(archive) as b:
+        np.testing.assert_array_equal(b.read(), a.read())
+        assert a.digest == b.digest
+
+
 def test_the_digest_sees_every_part(tmp_path):
     folder = make_landsat(tmp_path, 8)
     with open_scene(folder) as scene:
