@@ -22,10 +22,10 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import measuring
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -52,8 +52,7 @@ Predict = Callable[[Batch], Batch]
 
 
 def scene() -> Batch:
-    with resources.as_file(resources.files("kelp.data") / "LS000001_satellite.tif") as path:
-        return read_scene(path)
+    return read_scene(measuring.SCENE)
 
 
 def crops_of(pixels: Batch, count: int, seed: int) -> Batch:

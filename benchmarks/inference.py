@@ -20,7 +20,6 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from importlib import resources
 from pathlib import Path
 from unittest import mock
 
@@ -221,12 +220,9 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     device, count = resolve_device(options.device), options.images
-    with (
-        resources.as_file(resources.files("kelp.data") / "LS000001_satellite.tif") as path,
-        tempfile.TemporaryDirectory() as temporary,
-    ):
-        scene = read_scene(path)
-        with rasterio.open(path) as dataset:
+    with tempfile.TemporaryDirectory() as temporary:
+        scene = read_scene(measuring.SCENE)
+        with rasterio.open(measuring.SCENE) as dataset:
             stored = dataset.read()
         folder = write_images(Path(temporary) / "images", turned(stored, count))
         coast = write_images(Path(temporary) / "coast", coastal(stored, count, options.land_share))

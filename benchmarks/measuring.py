@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
+SCENE = Path(__file__).parents[1] / "kelp" / "demo" / "data" / "LS000001_satellite.tif"
+"""A real image of 350 x 350 px."""
 PACKAGES = ("kelp-slicer", "torch", "numpy", "rasterio", "monai", "pytorch-toolbelt", "tiler")
 
 

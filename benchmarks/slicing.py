@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import measuring
 import numpy as np
 import pandas as pd
 import rasterio
@@ -34,7 +35,6 @@ from kelp.data_prep.slicing import slice_dataset
 from kelp.data_prep.tile_files import COMPRESSION
 from kelp.tiling.grid import TileGrid
 
-SCENE = Path(__file__).parents[1] / "kelp" / "demo" / "data" / "LS000001_satellite.tif"
 SIZE = 128
 TARGETS = {"materialised": 1.8, "virtual": 20.0}
 
@@ -185,7 +185,7 @@ def main() -> None:
     """Parse the arguments and print the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data_dir", type=Path)
-    parser.add_argument("--scene", type=Path, default=SCENE)
+    parser.add_argument("--scene", type=Path, default=measuring.SCENE)
     parser.add_argument("--images", type=int, default=40)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--formats", action="store_true")

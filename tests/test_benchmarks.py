@@ -6,6 +6,8 @@ import ast
 import importlib
 import json
 import os
+import pkgutil
+import re
 import subprocess
 import sys
 from contextlib import suppress
@@ -31,6 +33,11 @@ def test_what_benchmarks_import_from_kelp_is_there():
                             importlib.import_module(f"{node.module}.{name}")
                             continue
                         lacking.append(f"{program.name}: {node.module}.{name}")
+            elif isinstance(node, ast.Constant) and re.fullmatch(r"kelp(\.\w+)+", str(node.value)):
+                try:
+                    pkgutil.resolve_name(node.value)
+                except (ImportError, AttributeError):
+                    lacking.append(f"{program.name}: {node.value}")
     assert not lacking
 
 
