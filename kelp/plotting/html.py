@@ -47,7 +47,7 @@ class Report:
     def table(self, rows: Sequence[Sequence[object]], caption: str = "") -> Report:
         """Add a table; the first row is its heading. Numbers are set to the right.
 
-        Floats are shown with four significant digits, `None` as a dash.
+        Floats are shown with four significant digits, from 1,000 on whole, `None` as a dash.
         """
         head, *body = rows
         if any(len(row) != len(head) for row in body):
@@ -146,4 +146,6 @@ def _cell(value: object) -> str:
         return "yes" if value else "no"
     if isinstance(value, int):
         return f"{value:,}"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e15 else f"{value:.4g}"

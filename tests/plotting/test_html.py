@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -132,6 +133,12 @@ def test_lists_and_fenced_code_keep_their_lines(tmp_path):
     assert "strong" not in page.tags
     # A fence at the very end of the text closes, too.
     assert "x = 1\n" in write(Report("x").text("```\nx = 1\n```"), tmp_path).words
+
+
+def test_numbers_of_tables_have_no_exponents():
+    page = Report("R").table([("a", "b", "c"), (22_045.3, 0.46304, -1419.0)], "C").html()
+    cells = re.findall(r"<td[^>]*>([^<]*)</td>", page)
+    assert cells == ["22,045", "0.463", "-1,419"]
 
 
 def test_ragged_tables_are_refused():

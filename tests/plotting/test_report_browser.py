@@ -47,6 +47,7 @@ addEventListener("load", () => {
     paper: getComputedStyle(document.body).backgroundColor,
     jumps: levels.filter((l, k) => k && l > levels[k - 1] + 1).length,
     lost: all("nav a").filter((a) => !all(a.getAttribute("href")).length).length,
+    cut: all("caption div").filter((e) => e.getBoundingClientRect().right > innerWidth).length,
     boxes: all(".wide").map((e) => [e.tabIndex, e.getAttribute("aria-label")]),
     requests: performance.getEntriesByType("resource").map((r) => r.name)
       .filter((name) => !name.startsWith("data:")),
@@ -66,7 +67,7 @@ def page(tmp_path_factory):
     report.cards({"Dice": "0.807", "a figure with long words": "1,234,567.89"})
     for title in ("Scores", "Curves", "Scenes", "Again"):
         report.text(f"## {title}\n\n- one [link](https://example.org)\n- two")
-    report.table(wide, "A table wider than a phone").table([("name", "value"), ("a", 0.5)])
+    report.table(wide, "A table wider than a phone. " * 9).table([("name", "value"), ("a", 0.5)])
     report.figure(lines({"a": [(0, 0.1), (1, 0.9)]}, "x", "y"), "A curve of `shares`.")
     report.figure(by_class({"a": [0.1, None]}, ["1-4", "5+"], "share"), "Shares by class.")
     report.figure(curves({"train/loss": [(1, 0.5), (2, 0.4)]}), "Loss.")
@@ -93,6 +94,7 @@ def test_a_report_fits_a_phone(page):
     found = look_on_phone(page)
     assert found["width"] == 360
     assert found["overflow"] <= 0
+    assert found["cut"] == 0
 
 
 def test_a_report_can_be_read_in_the_dark(page):
