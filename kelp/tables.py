@@ -166,4 +166,7 @@ def require_files(paths: Sequence[Path], table: Path) -> None:
     absent = [path for path in paths if not is_file(path)]
     if absent:
         more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
-        raise TableError(f"{absent[0]}{more}: no such file, but {table} has a row for it")
+        raise TableError(
+            f"{absent[0]}{more}: no such file, but {table} has a row for it; check --data_dir, or "
+            "make the table of the files that there are"
+        )

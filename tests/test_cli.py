@@ -116,9 +116,10 @@ def test_a_config_file_may_use_other_spellings(seen, tmp_path):
         ([*SLICE, "--stride", "200"], "pixels between tiles would be lost"),
         ([*SLICE, "--materialize", "maybe"], "--materialize"),
         ([*SLICE, "--config", "absent.yaml"], "absent.yaml"),
-        ([*SLICE, "stray"], "unexpected extra argument"),
+        ([*SLICE, "stray"], "unexpected extra argument (stray); see kelp slice --help"),
         ([*SLICE, "--image_size"], "--image_size"),
-        (["slcie"], "No such command"),
+        (["slcie"], "No such command 'slcie'; did you mean slice; see kelp --help"),
+        (["search", "--stac", "u", "--bbox", "1,2,3"], "--bbox has too few values (1.0, 2.0, 3.0)"),
     ],
 )
 def test_usage_errors_are_one_line_and_exit_2(capfd, arguments, cause):
@@ -133,6 +134,20 @@ def test_broken_config_files(tmp_path, capfd, text):
     (tmp_path / "c.yaml").write_text(text)
     assert main([*SLICE, "--config", str(tmp_path / "c.yaml")]) == 2
     assert len(capfd.readouterr().err.strip().splitlines()) == 1
+
+
+def test_the_file_of_a_wrong_option_is_named(tmp_path, capfd):
+    file = tmp_path / "c.yaml"
+    for text, cause in (
+        ("stride: far\n", "--stride: "),
+        ("strid: 9\n", "there is no option --strid"),
+    ):
+        file.write_text(text)
+        assert main([*SLICE, "--config", str(file)]) == 2
+        assert f"{file}: {cause}" in capfd.readouterr().err
+    file.write_text("stride: 9\n")
+    assert main([*SLICE, "--config", str(file), "--stride", "far"]) == 2
+    assert str(file) not in capfd.readouterr().err
 
 
 def test_a_bug_is_not_hidden(monkeypatch):

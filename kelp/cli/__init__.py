@@ -12,6 +12,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -162,6 +163,13 @@ class _Program(click.Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         return build_command(cmd_name) if cmd_name in COMMANDS else None
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] not in COMMANDS and (near := get_close_matches(args[0], COMMANDS, 1)):
+            ctx.fail(f"No such command '{args[0]}'; did you mean {near[0]}")
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         # click's own would build every command only to show its first line.
@@ -333,7 +341,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         click.echo(help_text.format_message(), err=True)
         return 2
     except click.ClickException as error:
-        return _fail(error.format_message())
+        where = getattr(error, "ctx", None)
+        way_out = f"; see {where.command_path} --help" if where else ""
+        return _fail(error.format_message().rstrip(".") + way_out)
     except KelpError as error:
         _show(error.result)
         return _fail(error.message)

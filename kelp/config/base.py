@@ -134,8 +134,14 @@ class Config(BaseModel):
     @classmethod
     def load(cls, path: Path, overrides: Mapping[str, Any] | None = None) -> Self:
         """Read a YAML file of options; `overrides` win. Unknown options raise `ConfigError`."""
-        values = cls._by_field(read_yaml(path)) | cls._by_field(overrides or {})
-        return cls.model_validate(values)
+        told, given = cls._by_field(read_yaml(path)), cls._by_field(overrides or {})
+        try:
+            return cls.model_validate(told | given)
+        except ConfigError as error:
+            named = re.search(r"--(\w+)", error.message)
+            if named and named[1] in told.keys() - given.keys():
+                raise ConfigError(f"{path}: {error.message}") from None
+            raise
 
     @classmethod
     def options(cls) -> dict[str, FieldInfo]:
@@ -235,7 +241,8 @@ def _explain(error: ValidationError) -> str:
     first = error.errors()[0]
     name = str(first["loc"][0]) if first["loc"] else ""
     if first["type"] == "missing":
-        return f"--{name} is missing; see --help"
+        absent = "is missing" if len(first["loc"]) == 1 else f"has too few values {first['input']}"
+        return f"--{name} {absent}; see --help"
     if first["type"] == "extra_forbidden":
         return f"there is no option --{name}; see --help"
     reason = first["msg"].removeprefix("Value error, ")
