@@ -53,8 +53,7 @@ from kelp.nn.losses import LossSettings, build_loss
 from kelp.nn.model import KelpNet, start_from_share
 from kelp.nn.pretrained import load_pretrained
 from kelp.nn.training.plan import network_spec
-from kelp.nn.training.rates import build_optimizer, build_scheduler
-from kelp.nn.training.task import build_average
+from kelp.nn.training.task import build_average, build_optimizer, build_scheduler
 from kelp.raster.bands import PIXEL_SIZE_M, QA
 from kelp.raster.streaming import ChannelStats
 from kelp.raster.validity import canonical

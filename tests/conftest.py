@@ -39,6 +39,14 @@ def ramp(monkeypatch):
     use_ramp_network(monkeypatch)
 
 
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Four images to train on and two to predict, of 50 x 70 px."""
+    from world import make_world
+
+    return make_world(tmp_path_factory.mktemp("world"), n_train=4, shape=(50, 70))
+
+
 @pytest.fixture
 def labelled(tmp_path):
     """Twelve scenes of six places with their truths, and the table that says so."""

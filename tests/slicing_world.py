@@ -30,3 +30,23 @@ def one_image(root, image, mask=None, **profile):
     table = root / "table.parquet"
     pd.DataFrame({"tile_id": ["A"], "original_split": ["train"]}).to_parquet(table)
     return {"data_dir": root, "metadata_fp": table, "output_dir": root / "out", "workers": 1}
+
+
+def small_training(table, **changes):
+    """Options of `kelp train` on tiles, for a network of 64 px that trains in a second."""
+    values = {
+        "data_dir": table.parent,
+        "metadata_fp": table,
+        "sahi": True,
+        "num_workers": 0,
+        "batch_size": 4,
+        "image_size": 64,
+        "precision": "32-true",
+        "encoder": "tu-test_resnet",
+        "decoder_channels": (16, 8, 8, 4),
+        "pretrained": False,
+        "epochs": 1,
+        "plot_n_batches": 0,
+        "min_dice": 0,  # the smallest of networks learns little in some epochs
+    }
+    return values | changes

@@ -1,7 +1,7 @@
 from .base import Config as Config
-from .baseline import BaselineConfig as BaselineConfig
 from .comparison import CompareConfig as CompareConfig
 from .comparison import TuneConfig as TuneConfig
+from .fold import BaselineConfig as BaselineConfig
 from .fold import FoldConfig as FoldConfig
 from .predict import DemoConfig as DemoConfig
 from .predict import EnsembleConfig as EnsembleConfig
@@ -20,11 +20,11 @@ from .prep import SplitConfig as SplitConfig
 from .prep import StatsConfig as StatsConfig
 from .products import AreasConfig as AreasConfig
 from .products import BedsConfig as BedsConfig
+from .products import ReportConfig as ReportConfig
 from .products import SeriesConfig as SeriesConfig
 from .products import StacConfig as StacConfig
 from .products import ViewConfig as ViewConfig
-from .reporting import ReportConfig as ReportConfig
 from .scenes import InfoConfig as InfoConfig
 from .scenes import SearchConfig as SearchConfig
-from .sweep import SweepConfig as SweepConfig
+from .train import SweepConfig as SweepConfig
 from .train import TrainConfig as TrainConfig

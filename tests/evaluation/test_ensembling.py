@@ -15,8 +15,7 @@ from rasterio.crs import CRS
 
 from kelp.config import EnsembleConfig
 from kelp.errors import InputError
-from kelp.evaluation.ensembling import ensemble, weighted_mean
-from kelp.evaluation.weighting import mixtures
+from kelp.evaluation.ensembling import ensemble, mixtures, weighted_mean
 from kelp.raster.masks import Georeference, georeference_of, read_mask, read_probability
 from kelp.raster.writer import RasterWriter, write_mask
 from kelp.tiling.merge import to_mask

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from bundles import mlflow_client
 from slicing_world import config as slicing
-from world import make_world
+from slicing_world import small_training
 
 import kelp
 from kelp.cli import main
@@ -20,11 +20,6 @@ from kelp.nn.training.folds import train_folds
 from kelp.nn.training.tracking import quiet_libraries
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return make_world(tmp_path_factory.mktemp("world"), n_train=4, shape=(50, 70))
 
 
 @pytest.fixture(scope="module")
@@ -43,24 +38,8 @@ def table(world, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def options(table):
-    return {
-        "data_dir": table.parent,
-        "metadata_fp": table,
-        "sahi": True,
-        "num_workers": 0,
-        "batch_size": 4,
-        "image_size": 64,
-        "precision": "32-true",
-        "encoder": "tu-resnet18",
-        "decoder_channels": (16, 8, 8, 4),
-        "pretrained": False,
-        "epochs": 1,
-        "plot_n_batches": 0,
-        "min_dice": 0,
-        "limit_train_batches": 2,
-        "limit_val_batches": 2,
-        "cv_split": "all",
-    }
+    limits = {"limit_train_batches": 2, "limit_val_batches": 2}
+    return small_training(table, encoder="tu-resnet18", cv_split="all", **limits)
 
 
 @pytest.fixture(scope="module")

@@ -19,9 +19,8 @@ from kelp.raster.masks import read_mask
 from kelp.raster.scene import read_scene
 from kelp.simulation import layout, nuisance, scene
 from kelp.simulation.beds import density, grow, kelp_budget
-from kelp.simulation.labels import draw_labels
 from kelp.simulation.layout import simulate, tile_name
-from kelp.simulation.scene import make_place, simulate_scene, take_picture
+from kelp.simulation.scene import draw_labels, make_place, simulate_scene, take_picture
 from kelp.simulation.sensor import missing, record
 from kelp.simulation.terrain import Terrain, fractal, make_terrain
 from kelp.simulation.world import WORLDS

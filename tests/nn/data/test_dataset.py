@@ -36,11 +36,6 @@ from kelp.tiling.strip import Slicing
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return make_world(tmp_path_factory.mktemp("world"), n_train=4, shape=(50, 70))
-
-
-@pytest.fixture(scope="module")
 def sliced(world, tmp_path_factory):
     """The same tiles twice: as files, and as windows of the images."""
     root = tmp_path_factory.mktemp("sliced")

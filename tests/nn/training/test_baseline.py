@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from laws import LAWS
 from scipy import special
 from slicing_world import config as slicing
-from world import coast, make_world, opened, write_tif
+from world import coast, opened, write_tif
 
 import kelp
 from kelp.cli import main
@@ -34,17 +34,12 @@ from kelp.inference.backends.trees import PixelTrees, checked_model, features
 from kelp.nn.data.dataset import Source
 from kelp.nn.preprocess import Preprocess
 from kelp.nn.training import pixels
-from kelp.nn.training.boosting import grow
+from kelp.nn.training.baseline import grow
 from kelp.nn.training.pixels import PixelSample, draw, sample_pixels
 from kelp.progress import silent
 from kelp.raster.bands import BANDS
 from kelp.raster.masks import read_mask, read_probability
 from kelp.raster.scene import read_scene
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return make_world(tmp_path_factory.mktemp("world"), n_train=4, shape=(50, 70))
 
 
 def options(world, output_dir, store):
@@ -256,24 +251,9 @@ def test_clouds_all_over_the_validation_images_are_one_line(configure, world, tm
 
 def test_the_command(run, world, empty_store, tmp_path, capfd):
     output_dir = options(world, tmp_path / "runs", empty_store)["output_dir"]
-    command = [
-        "baseline",
-        "--data_dir",
-        str(world.data_dir),
-        "--metadata_fp",
-        str(world.table),
-        "--output_dir",
-        str(output_dir),
-        "--num_workers",
-        "0",
-        "--trees",
-        "2",
-        "--pixels_per_image",
-        "50",
-        "--bands",
-        "NIR,R",
-        "--quiet",
-    ]
+    places = f"--data_dir={world.data_dir}", f"--metadata_fp={world.table}"
+    command = ["baseline", *places, f"--output_dir={output_dir}", "--quiet", "--num_workers=0"]
+    command += ["--trees=2", "--pixels_per_image=50", "--bands=NIR,R"]
     assert main(command) == 0
     shown, errors = capfd.readouterr()
     assert "trained 2 trees on 100 pixels of 2 images" in shown

@@ -15,6 +15,7 @@ import torch
 from bundles import mlflow_client
 from safetensors.torch import load_file
 from slicing_world import config as slicing
+from slicing_world import small_training
 from world import make_world, write_tif
 
 from kelp.config import TrainConfig
@@ -59,30 +60,19 @@ def options(tmp_path_factory):
     """A network of 64 px, 18 tiles to train on, 17 to validate on in 5 batches: one short of 6."""
     world = make_world(tmp_path_factory.mktemp("world"), n_train=6, shape=(50, 70))
     table = slice_dataset(slicing(world, output_dir=tmp_path_factory.mktemp("sahi"))).table
-    return {
-        "data_dir": table.parent,
-        "metadata_fp": table,
-        "sahi": True,
-        "num_workers": 0,
-        "batch_size": 4,
-        "image_size": 64,
-        "precision": "32-true",
-        "random_crops": False,
-        "encoder": "tu-test_resnet",
-        "decoder_channels": (16, 8, 8, 4),
-        "pretrained": False,
-        "epochs": 2,
-        "loss": "combo",
-        "plot_n_batches": 0,
-        "min_dice": 0,
-        "lr": 3e-3,
-        "devices": 2,
-        "device": "cpu",
-        "augment_gain": 0.1,
-        "lr_scheduler": "reduce_lr_on_plateau",
-        "samples_per_epoch": 23,
-        "use_weighted_sampler": True,
-    }
+    return small_training(
+        table,
+        random_crops=False,
+        epochs=2,
+        loss="combo",
+        lr=3e-3,
+        devices=2,
+        device="cpu",
+        augment_gain=0.1,
+        lr_scheduler="reduce_lr_on_plateau",
+        samples_per_epoch=23,
+        use_weighted_sampler=True,
+    )
 
 
 @pytest.fixture(scope="module")

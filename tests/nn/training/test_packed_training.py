@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from slicing_world import config as slicing
+from slicing_world import small_training
 from world import make_world
 
 from kelp.config import TrainConfig
@@ -24,24 +25,7 @@ def runs(tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
     world = make_world(root, n_train=4, n_test=0, shape=(50, 70))
     table = slice_dataset(slicing(world, output_dir=root / "sahi", materialize=False)).table
-    options = {
-        "data_dir": table.parent,
-        "metadata_fp": table,
-        "output_dir": root / "out",
-        "sahi": True,
-        "batch_size": 8,
-        "image_size": 64,
-        "precision": "32-true",
-        "encoder": "tu-test_resnet",
-        "decoder_channels": (16, 8, 8, 4),
-        "pretrained": False,
-        "epochs": 1,
-        "loss": "combo",
-        "plot_n_batches": 0,
-        "min_dice": 0,
-        "num_workers": 0,
-        "seed": 3,
-    }
+    options = small_training(table, output_dir=root / "out", batch_size=8, loss="combo", seed=3)
     log = logging.getLogger("kelp")
     done = {}
     for name, changes in {

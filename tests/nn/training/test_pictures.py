@@ -14,13 +14,13 @@ from bundles import mlflow_client, tiny_spec
 from nn.training.test_training import Stop, only_run, stop_at
 from safetensors.torch import load_file
 from slicing_world import config as slicing
-from world import coast, make_world, rgb_of, write_tif
+from world import coast, rgb_of, write_tif
 
 import kelp
 from kelp.config import TrainConfig
 from kelp.data_prep.slicing import slice_dataset
 from kelp.inference.bundle import load_bundle
-from kelp.nn.card import model_card
+from kelp.nn.bundle import model_card
 from kelp.nn.metrics import from_matrix
 from kelp.nn.training import checkpoint
 from kelp.nn.training.checkpoint import SPEED, WAITING
@@ -29,11 +29,6 @@ from kelp.nn.training.pictures import SET_SIZE, Album, choose
 from kelp.plotting import charts
 
 EPOCHS = 3
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return make_world(tmp_path_factory.mktemp("world"), n_train=4, shape=(50, 70))
 
 
 @pytest.fixture(scope="module")

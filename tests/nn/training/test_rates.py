@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kelp.config import TrainConfig
-from kelp.nn.training.rates import build_optimizer, build_scheduler
+from kelp.nn.training.task import build_optimizer, build_scheduler
 
 
 def rates(steps, **options):

@@ -21,7 +21,7 @@ import torch
 from bundles import mlflow_client
 from safetensors.torch import load_file
 from slicing_world import config as slicing
-from world import make_world
+from slicing_world import small_training
 
 import kelp
 from kelp.config import StatsConfig, TrainConfig, TuneConfig
@@ -42,39 +42,23 @@ STEPS = 3  # of an epoch: 24 samples in batches of 8
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return make_world(tmp_path_factory.mktemp("world"), n_train=4, shape=(50, 70))
-
-
-@pytest.fixture(scope="module")
 def table(world, tmp_path_factory):
     return slice_dataset(slicing(world, output_dir=tmp_path_factory.mktemp("sahi"))).table
 
 
 @pytest.fixture(scope="module")
 def options(table):
-    """A network of 64 px that trains in a second."""
-    return {
-        "data_dir": table.parent,
-        "metadata_fp": table,
-        "sahi": True,
-        "num_workers": 0,
-        "batch_size": 8,
-        "image_size": 64,
-        "resize_strategy": "resize",
-        "precision": "32-true",
-        "encoder": "tu-test_resnet",
-        "decoder_channels": (16, 8, 8, 4),
-        "pretrained": False,
-        "use_weighted_sampler": True,
-        "samples_per_epoch": 24,
-        "epochs": 3,
-        "loss": "combo",
-        "lr": 3e-3,
-        "lr_scheduler": "onecycle",
-        "plot_n_batches": 0,
-        "min_dice": 0,  # the smallest of networks learns little in three epochs
-    }
+    return small_training(
+        table,
+        batch_size=8,
+        resize_strategy="resize",
+        use_weighted_sampler=True,
+        samples_per_epoch=24,
+        epochs=3,
+        loss="combo",
+        lr=3e-3,
+        lr_scheduler="onecycle",
+    )
 
 
 @pytest.fixture
