@@ -116,10 +116,9 @@ def strips(shape: Shape, around: int = 0) -> Iterator[Strip]:
         around: rows to read above and below each strip, where there are such.
     """
     height, width = shape
-    for y in range(0, height, _ROWS):
-        bottom = min(y + _ROWS, height)
-        top, end = max(0, y - around), min(height, bottom + around)
-        yield Strip(Tile(y, 0, bottom - y, width), Tile(top, 0, end - top, width))
+    for own in Tile(0, 0, height, width).strips(_ROWS):
+        top, end = max(0, own.y - around), min(height, own.bottom + around)
+        yield Strip(own, Tile(top, 0, end - top, width))
 
 
 def sites_of(table: Path | None, tile_ids: Sequence[str]) -> dict[str, str]:

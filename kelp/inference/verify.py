@@ -337,8 +337,8 @@ class _Windows:
     def mask(self, tile: Tile) -> NDArray[np.bool_]:
         inside = np.zeros((tile.height, tile.width), dtype=np.bool_)
         for one in self._windows:
-            top, left = max(0, one.y - tile.y), max(0, one.x - tile.x)
-            inside[top : max(0, one.bottom - tile.y), left : max(0, one.right - tile.x)] = True
+            if part := one.intersection(tile):
+                inside[part.slices_in(tile)] = True
         if self._area and inside.any():
             inside &= self._area.mask(tile)
         return inside
@@ -377,15 +377,12 @@ class _Comparison:
 
     def write(self, y: int, rows: NDArray[np.float32]) -> None:
         """Compare rows `(n, width)` of probabilities, from row `y` on."""
-        near = [tile for tile in self._tiles if tile.y < y + len(rows) and tile.bottom > y]
-        if not near:
-            return
-        if self._rules:
+        strip = Tile(y, 0, *rows.shape)
+        near = [(tile, part) for tile in self._tiles if (part := tile.intersection(strip))]
+        if near and self._rules:
             rows = self._rules.apply(y, rows)
-        for tile in near:
-            top, bottom = max(tile.y, y), min(tile.bottom, y + len(rows))
-            part = Tile(top, tile.x, bottom - top, tile.width)
-            self._compare(tile, part, rows[top - y : bottom - y, tile.x : tile.right])
+        for tile, part in near:
+            self._compare(tile, part, rows[part.slices_in(strip)])
 
     def _compare(self, tile: Tile, part: Tile, p: NDArray[np.float32]) -> None:
         mask = self._entry.read(part)

@@ -127,7 +127,7 @@ def picture_of(
             if path is not None:
                 require_same_grid(scene, path, ignore_georeference, grid)
         step = _step(shape)
-        strips = list(_strips(shape, step))
+        strips = list(Tile(0, 0, *shape).strips(STRIP_ROWS * step))
         pixels = np.concatenate(
             [rendering.shrink_pixels(source.read(strip), step) for strip in strips], axis=1
         )
@@ -166,11 +166,6 @@ def panels(
 def _step(shape: tuple[int, int]) -> int:
     """How many pixels of a scene's side are shown as one."""
     return -(-max(shape) // LARGEST_SIDE)
-
-
-def _strips(shape: tuple[int, int], step: int) -> list[Tile]:
-    rows = STRIP_ROWS * step
-    return [Tile(y, 0, min(rows, shape[0] - y), shape[1]) for y in range(0, shape[0], rows)]
 
 
 class _Shown(NamedTuple):

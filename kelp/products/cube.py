@@ -124,12 +124,10 @@ def _window(entry: Map, offset: tuple[int, int], tile: Tile, name: str) -> NDArr
     """A window of the lattice, NaN where the map does not reach or saw nothing."""
     out = np.full((tile.height, tile.width), np.nan, np.float32)
     row, column = offset
-    top, bottom = max(tile.y, row), min(tile.bottom, row + entry.shape.height)
-    left, right = max(tile.x, column), min(tile.right, column + entry.shape.width)
-    if top >= bottom or left >= right:
+    there = tile.intersection(Tile(row, column, *entry.shape))
+    if there is None:
         return out
-    part = Tile(top - row, left - column, bottom - top, right - left)
-    here = np.s_[top - tile.y : bottom - tile.y, left - tile.x : right - tile.x]
+    part, here = there.moved(-row, -column), there.slices_in(tile)
     if name == "probability":
         p = entry.read_probability(part)
         assert p is not None

@@ -158,11 +158,7 @@ class Cover:
 
     def strips(self, rows: int = STRIP_ROWS) -> Iterator[tuple[Tile, NDArray[np.bool_]]]:
         """Windows of the raster and which of their pixels lie in the region, from the top."""
-        if self.window is None:
-            return
-        for y in range(self.window.y, self.window.bottom, rows):
-            height = min(rows, self.window.bottom - y)
-            tile = Tile(y, self.window.x, height, self.window.width)
+        for tile in self.window.strips(rows) if self.window else ():
             yield tile, self.inside(tile)
 
     def inside(self, tile: Tile) -> NDArray[np.bool_]:

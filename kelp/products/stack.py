@@ -135,10 +135,7 @@ class Stack:
 
     def strips(self) -> list[Tile]:
         """Windows of full width that cover the lattice from the top."""
-        height, width = self.shape
-        return [
-            Tile(y, 0, min(STRIP_ROWS, height - y), width) for y in range(0, height, STRIP_ROWS)
-        ]
+        return list(Tile(0, 0, *self.shape).strips(STRIP_ROWS))
 
     def read(
         self, look: Look, tile: Tile, probabilities: bool
@@ -151,13 +148,11 @@ class Stack:
         values = np.full(mask.shape, np.nan, np.float32) if probabilities else None
         reached = False
         for entry, (row, column) in zip(look.maps, look.offsets, strict=True):
-            top, bottom = max(tile.y, row), min(tile.bottom, row + entry.shape.height)
-            left, right = max(tile.x, column), min(tile.right, column + entry.shape.width)
-            if top >= bottom or left >= right:
+            there = tile.intersection(Tile(row, column, *entry.shape))
+            if there is None:
                 continue
             reached = True
-            part = Tile(top - row, left - column, bottom - top, right - left)
-            here = np.s_[top - tile.y : bottom - tile.y, left - tile.x : right - tile.x]
+            part, here = there.moved(-row, -column), there.slices_in(tile)
             found = entry.read(part)
             new = (mask[here] == MASK_NODATA) & (found != MASK_NODATA)
             mask[here][new] = found[new]

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
-from rasterio.windows import Window
 
 from kelp.errors import InputError
 from kelp.raster.bands import MASK_NODATA
 from kelp.raster.masks import open_dataset, quietly
+from kelp.raster.window import Tile
 
 _ROWS: Final = 512
 
@@ -57,10 +57,8 @@ def _values(path: Path) -> tuple[bool, bool]:
     unexplained = False
     with open_dataset(path) as dataset, quietly(path):
         tagged = dataset.nodata == MASK_NODATA
-        for y in range(0, dataset.height, _ROWS):
-            rows = dataset.read(
-                1, window=Window(0, y, dataset.width, min(_ROWS, dataset.height - y))
-            )
+        for strip in Tile(0, 0, dataset.height, dataset.width).strips(_ROWS):
+            rows = dataset.read(1, window=strip.window)
             if np.any(rows == 1):
                 return True, False
             unexplained = unexplained or (not tagged and bool(np.any(rows == MASK_NODATA)))

@@ -158,13 +158,11 @@ class WaterReference:
         if not len(self.levels):
             return pixels
         out = pixels.copy()
-        for y in range(0, tile.height, _ROWS):  # some rows at a time: shifts take more than pixels
-            rows = min(_ROWS, tile.height - y)
-            part = Tile(tile.y + y, tile.x, rows, tile.width)
+        for part in tile.strips(_ROWS):  # some rows at a time: shifts take more than pixels
             for band, (goal, levels) in enumerate(
                 zip(self.target, self._levels(part), strict=True)
             ):
-                plane = out[band, y : y + rows]
+                plane = out[band][part.slices_in(tile)]
                 # Whole numbers, so that integers stay integers in every number format.
                 shift = np.rint(goal - levels).astype(np.float32)
                 np.add(plane, shift, out=plane, where=(plane != NODATA) & (plane < _SATURATED))

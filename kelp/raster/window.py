@@ -5,6 +5,7 @@ Positions are `(y, x)`, shapes `(height, width)`, always in pixels, never the ot
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
@@ -68,6 +69,14 @@ class Tile:
 
         return Window(self.x, self.y, self.width, self.height)
 
+    def slices_in(self, outer: Tile) -> tuple[slice, slice]:
+        """Index of the tile in an array of the pixels of `outer`, inside which it lies."""
+        return self.moved(-outer.y, -outer.x).slices
+
+    def moved(self, down: int, right: int) -> Tile:
+        """The tile some pixels farther down and right."""
+        return Tile(self.y + down, self.x + right, self.height, self.width)
+
     def clipped(self, shape: Shape) -> Tile:
         """The part of the tile that lies inside a scene of `shape`; empty for one outside."""
         height, width = shape
@@ -77,6 +86,17 @@ class Tile:
             max(0, min(self.bottom, height) - self.y),
             max(0, min(self.right, width) - self.x),
         )
+
+    def intersection(self, other: Tile) -> Tile | None:
+        """What lies in both tiles; None for nothing."""
+        y, x = max(self.y, other.y), max(self.x, other.x)
+        height, width = min(self.bottom, other.bottom) - y, min(self.right, other.right) - x
+        return Tile(y, x, height, width) if height > 0 and width > 0 else None
+
+    def strips(self, rows: int) -> Iterator[Tile]:
+        """Parts of its full width and at most so many rows, from the top."""
+        for y in range(self.y, self.bottom, rows):
+            yield Tile(y, self.x, min(rows, self.bottom - y), self.width)
 
 
 class RasterSource(Protocol):

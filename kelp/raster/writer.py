@@ -21,14 +21,13 @@ import numpy as np
 import rasterio
 import rasterio.shutil
 from numpy.typing import NDArray
-from rasterio.windows import Window
 
 from kelp.errors import BusyError, InputError
 from kelp.io.files import atomic, check_name, hidden, open_locked
 from kelp.raster.bands import MASK_NODATA
 from kelp.raster.georeference import crs_words
 from kelp.raster.masks import Georeference, quietly
-from kelp.raster.window import Shape
+from kelp.raster.window import Shape, Tile
 
 log = logging.getLogger("kelp")
 
@@ -308,10 +307,8 @@ class RasterWriter:
         """Raise `InputError` unless the finished file holds the rows that were written."""
         checksum = 0
         with quietly(self.path, writing=True), rasterio.open(partial) as dataset:
-            for y in range(0, dataset.height, 512):
-                rows = min(512, dataset.height - y)
-                strip = dataset.read(1, window=Window(0, y, dataset.width, rows))
-                checksum = zlib.crc32(strip.data, checksum)
+            for strip in Tile(0, 0, dataset.height, dataset.width).strips(512):
+                checksum = zlib.crc32(dataset.read(1, window=strip.window).data, checksum)
             if self._place.crs is not None and dataset.crs is None:
                 log.warning(
                     "%s: has no CRS: a GeoTIFF cannot hold that of its scene (%s)",

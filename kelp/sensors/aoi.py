@@ -85,7 +85,7 @@ class Polygons:
     @cached_property
     def pixels(self) -> int:
         """How many of the scene lie inside."""
-        return sum(int(self.mask(tile).sum()) for tile in _rows(self.reached))
+        return sum(int(self.mask(tile).sum()) for tile in self.reached.strips(512))
 
     @cached_property
     def reached(self) -> Tile:
@@ -107,8 +107,7 @@ class Polygons:
         inside = np.zeros((tile.height, tile.width), dtype=np.bool_)
         near, part = self._near(tile)
         if near:  # burnt no farther than they reach: most of a scene is far from a coast
-            rows = slice(part.y - tile.y, part.bottom - tile.y)
-            inside[rows, part.x - tile.x : part.right - tile.x] = rasterize(
+            inside[part.slices_in(tile)] = rasterize(
                 near,
                 out_shape=(part.height, part.width),
                 transform=self._affine @ Affine.translation(part.x, part.y),
@@ -162,12 +161,6 @@ def _degrees(crs: Any, box: tuple[float, ...]) -> str:
         return f"{abs(value):.1f}°{letters[value < 0]}"
 
     return f"{words(south, 'NS')}-{words(north, 'NS')} {words(west, 'EW')}-{words(east, 'EW')}"
-
-
-def _rows(tile: Tile, rows: int = 512) -> Iterator[Tile]:
-    """A window in bands of rows, so that memory does not grow with its height."""
-    for y in range(tile.y, tile.bottom, rows):
-        yield Tile(y, tile.x, min(rows, tile.bottom - y), tile.width)
 
 
 def read_polygons(path: Path, option: str = "") -> tuple[list[Polygon], CRS]:

@@ -144,11 +144,8 @@ class Elevation:
         for y in range(tile.y // rows * rows, tile.bottom, rows):
             for x in range(tile.x // columns * columns, tile.right, columns):
                 cell = Tile(y, x, rows, columns).clipped(self.shape)
-                top, left = max(y, tile.y), max(x, tile.x)
-                bottom, right = min(cell.bottom, tile.bottom), min(cell.right, tile.right)
-                out[top - tile.y : bottom - tile.y, left - tile.x : right - tile.x] = self._cell(
-                    cell
-                )[top - y : bottom - y, left - x : right - x]
+                if part := cell.intersection(tile):
+                    out[part.slices_in(tile)] = self._cell(cell)[part.slices_in(cell)]
         return out
 
     def _cell(self, cell: Tile) -> NDArray[np.float32]:
