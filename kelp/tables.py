@@ -72,19 +72,19 @@ def _without(name: str, suffix: str) -> str:
     return ""
 
 
-def masks_in(folder: Path, suffix: str = MASK_SUFFIX) -> dict[str, Path]:
-    """Masks (or other products) of a folder by tile id, whatever the case of their suffix.
+def masks_in(folder: Path) -> dict[str, Path]:
+    """Masks of a folder by tile id, whatever the case of their suffix.
 
     Raises:
         InputError: there is no such folder, or it holds none.
     """
-    if found := products_in(folder, suffix):
+    if found := products_in(folder, MASK_SUFFIX):
         return found
-    raise InputError(f"{folder}: the folder holds no *{suffix} file")
+    raise InputError(f"{folder}: the folder holds no *{MASK_SUFFIX} file")
 
 
 def products_in(folder: Path, suffix: str) -> dict[str, Path]:
-    """As `masks_in`, but there may be none."""
+    """Masks, or other products, as `masks_in`; there may be none."""
     files = input_folder(folder)
     return {tile_id_of(path): path for path in files if _without(path.name, suffix)}
 

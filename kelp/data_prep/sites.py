@@ -16,7 +16,7 @@ with every other one, so the work grows about linearly with their number.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final
@@ -36,7 +36,6 @@ __all__ = [
     "Places",
     "Terrain",
     "embed",
-    "group_places",
     "group_terrains",
     "match",
     "similarity",
@@ -144,31 +143,21 @@ def match(
     return pairs, np.array(list(best.values()), dtype=np.float64)
 
 
-def group_places(
-    dems: Iterable[NDArray[np.float32]],
+def group_terrains(
+    terrains: Sequence[Terrain],
     threshold: float = DEFAULT_THRESHOLD,
     progress: Progress = silent,
 ) -> Places:
-    """Group images by the place that their DEMs show.
+    """Group images by the place that their DEMs (`embed`) show.
 
     Args:
-        dems: DEM planes, float32 `(height, width)` in metres, NaN = unknown. Read once, one by
-            one; about 30 kB of each are kept.
+        terrains: about 30 kB each.
         threshold: similarity in (0, 1] from which two images show one place.
         progress: called with the comparisons.
 
     Raises:
         ConfigError: the threshold lies outside (0, 1].
     """
-    return group_terrains([embed(dem) for dem in dems], threshold, progress)
-
-
-def group_terrains(
-    terrains: Sequence[Terrain],
-    threshold: float = DEFAULT_THRESHOLD,
-    progress: Progress = silent,
-) -> Places:
-    """`group_places` for DEMs that are embedded already (in worker processes, say)."""
     if not 0 < threshold <= 1:
         raise ConfigError(f"--similarity_threshold lies above 0 and up to 1, not {threshold}")
     pairs, scores = match(terrains, progress)

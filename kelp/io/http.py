@@ -23,7 +23,7 @@ def is_http(url: Url) -> bool:
     return str(url).lower().startswith(("http://", "https://"))
 
 
-def fetch_text(url: Url, timeout: float | None = None) -> str:
+def fetch_text(url: Url, timeout: float) -> str:
     """A document (UTF-8). Raises `InputError` where it does not come whole."""
     content, _ = _request(url, {}, timeout)
     try:
@@ -32,12 +32,12 @@ def fetch_text(url: Url, timeout: float | None = None) -> str:
         raise InputError(f"{_shown(url)}: not text ({error.reason})") from error
 
 
-def identity_of(url: Url, timeout: float | None = None) -> tuple[str, int | None]:
+def identity_of(url: Url) -> tuple[str, int | None]:
     """What changes when a file's content does, and its size in bytes.
 
     It asks for one byte: addresses that are signed for reading refuse other questions.
     """
-    _, headers = _request(url, {"Range": "bytes=0-0"}, timeout, most=1)
+    _, headers = _request(url, {"Range": "bytes=0-0"}, TIMEOUT, most=1)
     total = re.search(r"/(\d+)$", headers.get("Content-Range", ""))
     size = int(total[1]) if total else None
     tag = headers.get("ETag") or headers.get("Last-Modified") or ""
@@ -45,7 +45,7 @@ def identity_of(url: Url, timeout: float | None = None) -> tuple[str, int | None
 
 
 def _request(
-    url: Url, headers: Mapping[str, str], timeout: float | None, most: int = LARGEST
+    url: Url, headers: Mapping[str, str], timeout: float, most: int = LARGEST
 ) -> tuple[bytes, HTTPMessage]:
     # Scenes on this machine start without the web.
     from http.client import HTTPException
@@ -54,7 +54,7 @@ def _request(
 
     try:
         request = Request(str(url), headers={"User-Agent": "kelp-slicer", **headers})
-        with urlopen(request, timeout=timeout or TIMEOUT) as answer:
+        with urlopen(request, timeout=timeout) as answer:
             return answer.read(most), answer.headers
     except HTTPError as error:
         reason = "no such file; check the URL" if error.code == 404 else f"{error.reason}"

@@ -7,12 +7,17 @@ not obeyed, and links lead to the web or to files beside the page only.
 from __future__ import annotations
 
 import base64
+import platform
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+import numpy as np
+
+from kelp._version import __version__
 from kelp.io.files import write_text
 
 if TYPE_CHECKING:
@@ -70,6 +75,13 @@ class Report:
     def details(self, summary: str, markdown: str) -> Report:
         """Add text that is shown when its summary is opened."""
         return self._add("details", summary=_inline(summary), html=_blocks(markdown))
+
+    def again(self, command: str, record: Path) -> Report:
+        """Add how the page is made again, from the configuration that was recorded."""
+        return self.text(
+            f"## Again\n\n```\nkelp {command} --config {shlex.quote(str(record))}\n```\n\n"
+            f"kelp {__version__}, Python {platform.python_version()}, numpy {np.__version__}."
+        )
 
     def insert(self, html: str) -> Report:
         """Add HTML as it is: of kelp's own making, not a user's."""

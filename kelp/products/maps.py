@@ -155,9 +155,7 @@ class Map:
 
     def strips(self, rows: int = STRIP_ROWS) -> Iterator[Tile]:
         """Windows of full width that cover the map from the top."""
-        height, width = self.shape
-        for y in range(0, height, rows):
-            yield Tile(y, 0, min(rows, height - y), width)
+        return Tile(0, 0, *self.shape).strips(rows)
 
 
 def open_map(path: Path, pixel_size: float = PIXEL_SIZE_M) -> Map:
@@ -183,7 +181,7 @@ def open_map(path: Path, pixel_size: float = PIXEL_SIZE_M) -> Map:
     return Map(path, beside[0], beside[1], record, shape, georeference, pixel_size)
 
 
-def find_maps(path: Path, pixel_size: float = PIXEL_SIZE_M) -> list[Map]:
+def find_maps(path: Path) -> list[Map]:
     """The maps of a folder, sorted by name; or one file's.
 
     Maps are `*_kelp.tif`; in a folder without such names every `.tif` is one.
@@ -192,7 +190,7 @@ def find_maps(path: Path, pixel_size: float = PIXEL_SIZE_M) -> list[Map]:
         InputError: there is none, one is unreadable, or two show one scene.
     """
     if path.is_file():
-        return [open_map(path, pixel_size)]
+        return [open_map(path)]
     if path.is_dir() and any(path.glob(f"*{MASK_SUFFIX}")):
         files = input_folder(path, f"*{MASK_SUFFIX}")
     else:
@@ -203,7 +201,7 @@ def find_maps(path: Path, pixel_size: float = PIXEL_SIZE_M) -> list[Map]:
         ]
     if not files:
         raise InputError(f"{path}: the folder holds no mask (<name>{MASK_SUFFIX})")
-    maps = [open_map(file, pixel_size) for file in files]
+    maps = [open_map(file) for file in files]
     by_scene = defaultdict(list)
     for entry in maps:
         by_scene[entry.scene_id].append(entry.mask.name)

@@ -5,8 +5,8 @@ whatever it is: a raster, a Landsat folder or archive, an HLS granule, a Sentine
 item. No torch.
 """
 
-from kelp.sensors.opening import find_scenes, open_scene, read_scene, scene_name
+from kelp.sensors.opening import find_scenes, open_scene, scene_name
 from kelp.sensors.scene import SensorScene
 from kelp.sensors.stac import is_item
 
-__all__ = ["SensorScene", "find_scenes", "is_item", "open_scene", "read_scene", "scene_name"]
+__all__ = ["SensorScene", "find_scenes", "is_item", "open_scene", "scene_name"]

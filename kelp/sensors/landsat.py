@@ -18,7 +18,7 @@ from kelp.errors import InputError
 from kelp.io.files import parse_json
 from kelp.io.location import Url
 from kelp.raster.bands import REFLECTANCE_OFFSET, REFLECTANCE_SCALE
-from kelp.sensors.parts import Part, SceneFiles
+from kelp.sensors.parts import Part, SceneFiles, parse_xml
 from kelp.sensors.quality import Flag
 from kelp.sensors.record import SceneFacts
 
@@ -317,10 +317,10 @@ def _groups_of_json(value: Any) -> Metadata:
 
 
 def _groups_of_xml(text: str) -> Metadata:
-    if "<!DOCTYPE" in text or "<!ENTITY" in text:  # entities can grow without end
-        raise ValueError("it declares entities")
-    root = ElementTree.fromstring(text)
-    return {group.tag: {item.tag: (item.text or "").strip() for item in group} for group in root}
+    return {
+        group.tag: {item.tag: (item.text or "").strip() for item in group}
+        for group in parse_xml(text)
+    }
 
 
 def _groups_of_text(text: str) -> Metadata:

@@ -9,9 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
-import numpy as np
-from numpy.typing import NDArray
-
 from kelp.config.scenes import SceneOptions
 from kelp.errors import InputError
 from kelp.io import remote
@@ -210,12 +207,6 @@ def open_scene(
         scene.__exit__(None, None, None)
         raise
     return scene
-
-
-def read_scene(location: Path | Url, band_order: Sequence[str] = ()) -> NDArray[np.float32]:
-    """A whole scene as a canonical array, shape `(7, height, width)`."""
-    with open_scene(location, SceneOptions(band_order=tuple(band_order))) as scene:
-        return scene.read()
 
 
 def _files_of(location: Path | Url, sign: Callable[[str], str]) -> SceneFiles | None:

@@ -15,6 +15,7 @@ from html import escape
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import quote, unquote, urlsplit
+from xml.etree import ElementTree
 
 import rasterio
 from affine import Affine
@@ -104,6 +105,18 @@ def file_name(href: str) -> str:
 def without_secrets(href: str) -> str:
     """A URL without its query, where signatures stand."""
     return href.partition("?")[0] if "://" in href else href
+
+
+def parse_xml(text: str) -> ElementTree.Element:
+    """The root of a document.
+
+    Raises:
+        ValueError: it declares entities, which can grow without end.
+        ElementTree.ParseError: it is no XML.
+    """
+    if "<!DOCTYPE" in text or "<!ENTITY" in text:
+        raise ValueError("it declares entities")
+    return ElementTree.fromstring(text)
 
 
 @dataclass(frozen=True)

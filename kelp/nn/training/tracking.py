@@ -71,16 +71,12 @@ class Part:
 
 
 @contextmanager
-def quiet_libraries(track: bool = True) -> Iterator[None]:
-    """Keep the tips, notices and warnings of other libraries from the user's screen.
-
-    Without `track` MLflow, which takes seconds to import, stays out.
-    """
+def quiet_libraries() -> Iterator[None]:
+    """Keep the tips, notices and warnings of other libraries from the user's screen."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=_WARNERS)
-        libraries = ("lightning.pytorch", "mlflow") if track else ("lightning.pytorch",)
-        for library in libraries:  # they set their loggers when imported
+        for library in ("lightning.pytorch", "mlflow"):  # they set their loggers when imported
             importlib.import_module(library)
         loggers = [logging.getLogger(name) for name in _CHATTY]
         levels = [logger.level for logger in loggers]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import platform
-import shlex
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +12,6 @@ from typing import Any, Final
 
 import numpy as np
 
-import kelp
 from kelp.config import ReportConfig
 from kelp.config.products import ViewConfig
 from kelp.config.scenes import SceneOptions
@@ -113,8 +110,7 @@ def write_page(
     _training(report, history, bundle)
     _data(report, config, evaluated)
     _workers(report, config.preds_dir / WORKERS_FILE)
-    _again(report, config)
-    return report.write(path)
+    return report.again("report", config.output_dir / config.record_name).write(path)
 
 
 def _answer(report: Report, evaluated: Evaluated) -> None:
@@ -405,14 +401,6 @@ def _workers(report: Report, path: Path) -> None:
         raise InputError(f"{path}: damaged; remove it, it tells of a prediction only") from error
     report.text("## The workers")
     report.table(rows, "Of the last prediction that had work; seconds run beside one another")
-
-
-def _again(report: Report, config: ReportConfig) -> None:
-    record = config.output_dir / config.record_name
-    report.text(
-        f"## Again\n\n```\nkelp report --config {shlex.quote(str(record))}\n```\n\n"
-        f"kelp {kelp.__version__}, Python {platform.python_version()}, numpy {np.__version__}."
-    )
 
 
 def figures_json(evaluated: Evaluated) -> dict[str, Any]:
