@@ -52,6 +52,12 @@ def predict(data_dir, bundles, output_dir, **options):
     )
 
 
+def predict_command(data_dir, bundle, output_dir, *more):
+    """The words of `kelp predict` on the CPU in float32."""
+    places = f"--data_dir={data_dir}", f"--run_dir={bundle}", f"--output_dir={output_dir}"
+    return ["predict", *places, "--device=cpu", "--precision=32-true", *map(str, more)]
+
+
 def rasters(folder):
     """Name and bytes of what lies under a final name."""
     return {path.name: path.read_bytes() for path in folder.glob("[!.]*.tif")}

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from affine import Affine
 from bundles import tiny_bundle
+from laws import predict_command
 from rasterio.crs import CRS
 from world import coast, write_tif
 
@@ -37,37 +38,15 @@ def world(tmp_path_factory):
 
 def command(world, out):
     path, bundle = world
-    order = ",".join(BANDS)
-    return [
-        sys.executable,
-        "-m",
-        "kelp",
-        "predict",
-        "--data_dir",
-        path,
-        "--run_dir",
-        bundle,
-        "--output_dir",
-        out,
-        "--band_order",
-        order,
-        "--device",
-        "cpu",
-        "--precision",
-        "32-true",
-        "--save_probabilities",
-        "--save_spread",
-        "--batch_size",
-        "6",
-        "--sahi_overlap",
-        "8",
-    ]
+    options = ("--save_probabilities", "--save_spread", "--batch_size=6", "--sahi_overlap=8")
+    order = f"--band_order={','.join(BANDS)}"
+    return [sys.executable, "-m", "kelp", *predict_command(path, bundle, out, order, *options)]
 
 
 @contextmanager
 def started(world, out):
     process = subprocess.Popen(
-        list(map(str, command(world, out))),
+        command(world, out),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

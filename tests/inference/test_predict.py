@@ -11,6 +11,7 @@ import pytest
 import rasterio
 from affine import Affine
 from bundles import STATISTICS, tiny_bundle, use_pixel_network
+from laws import predict_command
 from rasterio.crs import CRS
 from world import coast, read_tif, write_tif
 
@@ -49,24 +50,7 @@ def bundle(tmp_path):
 
 
 def predict(scenes, bundle, out, *more):
-    status = main(
-        [
-            "predict",
-            "--data_dir",
-            str(scenes),
-            "--run_dir",
-            str(bundle),
-            "--output_dir",
-            str(out),
-            "--device",
-            "cpu",
-            "--precision",
-            "32-true",
-            "--quiet",
-            *map(str, more),
-        ]
-    )
-    return status
+    return main(predict_command(scenes, bundle, out, "--quiet", *more))
 
 
 def masks(folder):
@@ -103,16 +87,7 @@ def test_changed_settings_make_outputs_anew(scenes, bundle, tmp_path, capfd):
     out = tmp_path / "out"
     predict(scenes, bundle, out)
     before = masks(out)
-    args = [
-        "predict",
-        "--data_dir",
-        str(scenes),
-        "--run_dir",
-        str(bundle),
-        "--output_dir",
-        str(out),
-    ]
-    assert main([*args, "--decision_threshold", "0.9", "--precision", "32-true"]) == 0
+    assert main(predict_command(scenes, bundle, out, "--decision_threshold=0.9")) == 0
     assert "other inputs or settings; making it again" in capfd.readouterr().err
     assert masks(out) != before
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import rasterio
 from bundles import tiny_bundle, use_pixel_network
+from laws import predict_command
 from rasterio.warp import transform as reproject
 from satellites import (
     CRS,
@@ -38,8 +39,7 @@ def bundle(tmp_path):
 
 
 def predict(data, bundle, out, *more):
-    given = ["--data_dir", data, "--run_dir", bundle, "--output_dir", out, "--quiet", *more]
-    return main(["predict", "--device", "cpu", "--precision", "32-true", *map(str, given)])
+    return main(predict_command(data, bundle, out, "--quiet", *more))
 
 
 def read(path):

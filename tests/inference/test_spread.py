@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 from affine import Affine
 from bundles import use_pixel_network
-from laws import biased_bundle, predict, rasters, use_ramp_network, write_scenes
+from laws import (
+    biased_bundle,
+    predict,
+    predict_command,
+    rasters,
+    use_ramp_network,
+    write_scenes,
+)
 from rasterio.crs import CRS
 from sliced import ArrayScene
 from world import coast, opened, read_tif, write_tif
@@ -62,27 +69,8 @@ def by_definition(bundle, path, side=32, overlap=16):
 
 def test_it_is_the_weighted_standard_deviation_of_the_tiles(scenes, bundle, tmp_path):
     out = tmp_path / "out"
-    assert (
-        main(
-            [
-                "predict",
-                "--data_dir",
-                str(scenes[0].parent),
-                "--run_dir",
-                str(bundle),
-                "--output_dir",
-                str(out),
-                "--device",
-                "cpu",
-                "--precision",
-                "32-true",
-                "--quiet",
-                "--save_spread",
-                "True",
-            ]
-        )
-        == 0
-    )
+    arguments = predict_command(scenes[0].parent, bundle, out, "--quiet", "--save_spread", "True")
+    assert main(arguments) == 0
     for scene in scenes:
         spread = spread_of(out, scene)
         assert spread.dtype == np.float32

@@ -8,6 +8,7 @@ import pytest
 import rasterio
 from affine import Affine
 from bundles import tiny_bundle, use_pixel_network
+from laws import predict_command
 from rasterio.crs import CRS
 from satellites import PRODUCTS, copy_real, make_landsat
 from world import coast, write_tif
@@ -46,10 +47,8 @@ def scenes(tmp_path):
 
 
 def predict(scenes, bundle, out, *more):
-    given = ["--data_dir", scenes, "--run_dir", bundle, "--output_dir", out, "--quiet", *more]
-    if scenes.name == "scenes":
-        given += ["--band_order", ",".join(BANDS)]
-    assert main(["predict", "--device", "cpu", "--precision", "32-true", *map(str, given)]) == 0
+    order = ["--band_order", ",".join(BANDS)] if scenes.name == "scenes" else []
+    assert main(predict_command(scenes, bundle, out, "--quiet", *order, *more)) == 0
     return out
 
 

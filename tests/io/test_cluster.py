@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from bundles import tiny_bundle
 from clusters import dask, process
-from laws import predict, rasters
+from laws import predict, predict_command, rasters
 from world import coast, make_world, write_tif
 
 import kelp
@@ -52,26 +52,8 @@ def world(tmp_path_factory):
 
 def on_cluster(world, out, scheduler, *more):
     scenes, bundle, _ = world
-    return main(
-        [
-            "predict",
-            "--data_dir",
-            str(scenes),
-            "--run_dir",
-            str(bundle),
-            "--output_dir",
-            str(out),
-            "--scheduler",
-            scheduler,
-            "--precision",
-            "32-true",
-            "--device",
-            "cpu",
-            "--quiet",
-            "--save_probabilities",
-            *more,
-        ]
-    )
+    options = ("--scheduler", scheduler, "--quiet", "--save_probabilities", *more)
+    return main(predict_command(scenes, bundle, out, *options))
 
 
 def same_as_alone(world, out):
@@ -374,25 +356,9 @@ def test_a_worker_that_does_not_see_the_output_folder_is_refused_by_name(
         capsys.readouterr()
         out.mkdir()
         (out / "sahi_train_val_test_dataset.parquet").write_bytes(b"older")
-        assert (
-            main(
-                [
-                    "slice",
-                    "--data_dir",
-                    data + "/train",
-                    "--metadata_fp",
-                    str(table),
-                    "--output_dir",
-                    str(out),
-                    "--image_size",
-                    "32",
-                    "--quiet",
-                    "--scheduler",
-                    str(cluster.file),
-                ]
-            )
-            == 2
-        )
+        cut = ["slice", f"--data_dir={data}/train", f"--metadata_fp={table}", "--image_size=32"]
+        cut += [f"--output_dir={out}", f"--scheduler={cluster.file}", "--quiet"]
+        assert main(cut) == 2
         assert (out / "sahi_train_val_test_dataset.parquet").read_bytes() == b"older"
     error = capsys.readouterr().err.strip()
     assert "does not see" in error

@@ -16,7 +16,7 @@ from affine import Affine
 from buckets import asked, serving
 from bundles import tiny_bundle
 from clusters import dask
-from laws import predict, rasters, write_scenes
+from laws import predict, predict_command, rasters, write_scenes
 from s3fs import S3FileSystem
 from world import coast, opened, write_tif
 
@@ -74,22 +74,7 @@ def there(bucket, scenes, tmp_path, scratch):
 
 def told(data, bundle, out, *more):
     """The exit status of `kelp predict`."""
-    return main(
-        [
-            "predict",
-            "--data_dir",
-            str(data),
-            "--run_dir",
-            str(bundle),
-            "--output_dir",
-            str(out),
-            "--device",
-            "cpu",
-            "--precision",
-            "32-true",
-            *more,
-        ]
-    )
+    return main(predict_command(data, bundle, out, *more))
 
 
 def error_of(capsys):
