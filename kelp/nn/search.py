@@ -18,7 +18,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import numpy as np
 import pandas as pd
@@ -324,29 +324,26 @@ class _Sweep:
             self.study.tell(trial.number, state=TrialState.FAIL)
             if run := trial.user_attrs.get("run"):
                 replace(parent, run_id=run).finish("KILLED")
-        status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
-        try:
-            while self._done() < wanted:
-                if self.config.timeout and time.monotonic() - started > self.config.timeout:
-                    log.info("--timeout: no more trials; the same command resumes the sweep")
-                    break
-                self.progress("trials", self._done(), wanted)
-                self._try(self._ask(cells), parent)
-                self._write(wanted)
-                self._stop_if_hopeless()
-            result = self._write(wanted)
-            write_page(self.base.output_dir / PAGE, self.study, self._metric, result.text)
-            status = "FINISHED"
-        except KeyboardInterrupt:
-            status = "KILLED"
-            log.info("stopped; the same command resumes the sweep in %s", self.base.output_dir)
-            raise
-        finally:
-            for name in (TABLE, BEST, SUMMARY, PAGE):
-                if (path := self.base.output_dir / name).is_file():
-                    write_text(parent.artifacts / name, path.read_text(encoding="utf-8"))
-                    parent.log_files(name)
-            parent.finish(status)
+        with parent:
+            try:
+                while self._done() < wanted:
+                    if self.config.timeout and time.monotonic() - started > self.config.timeout:
+                        log.info("--timeout: no more trials; the same command resumes the sweep")
+                        break
+                    self.progress("trials", self._done(), wanted)
+                    self._try(self._ask(cells), parent)
+                    self._write(wanted)
+                    self._stop_if_hopeless()
+                result = self._write(wanted)
+                write_page(self.base.output_dir / PAGE, self.study, self._metric, result.text)
+            except KeyboardInterrupt:
+                log.info("stopped; the same command resumes the sweep in %s", self.base.output_dir)
+                raise
+            finally:
+                for name in (TABLE, BEST, SUMMARY, PAGE):
+                    if (path := self.base.output_dir / name).is_file():
+                        write_text(parent.artifacts / name, path.read_text(encoding="utf-8"))
+                        parent.log_files(name)
         return result
 
     def _open_parent(self) -> Tracking:

@@ -28,7 +28,7 @@ from kelp.io.files import locked
 from kelp.nn import search as module
 from kelp.nn.search import open_study, read_base, read_space
 from kelp.nn.training.result import TrainResult
-from kelp.nn.training.tracking import Part, Pruned, quiet_libraries
+from kelp.nn.training.tracking import Part, Pruned, Tracking, quiet_libraries
 
 LR = {"low": 1e-4, "high": 1e-2, "log": True}
 SPACE = {"lr": LR, "batch_size": {"values": [4, 8]}}
@@ -130,6 +130,8 @@ class NoTracking:
 
     def finish(self, status):
         self.closed.append(status)
+
+    __enter__, __exit__ = Tracking.__enter__, Tracking.__exit__
 
 
 @pytest.fixture

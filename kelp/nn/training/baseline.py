@@ -99,17 +99,8 @@ def train_baseline(config: BaselineConfig, progress: Progress = silent) -> Basel
         statistics = run_statistics(config, fold.train_sources, progress)
         spec = trees_spec(config, training_shape(fold, config), statistics.file)
         setup = _Setup(config, fold, statistics, spec)
-        tracking = start_run(config)
-        try:
-            result = _run(setup, tracking, progress, started)
-        except KeyboardInterrupt:
-            tracking.finish("KILLED")
-            raise
-        except BaseException:
-            tracking.finish("FAILED")
-            raise
-        tracking.finish("FINISHED")
-    return result
+        with start_run(config) as tracking:
+            return _run(setup, tracking, progress, started)
 
 
 def trees_spec(config: BaselineConfig, tile_size: Shape, statistics: StatsFile) -> NetworkSpec:

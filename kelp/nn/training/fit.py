@@ -41,7 +41,6 @@ from kelp.nn.training.result import TrainResult, result_of
 from kelp.nn.training.tracking import (
     ARTIFACTS,
     Part,
-    Pruned,
     Tracking,
     quiet_libraries,
     reopen_run,
@@ -116,20 +115,13 @@ def train(
                 return _take_part(setup, started)
         tracking = _open(setup.config, part)
         try:
-            if part:
-                part.begin(tracking.run_id)
-            epochs = _run(setup, tracking, progress, part)
+            with tracking:
+                if part:
+                    part.begin(tracking.run_id)
+                epochs = _run(setup, tracking, progress, part)
         except KeyboardInterrupt:
-            tracking.finish("KILLED")
             log.info("stopped; resume with --resume_from %s", tracking.run_dir)
             raise
-        except Pruned as reason:
-            tracking.prune(str(reason))
-            raise
-        except BaseException:
-            tracking.finish("FAILED")
-            raise
-        tracking.finish("FINISHED")
     return result_of(epochs, tracking.run_dir, started)
 
 

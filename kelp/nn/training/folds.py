@@ -76,19 +76,16 @@ def train_folds(config: TrainConfig, progress: Progress = silent) -> FoldsResult
     with quiet_libraries():
         parent, folds = _open(effective(config), numbers)
         try:
-            for number in folds.unfinished:
-                _train_one(config, number, parent, folds, progress)
+            with parent:
+                for number in folds.unfinished:
+                    _train_one(config, number, parent, folds, progress)
+                for name, figures in folds.summary().items():
+                    point = {f"{name}_mean": figures["mean"], f"{name}_sd": figures["sd"]}
+                    parent.log_point(0, point)
+                parent.log_files(FOLDS_FILE)
         except KeyboardInterrupt:
-            parent.finish("KILLED")
             log.info("all folds go on with --resume_from %s", parent.run_dir)
             raise
-        except BaseException:
-            parent.finish("FAILED")
-            raise
-        for name, figures in folds.summary().items():
-            parent.log_point(0, {f"{name}_mean": figures["mean"], f"{name}_sd": figures["sd"]})
-        parent.log_files(FOLDS_FILE)
-        parent.finish("FINISHED")
     return FoldsResult(parent.run_dir, folds, config.monitor_metric, time.monotonic() - started)
 
 

@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, Final, Literal
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Final, Literal, Self
 from urllib.parse import unquote, urlparse
 
 from kelp.config import FoldConfig
@@ -91,7 +92,10 @@ def quiet_libraries() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Tracking:
-    """One run in MLflow's store."""
+    """One run in MLflow's store; a context that closes it.
+
+    It is then finished, killed (after Ctrl-C, or `Pruned`), or failed (after another error).
+    """
 
     client: MlflowClient
     run_id: str
@@ -99,6 +103,22 @@ class Tracking:
     """`<output_dir>/<experiment>/<run_id>`."""
     copies: bool
     """The store keeps artifacts elsewhere: it is sent a copy of each."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if isinstance(error, Pruned):
+            self.prune(str(error))
+        elif error is None:
+            self.finish("FINISHED")
+        else:
+            self.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
 
     @property
     def artifacts(self) -> Path:
