@@ -1,73 +1,46 @@
-"""`kelp indices`: the spectral indices as text, formulas printed by the code that computes them."""
+"""`kelp indices`: the spectral indices as text, formulas without needless brackets."""
 
 from __future__ import annotations
 
+import ast
 import textwrap
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 from kelp.config import IndicesConfig
 from kelp.progress import Progress, silent
 from kelp.raster.indices import INDICES, Index, parse_indices
 
-_SUM, _QUOTIENT, _PRODUCT, _ATOM = range(4)
 _WIDTH: Final = 100
-
-
-@dataclass(frozen=True)
-class _Term:
-    """A plane that is not computed but written down."""
-
-    text: str
-    rank: int = _ATOM
-
-    def _in(self, rank: int) -> str:
-        return self.text if self.rank >= rank else f"({self.text})"
-
-    def __add__(self, other: Any) -> _Term:
-        return _Term(f"{self.text} + {_term(other).text}", _SUM)
-
-    def __radd__(self, other: Any) -> _Term:
-        return _term(other) + self
-
-    def __sub__(self, other: Any) -> _Term:
-        return _Term(f"{self.text} - {_term(other)._in(_QUOTIENT)}", _SUM)
-
-    def __rsub__(self, other: Any) -> _Term:
-        return _term(other) - self
-
-    def __mul__(self, other: Any) -> _Term:
-        return _Term(f"{self._in(_PRODUCT)} {_term(other)._in(_PRODUCT)}", _PRODUCT)
-
-    def __rmul__(self, other: Any) -> _Term:
-        return _Term(f"{_term(other).text} {self._in(_PRODUCT)}", _PRODUCT)
-
-    def __truediv__(self, other: Any) -> _Term:
-        return _Term(f"{self._in(_PRODUCT)} / {_term(other)._in(_ATOM)}", _QUOTIENT)
-
-    def __abs__(self) -> _Term:
-        return self
-
-    def __lt__(self, other: Any) -> bool:
-        return False
-
-    def masked_fill(self, condition: Any, value: float) -> _Term:
-        """Where it is missing is not part of its formula."""
-        return self
-
-    def clip(self, min: float) -> _Term:
-        """As numpy's and torch's."""
-        return _Term(f"max({self.text}, {min:g})")
-
-
-def _term(value: Any) -> _Term:
-    return value if isinstance(value, _Term) else _Term(f"{value:.5g}")
+_SUM, _QUOTIENT, _PRODUCT, _ATOM = range(4)  # how tightly a part of a formula holds together
+_SIGNS: Final[dict[type[ast.operator], tuple[str, int, int, int]]] = {
+    ast.Add: (" + ", _SUM, _SUM, _SUM),
+    ast.Sub: (" - ", _SUM, _SUM, _QUOTIENT),
+    ast.Mult: (" ", _PRODUCT, _PRODUCT, _PRODUCT),
+    ast.Div: (" / ", _QUOTIENT, _PRODUCT, _ATOM),
+}
+"""What stands between two parts, how tightly the whole holds, and from where on the left and the
+right part need no brackets."""
 
 
 def formula(index: Index) -> str:
     """The formula of an index over the names of its bands, for people."""
-    written: _Term = index.evaluate({name: _Term(name) for name in index.bands})
-    return written.text
+    return _written(ast.parse(index.formula, mode="eval").body)[0]
+
+
+def _written(node: ast.expr) -> tuple[str, int]:
+    """A part of a formula, and how tightly it holds together."""
+    match node:
+        case ast.Constant(int() | float() as number):
+            return f"{number:.5g}", _ATOM
+        case ast.BinOp(left, operation, right):
+            sign, tight, *least = _SIGNS[type(operation)]
+            parts = [
+                text if holds >= enough else f"({text})"
+                for (text, holds), enough in zip(map(_written, (left, right)), least, strict=True)
+            ]
+            return sign.join(parts), tight
+    return ast.unparse(node), _ATOM
 
 
 @dataclass(frozen=True)

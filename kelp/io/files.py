@@ -396,7 +396,7 @@ def input_folder(path: Path, pattern: str = "*", rasters: bool = False) -> list[
         if matches and entry.is_file():
             found.append(entry)
         elif matches and (is_raster or pattern != "*"):
-            unused.append(f"{entry.name} ({_kind_of(entry)})")
+            unused.append(f"{entry.name} ({kind_of(entry)})")
         elif rasters and is_raster:
             unused.append(entry.name)
     report_unused(path, unused)
@@ -412,7 +412,7 @@ def report_unused(folder: object, names: Sequence[str]) -> None:
         log.warning("%s: not used: %s%s", folder, ", ".join(names[:3]), more)
 
 
-def _kind_of(entry: Path) -> str:
+def kind_of(entry: Path) -> str:
     """What an entry is that is no file."""
     if entry.is_dir():
         return "a folder"

@@ -182,13 +182,9 @@ def shrink_pixels(pixels: NDArray[np.float32], step: int) -> NDArray[np.float32]
 
     The last block of a row or column may be smaller. Shape `(7, ceil(h/step), ceil(w/step))`.
     """
-    if step == 1:
-        return pixels
-    known = np.isfinite(pixels)
-    total = _block_sums(np.where(known, pixels, 0), step)
-    number = _block_sums(known, step)
-    small = np.divide(total, number, out=np.full_like(total, np.nan), where=number > 0)
-    small[bands.QA] = small[bands.QA] >= 0.5
+    small = shrink_plane(pixels, step)
+    if step > 1:
+        small[bands.QA] = small[bands.QA] >= 0.5
     return small
 
 

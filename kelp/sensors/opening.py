@@ -12,7 +12,7 @@ from typing import Final
 from kelp.config.scenes import SceneOptions
 from kelp.errors import InputError
 from kelp.io import remote
-from kelp.io.files import RASTERS, report_unused
+from kelp.io.files import RASTERS, kind_of, report_unused
 from kelp.io.location import Url, locate
 from kelp.raster import bands
 from kelp.sensors import hls, landsat, sentinel2, stac
@@ -116,14 +116,10 @@ def _scenes_at(data: Path | Url) -> list[Path | Url]:
     for entry in sorted(data.iterdir()):
         if entry.name.startswith("."):
             continue
-        if entry.is_dir():
-            if _kind_of_folder(entry):
-                scenes.append(entry)
-            else:
-                unused.append(f"{entry.name} (a folder)")
+        if entry.is_dir() and _kind_of_folder(entry):
+            scenes.append(entry)
         elif not entry.is_file():
-            kind = "a broken link" if entry.is_symlink() else "no regular file"
-            unused.append(f"{entry.name} ({kind})")
+            unused.append(f"{entry.name} ({kind_of(entry)})")
         elif entry.suffix.lower() == ".tar" or _is_raster(entry.name):
             scenes.append(entry)
         elif not entry.name.lower().endswith((*RASTERS, *_SIDECARS)):
