@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from world import rgb_of
 
@@ -18,7 +18,7 @@ from kelp.plotting.charts import confusion, curves
 from kelp.plotting.html import Report
 from kelp.raster.writer import MASK_COLORS
 
-VOID = {"meta", "img", "hr"}
+VOID = {"meta", "img", "hr", "br"}
 
 
 class Page(HTMLParser):
@@ -37,6 +37,10 @@ class Page(HTMLParser):
         self.elements.append((tag, dict(attrs)))
         if tag not in VOID:
             self._open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        assert tag in VOID
+        self.handle_starttag(tag, attrs)
 
     def handle_endtag(self, tag):
         assert self._open.pop() == tag
@@ -88,11 +92,13 @@ hostile = st.lists(st.sampled_from(MARKS), max_size=30).map("".join)
 
 ALLOWED = set(
     """html head meta title style body main nav h1 h2 h3 h4 h5 h6 p ul ol li code pre em strong a
-    hr blockquote dl div dd dt table caption thead tbody tr th td figure img figcaption""".split()  # noqa: SIM905
+    hr br blockquote dl div dd dt table caption thead tbody tr th td figure img
+    figcaption""".split()  # noqa: SIM905
 )
 
 
 @given(hostile, hostile)
+@example("***", "  \n")
 def test_no_text_becomes_markup(text, other):
     report = Report(text).text(text).cards({text: other}).table([[text], [other]], text)
     report.figure(b"\x89PNG" + bytes(20), other)

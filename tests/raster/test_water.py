@@ -5,25 +5,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from laws import LAWS
+from sliced import ArrayScene as Scene
 
 from kelp.raster.bands import DEM, QA
 from kelp.raster.water import CELL, WATER_LEVELS, Anchored, WaterReference, is_clear_water
 from kelp.raster.window import Tile
 
 SEA = np.array([7400, 7650, 7700, 8000, 8050])
-
-
-class Scene:
-    """An array as a scene that remembers the windows it was asked for."""
-
-    def __init__(self, pixels):
-        self.pixels = np.asarray(pixels, np.float32)
-        self.shape = self.pixels.shape[1:]
-        self.asked = []
-
-    def read(self, tile):
-        self.asked.append(tile)
-        return self.pixels[:, *tile.slices].copy()
 
 
 def sea(shape, levels=SEA, seed=0, spread=40):
@@ -112,20 +100,20 @@ def test_windows_make_no_difference():
 
 
 def rows_asked(scene):
-    return sorted(row for tile in scene.asked for row in range(tile.y, tile.bottom))
+    return sorted(row for tile in scene.windows for row in range(tile.y, tile.bottom))
 
 
 def test_a_small_scene_is_read_whole_and_of_a_large_one_some_rows():
     scene = Scene(sea((500, 40)))
     assert WaterReference.estimate(scene).read_share == 1
     assert rows_asked(scene) == list(range(500))
-    assert max(tile.height for tile in scene.asked) <= 64
+    assert max(tile.height for tile in scene.windows) <= 64
     scene = Scene(sea((1100, 40)))  # cells begin at 0, 366 and 733
     found = WaterReference.estimate(scene)
     wanted = [*range(8, 366, 17), *range(374, 733, 17), *range(741, 1100, 17)]
     assert rows_asked(scene) == wanted
     assert found.read_share == len(wanted) / 1100
-    assert {(tile.x, tile.width) for tile in scene.asked} == {(0, 40)}
+    assert {(tile.x, tile.width) for tile in scene.windows} == {(0, 40)}
 
 
 def test_only_the_rows_that_are_read_matter():
@@ -228,7 +216,7 @@ def test_what_is_missing_saturated_or_no_band_stays():
 def test_none_is_no_shift():
     scene = Scene(sea((50, 50)))
     found = WaterReference.estimate(scene, "none")
-    assert not scene.asked
+    assert not scene.windows
     assert found.apply(scene.pixels, Tile(0, 0, 50, 50)).tobytes() == scene.pixels.tobytes()
 
 
@@ -252,9 +240,9 @@ def test_windows_of_a_wide_scene_do_not_matter(monkeypatch):
     whole = WaterReference.estimate(scene)
     monkeypatch.setattr("kelp.raster.water._COLUMNS", 101)
     monkeypatch.setattr("kelp.raster.water._ROWS", 9)
-    scene.asked.clear()
+    scene.windows.clear()
     parts = WaterReference.estimate(scene)
-    assert max(tile.width for tile in scene.asked) == 101
+    assert max(tile.width for tile in scene.windows) == 101
     assert (parts.levels == whole.levels).all()
     assert (parts.clear == whole.clear).all()
     assert len(whole.levels[0]) > 1
@@ -291,7 +279,7 @@ def test_a_part_of_a_scene_is_shifted_as_in_the_whole_scene(shape, seed, inland,
         shifted = part.apply(pixels[:, *tile.slices], tile)
         assert shifted.tobytes() == whole.apply(pixels[:, *tile.slices], tile).tobytes()
     read = np.zeros(shape, int)
-    for tile in scene.asked:
+    for tile in scene.windows:
         read[tile.slices] += 1
     assert read.max() == 1
     assert part.read_share == pytest.approx(read.mean())
@@ -306,7 +294,7 @@ def test_only_the_cells_around_a_window_are_read(monkeypatch):
     scene, window = Scene(pixels), Tile(96, 150, 8, 4)  # rows of cells 9 and 10, columns 14 and 15
     part = WaterReference.estimate(scene, windows=[window])
     read = np.zeros(scene.shape, bool)
-    for tile in scene.asked:
+    for tile in scene.windows:
         read[tile.slices] = True
     assert read[80:120, 130:170].all()
     assert read.sum() == 40 * 40

@@ -12,6 +12,7 @@ from affine import Affine
 from bundles import PixelBody, tiny_bundle
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from laws import Memory
 from torch.nn import functional
 from world import make_world, read_tif, write_tif
 
@@ -33,19 +34,6 @@ from kelp.raster.probability import CODES, quantise
 from kelp.raster.scene import Scene
 from kelp.raster.writer import write_mask
 from kelp.tiling.grid import TileGrid
-
-
-class Rows:
-    """A sink of probabilities."""
-
-    def __init__(self, shape):
-        self.values = np.full(shape, np.nan, np.float32)
-
-    def write(self, y, rows):
-        self.values[y : y + len(rows)] = rows
-
-    def close(self):
-        pass
 
 
 class Shy(PixelBody):
@@ -240,7 +228,7 @@ def test_the_seeds_merge_row_by_row_is_that_of_whole_layers(labelled, monkeypatc
     path = labelled / "images" / "K00_satellite.tif"
     runtime = Runtime(torch.device("cpu"), "32-true")
     with Scene(path) as scene:
-        sink = Rows(scene.shape)
+        sink = Memory(np.empty((1, *scene.shape)))
         variant.run(scene, sink, runtime, qa_as_nodata=True)
         grid = TileGrid(scene.shape, 32, 16, edge="pad")
         votes = np.full((len(grid), 112, 96), np.nan, np.float32)
@@ -255,7 +243,7 @@ def test_the_seeds_merge_row_by_row_is_that_of_whole_layers(labelled, monkeypatc
             votes[k][inside.slices] = p[: inside.height, : inside.width]
     wanted = majority(votes)[:100, :90]
     assert np.isfinite(wanted).all()
-    np.testing.assert_allclose(sink.values, wanted, atol=1e-6)
+    np.testing.assert_allclose(sink.result, wanted, atol=1e-6)
 
 
 def test_a_threshold_never_saw_the_sites_it_is_used_on(labelled, monkeypatch):
@@ -311,10 +299,10 @@ def test_recall_at_the_precision_of_the_whole_image_and_every_field_is_told(labe
         for number, site in enumerate(sites):
             if part[site] != k:
                 with Scene(labelled / "images" / f"K{number:02d}_satellite.tif") as scene:
-                    sink = Rows(scene.shape)
+                    sink = Memory(np.empty((1, *scene.shape)))
                     variant.run(scene, sink, Runtime(torch.device("cpu"), "32-true"), True)
                 truth = read_mask(labelled / "masks" / f"K{number:02d}_kelp.tif")
-                counted.add((), truth, quantise(sink.values))
+                counted.add((), truth, quantise(sink.result))
         return counted.precision()
 
     for k in (0, 3):

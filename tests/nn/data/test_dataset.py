@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import torch
 from affine import Affine
+from laws import Memory
 from slicing_world import config as slicing
 from world import coast, make_world, opened, read_tif, write_tif
 
@@ -207,24 +208,12 @@ def test_whole_images_are_reflected_up_to_the_training_shape(tmp_path):
     assert seen == {shapes[1], shapes[3]}
 
 
-class _Array:
-    """A scene in memory, its own sink, and a network that remembers what it was given."""
-
-    def __init__(self, pixels):
-        self.pixels, self.shape = pixels, pixels.shape[1:]
-
-    def read(self, tile):
-        return self.pixels[:, *tile.slices]
+class _Array(Memory):
+    """A scene in memory, and a network that remembers what it was given."""
 
     def predict(self, batch):
         self.predicted = batch.copy()
         return batch[:, 5]
-
-    def write(self, y, rows):
-        pass
-
-    def close(self):
-        pass
 
 
 def test_errors_name_the_file(tmp_path):
