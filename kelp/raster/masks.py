@@ -206,9 +206,7 @@ def _read_band(
     """
     with open_dataset(path) as dataset:
         refuse_complex(dataset, path)
-        alpha = sum(kind.name == "alpha" for kind in dataset.colorinterp[1:])
-        if dataset.count - alpha != 1:
-            raise InputError(f"{path}: {kind} has one band, this file has {dataset.count}")
+        require_one_band(dataset, str(path), kind)
         window = tile.window if tile else None
         with quietly(path):
             raw = dataset.read(1, window=window)
@@ -216,6 +214,13 @@ def _read_band(
         tag = None if dataset.nodata in not_missing else dataset.nodata
         missing = missing_values(raw, tag)
         return raw, missing if hidden is None else missing | hidden[0], dataset.scales[0]
+
+
+def require_one_band(dataset: Any, name: str, kind: str) -> None:
+    """Raise `InputError` for a file of several bands; one of transparency does not count."""
+    alpha = sum(colour.name == "alpha" for colour in dataset.colorinterp[1:])
+    if dataset.count - alpha != 1:
+        raise InputError(f"{name}: {kind} has one band, this file has {dataset.count}")
 
 
 def refuse_complex(dataset: Any, path: Path | Url) -> None:

@@ -26,7 +26,7 @@ from rasterio.warp import transform
 
 from kelp.errors import InputError
 from kelp.raster.bands import NODATA
-from kelp.raster.masks import Georeference, georeference_from, quietly
+from kelp.raster.masks import Georeference, georeference_from, quietly, require_one_band
 from kelp.raster.validity import masked_as
 from kelp.raster.window import Shape, Tile
 from kelp.sensors.record import ElevationFacts, Source
@@ -289,6 +289,7 @@ class Elevation:
         """Open one file; None where it does not touch the scene."""
         with quietly(file):
             source = self._stack.enter_context(rasterio.open(file))
+        require_one_band(source, f"--dem {file}", "a raster of elevation")
         if not georeference_from(source).on_earth:
             raise InputError(
                 f"--dem {file}: has no CRS, or a local one; set it (gdal_edit.py -a_srs)"

@@ -22,7 +22,7 @@ from rasterio.vrt import WarpedVRT
 
 from kelp.errors import ConfigError, InputError
 from kelp.raster.georeference import crs_words
-from kelp.raster.masks import is_gdal_error, quietly
+from kelp.raster.masks import is_gdal_error, quietly, require_one_band
 from kelp.raster.validity import MaskBands, masked_as
 from kelp.raster.window import Shape, Tile
 from kelp.sensors.record import Source
@@ -235,6 +235,11 @@ class CloudMask:
         self._hidden: MaskBands | None = None
         self._stack = ExitStack()
         self._stack.callback(self._file.close)
+        try:
+            require_one_band(self._file, f"--cloud_mask {path}", "a mask")
+        except InputError:
+            self.close()
+            raise
         placed = self._file.crs is not None and crs is not None and affine is not None
         if not placed:
             if (self._file.height, self._file.width) != shape:

@@ -9,6 +9,7 @@ import rasterio
 from affine import Affine
 from rasterio.warp import transform
 from satellites import CRS, SHAPE, TRANSFORM, make_landsat, write_layer
+from world import write_tif
 
 from kelp.config.scenes import SceneOptions
 from kelp.errors import InputError
@@ -284,6 +285,11 @@ def test_a_dem_beside_the_scene_is_refused(tmp_path, folder):
     bare = write_layer(tmp_path / "bare.tif", np.zeros((4, 4), np.int16), crs=None)
     with pytest.raises(InputError, match="has no CRS"):
         read_dem(folder, dem=bare)
+    stack = write_tif(
+        tmp_path / "stack.tif", np.zeros((7, *SHAPE), np.int32), crs=CRS, transform=TRANSFORM
+    )
+    with pytest.raises(InputError, match="a raster of elevation has one band, this file has 7"):
+        read_dem(folder, dem=stack)
 
 
 def test_a_scene_at_the_antimeridian_has_tiles_of_both_sides(tmp_path):

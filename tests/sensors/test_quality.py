@@ -5,6 +5,7 @@ import pytest
 import rasterio
 from affine import Affine
 from satellites import CRS, PRODUCTS, REAL_SCENES, SHAPE, TRANSFORM, make_landsat, write_layer
+from world import write_tif
 
 from kelp.config.scenes import SceneOptions
 from kelp.errors import ConfigError, InputError
@@ -189,8 +190,10 @@ def test_a_cloud_mask_of_another_grid_is_warped_and_bad_where_it_knows_nothing(t
 def test_a_cloud_mask_that_does_not_fit_is_refused(tmp_path):
     folder = make_landsat(tmp_path, 8)
     small = write_layer(tmp_path / "small.tif", np.zeros((4, 4), np.uint8), crs=None)
+    stack = write_tif(tmp_path / "stack.tif", np.zeros((7, *SHAPE), np.int32))
     for path, message in (
         (small, "must have the scene's 48 x 40 pixels"),
+        (stack, "cloud_mask .*stack.tif: a mask has one band, this file has 7"),
         (tmp_path / "none.tif", "no such file"),
         (tmp_path, "holds no mask"),
     ):
