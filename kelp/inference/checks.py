@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kelp.data_prep.stats import StatsFile
 from kelp.errors import BundleError, InputError
@@ -26,6 +27,13 @@ _SAMPLE_SIDE: Final = 256  # pixels a side: enough for a median
 # which other scales are; but a scene may well be brighter (haze, snow, sand) than the training's.
 _SLACK_BELOW: Final = 0.25
 _SLACK_ABOVE: Final = 1.0
+
+_FEW: Final = 500
+"""Of fewer pixels of land, or of sea, the order of bands is not told."""
+_BRIGHTER: Final = 1.5
+_BRIGHTER_DN: Final = 2500
+"""Land is brighter than sea in the infrared above all; snow is as bright in NIR as in the visible.
+Bright water above a wrong DEM is not so much brighter than dark."""
 
 
 def needed_bands(spec: BundleSpec) -> tuple[str, ...]:
@@ -57,7 +65,8 @@ def check_statistics(spec: BundleSpec, folder: Path) -> None:
 def check_scale(source: RasterSource, specs: Sequence[BundleSpec], name: str) -> None:
     """Raise `InputError` where a scene's optical values are on another scale than the bundles'.
 
-    Compared are the medians of observed pixels with the bundle's q01-q99, give or take.
+    Compared are the medians of observed pixels with the bundle's q01-q99, give or take; and the
+    contrast of land to sea between bands, which tells them apart.
 
     Args:
         source: the scene; a sample of it is read.
@@ -85,6 +94,27 @@ def check_scale(source: RasterSource, specs: Sequence[BundleSpec], name: str) ->
         if odd:
             found = _name_scale([medians[band] for band in OPTICAL if np.isfinite(medians[band])])
             raise InputError(f"{name}: {found} ({'; '.join(odd)})")
+    _check_order(sample, name)
+
+
+def _check_order(sample: NDArray[np.float32], name: str) -> None:
+    """Raise `InputError`, or warn, where land and sea say that bands are in another order."""
+    elevation = sample[BANDS.index("DEM")]
+    land, sea = sample[:5, elevation > 0], sample[:5, elevation <= 0]
+    if min(land.shape[1], sea.shape[1]) < _FEW:
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        contrast = np.nanmedian(land, axis=1) - np.nanmedian(sea, axis=1)
+    if not np.isfinite(contrast).all():
+        return
+    infrared, visible = contrast[:2], contrast[2:]
+    words = ", ".join(f"{band} {c:.0f}" for band, c in zip(OPTICAL, contrast, strict=True))
+    words = f"{name}: land is brighter than sea by {words}: bands in another order"
+    if visible.max() > _BRIGHTER * max(infrared.max(), 0) + _BRIGHTER_DN:
+        raise InputError(f"{words}; name them as they lie with --band_order")
+    if visible.max() > _BRIGHTER * max(infrared.min(), 0) + _BRIGHTER_DN:
+        log.warning("%s (--band_order), or snow; the map may be wrong", words)
 
 
 def _name_scale(medians: list[float]) -> str:

@@ -268,6 +268,37 @@ def test_another_scale_is_named(scenes, bundle, tmp_path, capfd, values, named):
     assert not (tmp_path / "m.tif").exists()
 
 
+def land_and_sea(land=(11_000, 14_000, 8900, 8700, 8400), sea=(7500, 7700, 7760, 8060, 8110)):
+    """Optical DN of a coast in the order SWIR, NIR, R, G, B; the left half is land."""
+    pixels = np.zeros((7, 40, 60), np.int32)
+    pixels[:5] = np.array(sea)[:, np.newaxis, np.newaxis]
+    pixels[:5, :, :30] = np.array(land)[:, np.newaxis, np.newaxis]
+    pixels[6, :, :30] = 12
+    return pixels
+
+
+def test_bands_in_another_order_are_named_on_the_right_scale(bundle, caplog):
+    """Each band's values are such as others hold: land and sea tell them apart."""
+    loaded = kelp.load_bundle(bundle)
+    pixels = land_and_sea()
+    with pytest.raises(
+        InputError, match=r"brighter than sea by SWIR 290, NIR 640, .* B 3500: bands"
+    ):
+        kelp.predict_array(loaded, pixels[[4, 3, 2, 1, 0, 5, 6]])
+    kelp.predict_array(loaded, pixels[[0, 2, 1, 3, 4, 5, 6]])  # NIR and R
+    assert caplog.text.count("bands in another order (--band_order), or snow") == 1
+    caplog.clear()
+    for good in (
+        pixels,
+        land_and_sea(sea=(7506, 7444, 9285, 10_159, 9391)),  # turbid: brighter than land
+        pixels[:, :, 20:42],  # too little sea to tell
+    ):
+        kelp.predict_array(loaded, good)
+    assert "order" not in caplog.text
+    kelp.predict_array(loaded, land_and_sea(land=(8500, 19_000, 20_000, 20_500, 20_800)))
+    assert "or snow" in caplog.text
+
+
 def test_the_statistics_folder_is_only_a_check(scenes, tmp_path, capfd):
     bundle = tiny_bundle(tmp_path / "b", stats_file="s.json")
     folder = tmp_path / "stats"
