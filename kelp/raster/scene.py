@@ -281,7 +281,12 @@ class Scene:
             with np.errstate(over="ignore"):  # lowest float64: a filler
                 plane[...] = values
             for value in nodata:
-                np.copyto(plane, np.nan, where=values == value)
+                missing = values == value
+                # Most windows hold none of it, others nothing else: a masked copy takes longest.
+                if missing.all():
+                    plane.fill(np.nan)
+                elif missing.any():
+                    np.copyto(plane, np.nan, where=missing)
             if hidden is not None:
                 np.copyto(plane, np.nan, where=hidden[i])
         if QA in self._targets:

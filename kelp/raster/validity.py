@@ -216,10 +216,12 @@ def decode_qa(values: NDArray[np.float32], bits: int = QA_PIXEL_BAD) -> NDArray[
     fill, dilated cloud, cirrus, cloud, shadow and snow.
     """
     missing = ~np.isfinite(values)
-    known = np.where(missing, 0, values)
-    if known.size and known.max() > 1:
+    if missing.all():
+        return np.ones_like(values)
+    known = np.where(missing, 0, values) if missing.any() else values
+    if known.max() > 1:
         known = (known.astype(np.int64) & bits) != 0
-    return np.where(missing, 1, known != 0).astype(np.float32)
+    return (missing | (known != 0)).astype(np.float32)
 
 
 def observed(pixels: NDArray[np.float32], qa_as_nodata: bool = True) -> NDArray[np.bool_]:
