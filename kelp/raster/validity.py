@@ -221,7 +221,8 @@ def decode_qa(values: NDArray[np.float32], bits: int = QA_PIXEL_BAD) -> NDArray[
     known = np.where(missing, 0, values) if missing.any() else values
     if known.max() > 1:
         known = (known.astype(np.int64) & bits) != 0
-    return (missing | (known != 0)).astype(np.float32)
+    bad: NDArray[np.bool_] = missing | (known != 0)
+    return bad.astype(np.float32)
 
 
 def observed(pixels: NDArray[np.float32], qa_as_nodata: bool = True) -> NDArray[np.bool_]:
