@@ -1,16 +1,20 @@
 """The documentation says what is there: commands, options, names, files and links."""
 
 import ast
+import functools
 import importlib
 import importlib.util
+import inspect
 import re
 import shlex
+import typing
 from pathlib import Path
 
 import pytest
 import yaml
 
 import kelp
+import kelp.config
 from kelp.cli import COMMANDS, build_command, config_class
 from kelp.raster.indices import INDICES
 
@@ -185,6 +189,39 @@ def test_python_examples_name_what_exists(page):
                 assert all(hasattr(module, alias.name) for alias in node.names)
             if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "kelp":
                 assert node.attr in kelp.__all__, f"{name_of(page)}: kelp.{node.attr}"
+
+
+def type_of(node, results):
+    """The class of an expression such as `result.tuned[0].calibration`."""
+    if isinstance(node, ast.Name):
+        return results[node.id]
+    kind = type_of(node.value, results)
+    if type(None) in typing.get_args(kind):  # of `Trial | None`, the first
+        kind = typing.get_args(kind)[0]
+    if isinstance(node, ast.Subscript):
+        return typing.get_args(kind)[0]
+    found = inspect.getattr_static(kind, node.attr, None)
+    if isinstance(found, property | functools.cached_property):
+        found = found.fget if isinstance(found, property) else found.func
+        return typing.get_type_hints(found).get("return")
+    return found or typing.get_type_hints(kind)[node.attr]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_results_of_python_examples_hold_what_is_read(page):
+    for block in blocks(page, "python"):
+        results = {}
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call):
+                call = node.value.func
+                if isinstance(call, ast.Attribute) and ast.unparse(call.value) == "kelp":
+                    hints = typing.get_type_hints(
+                        getattr(kelp, call.attr), localns=vars(kelp.config)
+                    )
+                    results[ast.unparse(node.targets[0])] = hints["return"]
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.Attribute) and ast.unparse(node).startswith("result."):
+                assert type_of(node, results)
 
 
 def test_objects_of_the_python_page_exist():

@@ -70,7 +70,7 @@ def test_workers_of_a_cluster_are_shown(tmp_path):
     record.write_text(json.dumps({"tcp://10.0.0.7:4001": share}))
     page = kelp.make_report(config).page.read_text()
     row = page[page.index("tcp://10.0.0.7:4001") :][:400]
-    assert all(number in row for number in ("4321", "30.5", "512"))
+    assert all(number in row for number in ("4,321", "30.5", "512"))
     record.write_text("{")
     with pytest.raises(InputError, match=r"kelp-workers\.json: damaged"):
         kelp.make_report(config)
