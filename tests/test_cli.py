@@ -259,6 +259,17 @@ def test_records_are_plain_yaml():
     assert yaml.safe_load(config.to_yaml())["data_dir"] == "d"
 
 
+def test_a_full_standard_output_is_one_line():
+    if not Path("/dev/full").exists():
+        pytest.skip("the system has no device that is always full")
+    command = [sys.executable, "-m", "kelp", "models"]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("kelp: error: standard output cannot be written (No space")
+    assert done.stderr.count("\n") == 1
+
+
 def test_rio_has_the_program_as_a_plugin(seen):
     """`rio kelp`, as rasterio's group loads it."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

@@ -7,11 +7,13 @@ bug and shows a traceback. Nothing heavy is imported before the arguments are pa
 from __future__ import annotations
 
 import atexit
+import errno
 import gc
 import importlib
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -315,8 +317,16 @@ def _run(
 
 def _show(result: Any) -> None:
     """The summary of a result, also of what was done beside failures."""
-    if result is not None and (text := result.summary()):
+    if result is None or not (text := result.summary()):
+        return
+    try:
         click.echo(text)
+    except OSError as error:
+        if error.errno == errno.EPIPE:  # whoever read has enough; click ends quietly
+            raise
+        raise KelpError(
+            f"standard output cannot be written ({error.strerror}); what the command made is kept"
+        ) from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -345,10 +355,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         way_out = f"; see {where.command_path} --help" if where else ""
         return _fail(error.format_message().rstrip(".") + way_out)
     except KelpError as error:
-        _show(error.result)
+        with suppress(KelpError):
+            _show(error.result)
         return _fail(error.message)
     except BugError as error:
-        _show(error.result)
+        with suppress(KelpError):
+            _show(error.result)
         click.echo(f"kelp: {error}", err=True)
         return 1
     except (KeyboardInterrupt, click.Abort):
