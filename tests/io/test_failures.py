@@ -18,7 +18,7 @@ BAD = "TR000002"
 READERS = {
     "metadata": (metadata, "read_mask"),
     "slice": (slicing, "read_mask"),
-    "stats": (stats, "Scene"),
+    "stats": (stats, "open_scene"),
     "evaluate": (scoring, "read_mask"),
     "report": (scoring, "read_mask"),
 }
